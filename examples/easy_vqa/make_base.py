@@ -27,6 +27,7 @@ import transformers
 import trl
 from data import SHAPES, load_easy_vqa
 from datasets import Dataset
+from safetensors.torch import save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -303,7 +304,8 @@ def accuracy_by_kind(model, processor, split: Dataset, batch_size: int = 128) ->
         inputs = processor(
             images=rows["images"], text=texts, padding=True, padding_side="left", return_tensors="pt"
         )
-        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        # Left on for the balance loss, router logits break transformers' cached decoding (5.23).
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_router_logits=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for answer, completion, kind in zip(answers, rows["completion"], rows["kind"], strict=True):
             for key in (kind, "overall"):
@@ -392,6 +394,7 @@ def main() -> None:
     )
 
     tower_accuracy = train_tower(model, processor, splits, args)
+    save_model(model.model.visual, str(args.work / "tower.safetensors"))
     steps = train_answers(model, processor, splits, args)
     model.config.text_config.output_router_logits = False
     model.save_pretrained(args.output)

@@ -1,0 +1,46 @@
+"""Every use of upstream names that are not public. Each entry says why it is needed and when it can go."""
+
+from collections.abc import Callable
+
+from bitsandbytes.nn import Linear4bit
+from peft.utils.peft_types import PeftType
+from torch import nn
+
+
+def add_peft_type(name: str) -> None:
+    """Add `name` to the `PeftType` enum, once.
+
+    `peft.utils.register_peft_method` is open to third parties, but refuses names outside an enum that is not.
+    Remove when peft registers methods by string (peft 0.21.2, `peft/utils/peft_types.py`).
+    """
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # Python 3.12 looks members up as class attributes
+
+
+def keep_linear4bit_layout(module: Linear4bit) -> None:
+    """Keep bitsandbytes from repacking this layer's weight in place at its first evaluation forward on some CPUs.
+
+    The repacked bytes differ from the loaded ones, and layers whose width is not a multiple of 32 fail.
+    Remove when the repacking is optional upstream (bitsandbytes 0.50.2, `bitsandbytes/nn/modules.py`).
+    """
+    module.support_avx512bf16_for_cpu = False
+
+
+def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Replace the checkpoint function of each checkpointed layer of `model` by `wrap` of it, once.
+
+    Gradient checkpointing runs a layer's forward again in backward, where nothing says what surrounded the first run.
+    transformers gives each layer its checkpoint function as a private attribute (`modeling_layers.py`); there is no
+    hook around the recomputation. Remove when transformers offers one.
+    """
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not getattr(checkpoint, "carries_tiers", False):
+            module._gradient_checkpointing_func = wrap(checkpoint)
+            module._gradient_checkpointing_func.carries_tiers = True

@@ -1,0 +1,84 @@
+"""The adapter's configuration, saved with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from peft.utils.peft_types import PeftType
+
+from .errors import OrdMoEConfigError
+from .objectives.advantages import ADVANTAGES, tier_rewards
+from .tiers.plan import LAYER_SCOPES
+from .tiers.ranking import GROUPINGS
+
+PEFT_METHOD = "ordmoe"
+ROLES = ("router", "experts", "shared_experts", "attention")
+
+
+@dataclass
+class OrdMoEConfig(LoraConfig):
+    """Configuration of an OrdMoE adapter: LoRA on a MoE model's routers and experts, and how its tiers are cut.
+
+    All fields of [`~peft.LoraConfig`] apply, but `lora_dropout` must be 0 and DoRA and biases are off where experts
+    or routers are adapted. `target_modules` and `target_parameters` are filled in from `targets`.
+
+    Args:
+        targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
+            `"shared_experts"` and `"attention"`.
+        num_tiers (`int`, defaults to 3): C, the number of tiers; 1 is plain supervised fine-tuning.
+        grouping (`str`, defaults to `"uniform"`): how tiers are cut from the ranked experts: `"uniform"`,
+            `"high_only"` or `"random"`.
+        layer_scope (`str` or `list[int]`, defaults to `"all"`): MoE layers held to tiers: `"all"`, `"shallow"`,
+            `"deep"`, or indices.
+        rewards (`list[float]`, *optional*): one per tier, descending; evenly spaced from 1 to 0 by default.
+        advantages (`str`, defaults to `"zscore"`): what rewards become: `"zscore"`, `"center"` or `"none"`.
+        tier_seed (`int`, defaults to 0): seed of `"random"` grouping.
+        base_moe (`dict`, *optional*): sizes of the base's MoE layers, filled in when the adapter is attached, so that
+            loading it on another base can say which one was expected.
+
+    Raises:
+        [`OrdMoEConfigError`]: a field has a value that cannot work.
+    """
+
+    targets: list[str] = field(
+        default_factory=lambda: ["router", "experts"],
+        metadata={"help": f"Roles to adapt, out of {ROLES}."},
+    )
+    num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
+    grouping: str = field(default="uniform", metadata={"help": f"How tiers are cut: one of {GROUPINGS}."})
+    layer_scope: str | list[int] = field(
+        default="all", metadata={"help": f"MoE layers held to tiers: one of {LAYER_SCOPES}, or a list of indices."}
+    )
+    rewards: list[float] | None = field(
+        default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
+    )
+    advantages: str = field(default="zscore", metadata={"help": f"What rewards become: one of {tuple(ADVANTAGES)}."})
+    tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
+    base_moe: dict | None = field(default=None, metadata={"help": "Sizes of the base's MoE layers; filled in."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType[PEFT_METHOD.upper()]
+        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        _check_choice("grouping", self.grouping, GROUPINGS)
+        _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
+        if isinstance(self.layer_scope, str):
+            _check_choice("layer_scope", self.layer_scope, LAYER_SCOPES)
+        unknown = [role for role in self.targets if role not in ROLES]
+        if unknown or not self.targets:
+            raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
+        if self.num_tiers < 1:
+            raise OrdMoEConfigError(f"num_tiers must be at least 1, got {self.num_tiers}.")
+        tier_rewards(self.rewards, self.num_tiers)
+        adapts_parameters = {"router", "experts"} & set(self.targets)
+        if adapts_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.bias != "none"):
+            raise OrdMoEConfigError(
+                f"lora_dropout={self.lora_dropout}, use_dora={self.use_dora}, lora_bias={self.lora_bias} and "
+                f"bias={self.bias!r} cannot be applied to routers and fused experts: leave them at 0, False, False and "
+                "'none', or set targets to 'attention' or 'shared_experts' alone."
+            )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OrdMoEConfigError(f"{name} must be one of {tuple(choices)}, got {value!r}.")

@@ -1,0 +1,96 @@
+"""Loads a checkpoint with its fused experts and decoder linears in 4 bits.
+
+Source of the seam: `transformers/quantizers/quantizer_bnb_4bit.py`, whose linear-layer half is inherited.
+"""
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from .._compat import keep_linear4bit_layout
+from ..errors import OrdMoEModelError
+from ..moe_layers import MoELayer, find_moe_layers
+from .storage import is_packed, pack_experts
+
+
+class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
+    """[`~transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer`] that also packs fused expert stacks."""
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        return super().param_needs_quantization(model, param_name, **kwargs) or param_name in self.expert_stacks
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeLinearOrExperts(self, super().get_quantize_ops())
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map, **kwargs):
+        skipped = set(self.quantization_config.llm_int8_skip_modules or [])
+        layers = find_moe_layers(model)
+        self.expert_stacks = {
+            f"{layer.experts_name}.{projection}"
+            for layer in layers
+            if not any(layer.experts_name == name or layer.experts_name.endswith(f".{name}") for name in skipped)
+            for projection in layer.projections
+        }
+        self.quantization_config.llm_int8_skip_modules = sorted(skipped | set(unquantised_linears(model, layers)))
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        for name in sorted(self.expert_stacks):
+            if not is_packed(model.get_parameter(name)):
+                raise OrdMoEModelError(
+                    f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
+                    "weights for it were missing or of another shape. See the load report above."
+                )
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                keep_linear4bit_layout(module)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class QuantizeLinearOrExperts(ConversionOps):
+    """Packs a loaded tensor: expert stacks here, linear weights by transformers' own operation."""
+
+    def __init__(self, hf_quantizer: MoeBnb4BitHfQuantizer, quantize_linear: ConversionOps):
+        self.hf_quantizer = hf_quantizer
+        self.quantize_linear = quantize_linear
+
+    def convert(
+        self, input_dict: dict[str, torch.Tensor], model: nn.Module | None = None, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        stacks = {name: value for name, value in input_dict.items() if name in self.hf_quantizer.expert_stacks}
+        linears = {name: value for name, value in input_dict.items() if name not in stacks}
+        converted = self.quantize_linear.convert(linears, model=model, **kwargs) if linears else {}
+        config = self.hf_quantizer.quantization_config
+        for name, value in stacks.items():
+            module, _ = get_module_from_name(model, name)
+            module._is_hf_initialized = True
+            converted[name] = pack_experts(
+                value[0] if isinstance(value, list) else value,
+                name,
+                quant_type=config.bnb_4bit_quant_type,
+                use_double_quant=config.bnb_4bit_use_double_quant,
+                compute_dtype=config.bnb_4bit_compute_dtype,
+                quant_storage=config.bnb_4bit_quant_storage,
+            )
+        return converted
+
+
+def unquantised_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """Names of the linear layers that stay as they are: all outside the decoder stacks that hold MoE layers (heads,
+    vision towers, projectors), routers, and gates with one output."""
+    decoders = tuple(f"{layer.decoder_layers_name}." for layer in layers)
+    routers = tuple(layer.router_name for layer in layers if layer.router_name)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (not name.startswith(decoders) or name.startswith(routers) or module.out_features == 1)
+    ]
+
+

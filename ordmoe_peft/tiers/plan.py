@@ -1,0 +1,98 @@
+"""What a forward pass is told about tiers: which tier each row is on, and how tiers are cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import OrdMoEConfigError, OrdMoERuntimeError
+from ..moe_layers import MoELayer
+from .ranking import GROUPINGS, check_tiers_fit
+
+LAYER_SCOPES = ("all", "shallow", "deep")
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """Which tier each row of a forward is on.
+
+    Args:
+        tiers (`torch.Tensor` of shape `(n,)`): a tier, from 1, for each row; fewer tiers than rows are each repeated
+            over as many consecutive rows as fit, as generation repeats its prompts.
+        num_tiers (`int`): C.
+        grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
+        layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
+        seed (`int`), step (`int`): what `random` grouping draws from.
+        num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
+            the same order for a sample's tiers; by default each row is a sample.
+    """
+
+    tiers: torch.Tensor
+    num_tiers: int
+    grouping: str
+    layers: frozenset[int]
+    seed: int
+    step: int
+    num_samples: int | None = None
+
+    @property
+    def is_top(self) -> bool:
+        """Whether all rows are on tier 1, which is the model as it is."""
+        return bool((self.tiers == 1).all())
+
+    def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """The tier of each of a forward's tokens, rows after one another (`torch.Tensor` of shape `(T,)`)."""
+        if num_tokens % len(self.tiers):
+            raise OrdMoERuntimeError(
+                f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_tokens} tokens, which "
+                "do not divide into that many rows. Give one tier for all rows, or one for each."
+            )
+        return self.tiers.to(device).repeat_interleave(num_tokens // len(self.tiers))
+
+
+def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozenset[int]:
+    """The indices of the MoE layers that `layer_scope` names.
+
+    Raises:
+        [`OrdMoEConfigError`]: an unknown name, or an index that the model does not have.
+    """
+    half = num_layers // 2
+    if isinstance(layer_scope, str):
+        scopes = {"all": range(num_layers), "shallow": range(half), "deep": range(half, num_layers)}
+        if layer_scope not in scopes:
+            raise OrdMoEConfigError(
+                f"layer_scope must be one of {LAYER_SCOPES} or a list of MoE layer indices, got {layer_scope!r}."
+            )
+        return frozenset(scopes[layer_scope])
+    outside = [index for index in layer_scope if not 0 <= index < num_layers]
+    if outside:
+        raise OrdMoEConfigError(
+            f"layer_scope names the MoE layers {outside}, but the model has {num_layers}, from 0 to {num_layers - 1}."
+        )
+    return frozenset(layer_scope)
+
+
+def make_plan(
+    layers: list[MoELayer],
+    tier: int | Sequence[int] | torch.Tensor,
+    num_tiers: int,
+    grouping: str,
+    layer_scope: str | Sequence[int],
+    seed: int,
+    step: int,
+    num_samples: int | None,
+) -> TierPlan:
+    """Check a request against the model's MoE layers and make it a plan.
+
+    Raises:
+        [`OrdMoEConfigError`]: a tier outside 1…C, C·K > E in a layer in scope, or an unknown grouping or scope.
+    """
+    tiers = torch.as_tensor(tier, dtype=torch.long).reshape(-1).cpu()
+    if len(tiers) == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
+        raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")
+    if grouping not in GROUPINGS:
+        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
+    scope = layers_in_scope(layer_scope, len(layers))
+    for index in sorted(scope):
+        check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
+    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples)

@@ -1,0 +1,272 @@
+"""Hold forward passes to tiers: `with tier_routing(model, tier=3): model(**inputs)`.
+
+The router's own code stays the judge. While a router runs, its `torch.topk` over the E scores is answered with the
+experts of the tier in place of the first K; what the router makes of the chosen scores is its business. Hooks on the
+text model and on its routers do this; without an active tier they return at once.
+
+A forward's tier outlives its `with` block in one case: gradient checkpointing runs layers again in backward. The
+checkpoint function of each layer is therefore wrapped to carry the tier along.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .._compat import wrap_checkpointing
+from ..config import OrdMoEConfig
+from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..moe_layers import MoELayer, find_moe_layers, text_model
+from .plan import TierPlan, make_plan
+from .ranking import random_order, rank_experts, tier_experts
+
+# Plans asked for by the `with` blocks of this thread: id of the text model → plan.
+_requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
+
+
+@dataclass(frozen=True)
+class TierForward:
+    """A plan and what one forward of the text model says of its tokens."""
+
+    plan: TierPlan
+    sequence_length: int
+    past_length: int
+
+
+class _Running(threading.local):
+    """The forward that runs in this thread, and the selection mode of the router that runs in it."""
+
+    forward: TierForward | None = None
+    selection: "_TierSelection | None" = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def tier_routing(
+    model: nn.Module,
+    tier: int | Sequence[int] | torch.Tensor,
+    *,
+    num_tiers: int | None = None,
+    grouping: str | None = None,
+    layer_scope: str | Sequence[int] | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    num_samples: int | None = None,
+) -> Iterator[None]:
+    """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
+
+    Settings that are not given come from the active OrdMoE adapter, or are [`OrdMoEConfig`]'s defaults on a model
+    without one. Blocks nest; the inner one holds. Other threads and other models are not affected.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        tier (`int`, sequence of `int`, or `torch.Tensor` of shape `(B,)`): the tier of all rows or of each row; tier 1
+            is the model as it is.
+        num_tiers (`int`, *optional*): C.
+        grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
+        layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
+        seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
+        num_samples (`int`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+
+    Raises:
+        [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
+        [`OrdMoEModelError`]: the model has no MoE layers, or a router that tiers cannot be imposed on.
+    """
+    layers = install_tier_hooks(model)
+    config = _adapter_config(model)
+    plan = make_plan(
+        layers,
+        tier,
+        num_tiers=config.num_tiers if num_tiers is None else num_tiers,
+        grouping=config.grouping if grouping is None else grouping,
+        layer_scope=config.layer_scope if layer_scope is None else layer_scope,
+        seed=config.tier_seed if seed is None else seed,
+        step=step,
+        num_samples=num_samples,
+    )
+    token = _requested.set({**_requested.get(), id(text_model(model, layers)): plan})
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def _adapter_config(model: nn.Module) -> OrdMoEConfig:
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapter", None)
+    if isinstance(active, str) and isinstance(configs.get(active), OrdMoEConfig):
+        return configs[active]
+    return next((config for config in configs.values() if isinstance(config, OrdMoEConfig)), OrdMoEConfig())
+
+
+# -------------------------------------------------------------------------------------------------------------- hooks
+def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
+    """Put the hooks on `model`'s text model and routers, where they are not yet. Returns its MoE layers.
+
+    Raises:
+        [`OrdMoEModelError`]: a layer has no router of a known kind, or one whose choice cannot be intercepted.
+    """
+    layers = find_moe_layers(model)
+    missing = [layer for layer in layers if layer.router is None or not hasattr(layer.router, "tier_hook_handles")]
+    for layer in missing:
+        check_router(layer)
+    for layer in missing:
+        layer.router.tier_hook_handles = [
+            layer.router.register_forward_pre_hook(_RouterEntry(layer)),
+            layer.router.register_forward_hook(_leave_router, always_call=True),
+        ]
+    decoder = text_model(model, layers)
+    if not hasattr(decoder, "tier_hook_handles"):
+        decoder.tier_hook_handles = [
+            decoder.register_forward_pre_hook(_enter_text_model, with_kwargs=True),
+            decoder.register_forward_hook(_leave_text_model, always_call=True),
+        ]
+    return layers
+
+
+def remove_tier_hooks(model: nn.Module) -> None:
+    """Take all hooks of [`install_tier_hooks`] off `model`."""
+    for module in model.modules():
+        for handle in module.__dict__.pop("tier_hook_handles", ()):
+            handle.remove()
+
+
+def check_router(layer: MoELayer) -> None:
+    """Run the layer's router on two tokens of noise and see that it chooses K of E scores by one `torch.topk`.
+
+    Raises:
+        [`OrdMoEModelError`]: it does not.
+    """
+    if layer.router is None:
+        raise OrdMoEModelError(
+            f"{layer.block_name} has experts but no router that has one row of weights per expert; its tiers are "
+            "unknown."
+        )
+    weight = layer.router.weight
+    if weight.device.type == "meta":
+        return
+    everything = TierPlan(torch.ones(1, dtype=torch.long), 1, "uniform", frozenset(), seed=0, step=0)
+    probe = _TierSelection(_RouterEntry(layer), TierForward(everything, sequence_length=2, past_length=0))
+    noise_TH = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        with torch.no_grad(), probe:
+            layer.router(noise_TH)
+    except TypeError as error:
+        raise OrdMoEModelError(f"{layer.router_name} ({type(layer.router).__name__}): {error}") from error
+    if probe.selections != 1:
+        raise OrdMoEModelError(
+            f"{layer.router_name} ({type(layer.router).__name__}) chose experts by {probe.selections} calls of "
+            f"torch.topk over its {layer.num_experts} scores where tiers need exactly one; this router is not "
+            "supported."
+        )
+
+
+class _RouterEntry:
+    """Forward pre-hook of a router: while it runs, its top-k is answered by tier."""
+
+    def __init__(self, layer: MoELayer):
+        self.index, self.num_experts, self.top_k = layer.index, layer.num_experts, layer.top_k
+        self.router_name = layer.router_name
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        forward = _running.forward
+        if forward is None or self.index not in forward.plan.layers:
+            return
+        _running.selection = _TierSelection(self, forward)
+        _running.selection.__enter__()
+
+
+def _leave_router(module: nn.Module, args: tuple, output: Any) -> None:
+    selection, _running.selection = _running.selection, None
+    if selection is None:
+        return
+    selection.__exit__(None, None, None)
+    if selection.selections != 1:
+        raise OrdMoERuntimeError(
+            f"{selection.router.router_name} chose experts {selection.selections} times in one forward; its tiers "
+            "would be wrong."
+        )
+
+
+def _enter_text_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    plan = _requested.get().get(id(module))
+    if plan is None or plan.is_top:
+        return
+    inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    cache = kwargs.get("past_key_values")
+    _running.forward = TierForward(plan, inputs.shape[1], cache.get_seq_length() if cache is not None else 0)
+    if module.training and torch.is_grad_enabled():
+        wrap_checkpointing(module, _carry_tiers)
+
+
+def _leave_text_model(module: nn.Module, args: tuple, output: Any) -> None:
+    _running.forward = None
+
+
+def _carry_tiers(checkpoint: Callable) -> Callable:
+    """A checkpoint function whose recomputation sees the tiers of its first run."""
+
+    def checkpoint_with_tiers(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        forward = _running.forward
+
+        def run(*run_args: Any, **run_kwargs: Any) -> Any:
+            before, _running.forward = _running.forward, forward
+            try:
+                return function(*run_args, **run_kwargs)
+            finally:
+                _running.forward = before
+
+        return checkpoint(run, *args, **kwargs)
+
+    return checkpoint_with_tiers
+
+
+# ---------------------------------------------------------------------------------------------------------- selection
+class _TierSelection(TorchFunctionMode):
+    """Answers a router's `torch.topk` over its E scores with the K experts of each token's tier."""
+
+    def __init__(self, router: _RouterEntry, forward: TierForward):
+        super().__init__()
+        self.router, self.forward = router, forward
+        self.selections = 0
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs or {}):
+            return result
+        self.selections += 1
+        scores_TE = args[0] if args else kwargs["input"]
+        index_TK = self._choose(scores_TE, result.indices)
+        return torch.return_types.topk((scores_TE.gather(1, index_TK), index_TK))
+
+    def _is_selection(self, index_TK, input, k, dim=-1, largest=True, sorted=True) -> bool:
+        # Group-limited routers also rank groups, on 3-D tensors; only the choice among all experts is the tier's.
+        is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
+        return is_over_experts and largest and k == self.router.top_k
+
+    def _choose(self, scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
+        plan, top_k = self.forward.plan, self.router.top_k
+        tier_T = plan.tier_of_token(len(scores_TE), scores_TE.device)
+        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK)
+        if plan.grouping == "random":
+            row_T, position_T = self._places(len(scores_TE), scores_TE.device)
+            ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.router.index)
+        index_TK = tier_experts(ranked_TE, tier_T, plan.num_tiers, top_k, plan.grouping)
+        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, index_TK)
+
+    def _places(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of each token, counted over the whole sequence, cached part included."""
+        token_T = torch.arange(num_tokens, device=device)
+        length, num_samples = self.forward.sequence_length, self.forward.plan.num_samples
+        row_T = token_T // length
+        return row_T % num_samples if num_samples else row_T, token_T % length + self.forward.past_length
