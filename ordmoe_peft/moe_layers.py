@@ -12,6 +12,9 @@ from torch import nn
 
 from .errors import OrdMoEModelError
 
+# Name of our experts function in transformers' registry.
+EXPERTS_IMPLEMENTATION = "ordmoe"
+
 
 @dataclass(frozen=True)
 class MoELayer:

@@ -9,7 +9,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from ._compat import add_peft_type
 from .config import PEFT_METHOD, OrdMoEConfig
 from .layers.experts_forward import experts_forward
-from .model import EXPERTS_IMPLEMENTATION, OrdMoEModel
+from .model import OrdMoEModel
+from .moe_layers import EXPERTS_IMPLEMENTATION
 from .quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from .quantization.quantizer import MoeBnb4BitHfQuantizer
 

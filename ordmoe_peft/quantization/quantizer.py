@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .._compat import keep_linear4bit_layout
 from ..errors import OrdMoEModelError
-from ..moe_layers import MoELayer, find_moe_layers
+from ..moe_layers import EXPERTS_IMPLEMENTATION, MoELayer, find_moe_layers
 from .storage import is_packed, pack_experts
 
 
@@ -50,6 +50,8 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 keep_linear4bit_layout(module)
+        # No other experts function can read packed stacks.
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -92,5 +94,3 @@ def unquantised_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
         if isinstance(module, nn.Linear)
         and (not name.startswith(decoders) or name.startswith(routers) or module.out_features == 1)
     ]
-
-

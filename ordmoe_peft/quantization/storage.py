@@ -80,9 +80,14 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     absmax_E = absmax.float().view(num_experts, -1)
 
     def unpack(expert: int) -> torch.Tensor:
-        dense = torch.empty(matrix_shape, dtype=state.dtype, device=bytes_E.device)
-        return bnb_functional.dequantize_4bit(
-            bytes_E[expert], absmax=absmax_E[expert], out=dense, blocksize=state.blocksize, quant_type=state.quant_type
+        # bitsandbytes has no `out=` form of this on CPU, so the state of one expert is spelled out.
+        expert_state = bnb_functional.QuantState(
+            absmax=absmax_E[expert],
+            shape=torch.Size(matrix_shape),
+            dtype=state.dtype,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
         )
+        return bnb_functional.dequantize_4bit(bytes_E[expert], expert_state)
 
     return unpack

@@ -44,7 +44,13 @@ def rank_experts(scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch
 
 
 def random_order(
-    ranked_TE: torch.Tensor, top_k: int, row_T: torch.Tensor, position_T: torch.Tensor, seed: int, step: int, layer: int
+    ranked_TE: torch.Tensor,
+    top_k: int,
+    row_T: torch.Tensor,
+    position_T: torch.Tensor,
+    seed: int,
+    step: int,
+    layer: int,
 ) -> torch.Tensor:
     """`ranked_TE` with the experts below the top K in an order drawn for each token (`torch.Tensor`, `(T, E)`).
 
@@ -81,8 +87,6 @@ def tier_experts(
         ranked_TE (`torch.Tensor` of shape `(T, E)`): experts in rank order.
         tier_T (`torch.Tensor` of shape `(T,)`): each token's tier, from 1.
     """
-    starts = [
-        first_rank(tier, num_tiers, ranked_TE.shape[1], top_k, grouping) - 1 for tier in range(1, num_tiers + 1)
-    ]
+    starts = [first_rank(tier, num_tiers, ranked_TE.shape[1], top_k, grouping) - 1 for tier in range(1, num_tiers + 1)]
     start_T = torch.tensor(starts, device=tier_T.device)[tier_T - 1]
     return ranked_TE.gather(1, start_T.unsqueeze(1) + torch.arange(top_k, device=tier_T.device))

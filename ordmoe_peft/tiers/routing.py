@@ -242,7 +242,9 @@ class _TierSelection(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs or {}):
+        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(
+            result.indices, *args, **kwargs or {}
+        ):
             return result
         self.selections += 1
         scores_TE = args[0] if args else kwargs["input"]

@@ -130,9 +130,7 @@ class OrdMoETrainer(SFTTrainer):
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @torch.no_grad()
-    def _log_losses(
-        self, scores: TierScores, labels: torch.Tensor, erl: torch.Tensor, balance: torch.Tensor
-    ) -> None:
+    def _log_losses(self, scores: TierScores, labels: torch.Tensor, erl: torch.Tensor, balance: torch.Tensor) -> None:
         """Append this batch's losses and tier likelihoods, averaged over processes, to TRL's metrics."""
         log_probs_CBS, mask_BS = scores.log_probs_CBS.detach(), scores.mask_BS
         content_BS = content_mask(labels[:, 1:].to(mask_BS.device), mask_BS, self.end_of_sequence_ids)

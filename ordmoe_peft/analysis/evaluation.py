@@ -1,0 +1,142 @@
+"""Accuracy and likelihood on held-out samples, tier by tier."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import OrdMoEDataError
+from ..objectives.expert_rank import mean_log_likelihood
+from ..responses import content_mask, end_of_sequence_ids
+from ..tiers.routing import tier_routing
+from .samples import ProcessingClass, answer_text, check_prompt_completion, prompt_inputs, scoring_inputs
+
+OVERALL = "overall"
+
+
+@dataclass
+class TierResult:
+    """What one tier does on a data set.
+
+    Args:
+        tier (`int`): the tier, from 1.
+        accuracy (`dict[str, float]`): share of generated answers that match exactly, overall and per group.
+        samples (`dict[str, int]`): number of samples, likewise.
+        log_likelihood (`float`): mean over samples of the mean log-probability per answer token, in nats.
+        log_likelihood_no_eos (`float`): the same without end-of-sequence tokens.
+    """
+
+    tier: int
+    accuracy: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    log_likelihood: float = float("nan")
+    log_likelihood_no_eos: float = float("nan")
+
+    to_dict = asdict
+
+
+def evaluate_tiers(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    tiers: Sequence[int] = (1,),
+    *,
+    group_by: str | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    **routing: Any,
+) -> list[TierResult]:
+    """Answer and score every sample of `dataset` under each of `tiers`.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        processing_class: its tokenizer or processor.
+        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        tiers (sequence of `int`, defaults to `(1,)`): tiers to evaluate; 1 is the model as it is.
+        group_by (`str`, *optional*): a column whose values get an accuracy of their own.
+        batch_size (`int`, defaults to 32): samples at a time.
+        max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
+        routing: settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
+
+    Raises:
+        [`OrdMoEDataError`]: the data set has no prompts, answers or `group_by` column.
+    """
+    check_prompt_completion(dataset.column_names)
+    if group_by is not None and group_by not in dataset.column_names:
+        raise OrdMoEDataError(f"group_by={group_by!r} is not a column; there are {sorted(dataset.column_names)}.")
+    was_training = model.training
+    model.eval()
+    results = [_TierTally(tier) for tier in tiers]
+    try:
+        with torch.inference_mode(), tqdm(total=len(dataset) * len(tiers), desc="Evaluating", unit="sample") as bar:
+            for samples in _batches(dataset, batch_size):
+                groups = [str(sample[group_by]) for sample in samples] if group_by else None
+                for result in results:
+                    with tier_routing(model, result.tier, **routing):
+                        answers = generate_answers(model, processing_class, samples, max_new_tokens)
+                        likelihood, no_eos = score_answers(model, processing_class, samples)
+                    result.add(samples, answers, groups, likelihood, no_eos)
+                    bar.update(len(samples))
+    finally:
+        model.train(was_training)
+    return [result.finish() for result in results]
+
+
+def _batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(dataset), batch_size):
+        yield [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+
+
+def generate_answers(
+    model: nn.Module, processing_class: ProcessingClass, samples: list[dict[str, Any]], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to the samples' prompts, as plain text."""
+    inputs = prompt_inputs(samples, processing_class).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processing_class.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def score_answers(
+    model: nn.Module, processing_class: ProcessingClass, samples: list[dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean log-probability per token of each reference answer, with and without end-of-sequence tokens (`(B,)` each)."""
+    inputs = scoring_inputs(samples, processing_class).to(model.device)
+    labels_BS = inputs.pop("labels")[:, 1:]
+    logits = model(**inputs).logits[:, :-1].float()
+    mask_BS = labels_BS != -100
+    log_probs_BS = logits.log_softmax(-1).gather(-1, labels_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer, model))
+    return mean_log_likelihood(log_probs_BS, mask_BS), mean_log_likelihood(log_probs_BS, content_BS)
+
+
+class _TierTally:
+    """Running sums of one tier's results."""
+
+    def __init__(self, tier: int):
+        self.tier = tier
+        self.right, self.asked = Counter(), Counter()
+        self.likelihood, self.no_eos = 0.0, 0.0
+
+    def add(self, samples, answers, groups, likelihood_B, no_eos_B) -> None:
+        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            for key in (OVERALL, *([groups[index]] if groups else [])):
+                self.asked[key] += 1
+                self.right[key] += answer == answer_text(sample)
+        self.likelihood += likelihood_B.sum().item()
+        self.no_eos += no_eos_B.sum().item()
+
+    def finish(self) -> TierResult:
+        count = max(self.asked[OVERALL], 1)
+        return TierResult(
+            self.tier,
+            accuracy={key: self.right[key] / self.asked[key] for key in sorted(self.asked)},
+            samples=dict(sorted(self.asked.items())),
+            log_likelihood=self.likelihood / count,
+            log_likelihood_no_eos=self.no_eos / count,
+        )

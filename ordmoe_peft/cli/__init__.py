@@ -1,0 +1,1 @@
+"""The `ordmoe` command: a module a subcommand, no logic of its own."""

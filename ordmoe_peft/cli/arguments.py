@@ -1,0 +1,78 @@
+"""Options that commands share, under TRL's names where TRL has them."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..config import OrdMoEConfig
+from ..errors import OrdMoEConfigError
+from ..quantization.config import MoeBitsAndBytesConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which base to load, and how."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the base model."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of unquantised weights: auto, bfloat16, float16, …"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation, e.g. sdpa."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load experts and decoder linears in 4 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
+    bnb_4bit_compute_dtype: str | None = field(
+        default=None, metadata={"help": "dtype that 4-bit weights are computed in; `dtype` by default."}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
+
+    def quantization_config(self) -> MoeBitsAndBytesConfig | None:
+        """The quantisation that was asked for."""
+        if not self.load_in_4bit:
+            return None
+        compute_dtype = self.bnb_4bit_compute_dtype or (None if self.dtype == "auto" else self.dtype)
+        if compute_dtype is not None and not isinstance(getattr(torch, compute_dtype, None), torch.dtype):
+            raise OrdMoEConfigError(f"{compute_dtype!r} is not a torch dtype.")
+        return MoeBitsAndBytesConfig(
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter's configuration: the fields of OrdMoEConfig that are set per run."""
+
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    targets: list[str] = field(
+        default_factory=lambda: ["router", "experts"],
+        metadata={"help": "Roles to adapt: router, experts, shared_experts, attention."},
+    )
+    num_tiers: int = field(default=3, metadata={"help": "Tiers C; 1 is supervised fine-tuning."})
+    grouping: str = field(default="uniform", metadata={"help": "How tiers are cut: uniform, high_only or random."})
+    layer_scope: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={"help": "MoE layers held to tiers: all, shallow, deep, or indices."},
+    )
+    rewards: list[float] | None = field(
+        default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
+    )
+    advantages: str = field(default="zscore", metadata={"help": "What rewards become: zscore, center or none."})
+    tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
+
+    def adapter_config(self) -> OrdMoEConfig:
+        """The configuration that was asked for."""
+        scope = [str(part) for part in self.layer_scope]
+        return OrdMoEConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            use_rslora=self.use_rslora,
+            targets=self.targets,
+            num_tiers=self.num_tiers,
+            grouping=self.grouping,
+            layer_scope=[int(part) for part in scope] if all(part.isdigit() for part in scope) else " ".join(scope),
+            rewards=self.rewards,
+            advantages=self.advantages,
+            tier_seed=self.tier_seed,
+        )

@@ -1,0 +1,52 @@
+"""`ordmoe <command> …`: finds the command's module and turns expected errors into one line."""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import yaml
+
+from ..errors import OrdMoEError
+
+# Command → (module, what it does). Modules are imported only when their command runs.
+COMMANDS = {
+    "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),
+    "evaluate": ("ordmoe_peft.cli.evaluate", "exact match and likelihood of answers, per tier on request"),
+    "export": ("ordmoe_peft.cli.export", "write an adapter in a form that plain PEFT loads"),
+}
+# What users cause: our own errors, missing files and repositories, values that upstream refuses, broken YAML.
+USER_ERRORS = (OrdMoEError, OSError, ValueError, yaml.YAMLError)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top-level parser; each command parses the rest itself."""
+    parser = argparse.ArgumentParser(
+        prog="ordmoe",
+        description="OrdMoE: preference training of Mixture-of-Experts models from their own routing.",
+        epilog="`ordmoe <command> --help` lists a command's options.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0, or 2 after an error that was printed."""
+    options, rest = build_parser().parse_known_args(arguments)
+    module = importlib.import_module(COMMANDS[options.command][0])
+    try:
+        module.main(rest)
+    except USER_ERRORS as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(f"ordmoe {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""`ordmoe train --config recipe.yaml`: train an adapter and leave it in `output_dir`."""
+
+from collections.abc import Sequence
+
+from peft import get_peft_model
+from trl import ScriptArguments, TrlParser
+
+from ..targets import coverage_report
+from ..training import OrdMoETrainer, OrdMoETrainingArguments
+from .arguments import AdapterArguments, ModelArguments
+from .loading import load_base, load_processing_class, load_split
+from .tables import peak_memory, print_table
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments),
+        prog="ordmoe train",
+        description="Train an OrdMoE adapter. Options can also stand in a YAML file given as --config.",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    model_options, adapter_options, script_options, training_args = build_parser().parse_args_and_config(arguments)
+    adapter_config = adapter_options.adapter_config()
+    data = (script_options.dataset_name, script_options.dataset_config)
+    train_dataset = load_split(*data, script_options.dataset_train_split, script_options.dataset_streaming)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_split(*data, script_options.dataset_test_split, script_options.dataset_streaming)
+    processing_class = load_processing_class(model_options, training_args.trust_remote_code)
+    model = get_peft_model(load_base(model_options, training_args.trust_remote_code), adapter_config)
+    print(coverage_report(model))
+
+    trainer = OrdMoETrainer(
+        model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    steps = trainer.state.global_step
+    metrics = {
+        **result.metrics,
+        "train_steps": steps,
+        "train_seconds_per_step": result.metrics["train_runtime"] / max(steps, 1),
+        "peak_memory_bytes": peak_memory(),
+    }
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    print_table(
+        f"Adapter in {training_args.output_dir}",
+        ("steps", "loss", "seconds per step", "peak memory"),
+        [
+            (
+                str(steps),
+                f"{metrics['train_loss']:.4f}",
+                f"{metrics['train_seconds_per_step']:.2f}",
+                f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB",
+            )
+        ],
+    )
