@@ -19,7 +19,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-VOCAB_SIZE, HIDDEN_SIZE, EXPERT_WIDTH, NUM_EXPERTS, TOP_K, NUM_LAYERS = 96, 32, 24, 8, 2, 3
+VOCAB_SIZE, HIDDEN_SIZE, EXPERT_WIDTH, NUM_EXPERTS, TOP_K, NUM_LAYERS = 96, 64, 24, 8, 2, 3
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, PAD, EOS = 90, 91, 92, 93, 0, 94
 
 TEXT = {
@@ -34,7 +34,7 @@ TEXT = {
     "eos_token_id": EOS,
     "bos_token_id": None,
 }
-MOE = TEXT | {"head_dim": 8, "num_experts": NUM_EXPERTS, "moe_intermediate_size": EXPERT_WIDTH}
+MOE = TEXT | {"head_dim": 16, "num_experts": NUM_EXPERTS, "moe_intermediate_size": EXPERT_WIDTH}
 
 
 def qwen3_moe(**changes) -> PreTrainedModel:
@@ -52,7 +52,7 @@ def mixtral(**changes) -> PreTrainedModel:
 
 
 def gpt_oss(**changes) -> PreTrainedModel:
-    own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 8, "sliding_window": 16}
+    own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 16, "sliding_window": 16}
     return _build(GptOssForCausalLM, GptOssConfig(**(TEXT | own | changes)))
 
 
@@ -65,11 +65,11 @@ def qwen2_moe(**changes) -> PreTrainedModel:
 def qwen3_dense() -> PreTrainedModel:
     """A model without MoE layers."""
     dense = {name: value for name, value in TEXT.items() if name != "num_experts_per_tok"}
-    return _build(Qwen3ForCausalLM, Qwen3Config(**dense, head_dim=8, intermediate_size=40))
+    return _build(Qwen3ForCausalLM, Qwen3Config(**dense, head_dim=16, intermediate_size=40))
 
 
 def qwen3_vl_moe(**changes) -> PreTrainedModel:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     vision = {
         "depth": 2,
         "hidden_size": 16,

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from .._compat import keep_linear4bit_layout
 from ..errors import OrdMoEModelError
 from ..moe_layers import EXPERTS_IMPLEMENTATION, MoELayer, find_moe_layers
-from .storage import is_packed, pack_experts
+from .storage import BLOCK_SIZE, check_whole_blocks, is_packed, pack_experts
 
 
 class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
@@ -37,6 +37,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             if not any(layer.experts_name == name or layer.experts_name.endswith(f".{name}") for name in skipped)
             for projection in layer.projections
         }
+        # Now, on the shapes alone: an error during loading would be buried in transformers' load report.
+        for name in sorted(self.expert_stacks):
+            check_whole_blocks(name, model.get_parameter(name).shape)
         self.quantization_config.llm_int8_skip_modules = sorted(skipped | set(unquantised_linears(model, layers)))
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
 
@@ -85,12 +88,18 @@ class QuantizeLinearOrExperts(ConversionOps):
 
 def unquantised_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Names of the linear layers that stay as they are: all outside the decoder stacks that hold MoE layers (heads,
-    vision towers, projectors), routers, and gates with one output."""
+    vision towers, projectors), routers, gates with one output, and layers whose rows are not whole blocks, which
+    bitsandbytes' CPU kernel unpacks wrongly (0.50.2)."""
     decoders = tuple(f"{layer.decoder_layers_name}." for layer in layers)
     routers = tuple(layer.router_name for layer in layers if layer.router_name)
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (not name.startswith(decoders) or name.startswith(routers) or module.out_features == 1)
+        and (
+            not name.startswith(decoders)
+            or name.startswith(routers)
+            or module.out_features == 1
+            or module.in_features % BLOCK_SIZE
+        )
     ]

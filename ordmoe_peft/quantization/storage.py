@@ -25,6 +25,17 @@ def logical_shape(weight: torch.Tensor) -> torch.Size:
     return weight.quant_state.shape if is_packed(weight) else weight.shape
 
 
+def check_whole_blocks(name: str, shape: torch.Size) -> None:
+    """Raise [`OrdMoEModelError`] unless each expert of the stack `name` is a whole number of blocks."""
+    weights = shape[1:].numel()
+    if weights % BLOCK_SIZE:
+        raise OrdMoEModelError(
+            f"{name}: an expert has {shape[1]} x {shape[2]} = {weights} weights, which is not a multiple of the 4-bit "
+            f"block size {BLOCK_SIZE}, so its blocks would straddle experts. Add {name.rpartition('.')[0]!r} to "
+            "`llm_int8_skip_modules` to leave these experts unquantised."
+        )
+
+
 def pack_experts(
     weight_EOI: torch.Tensor,
     name: str,
@@ -46,13 +57,7 @@ def pack_experts(
     Raises:
         [`OrdMoEModelError`]: an expert's matrix is not a whole number of blocks.
     """
-    rows, columns = weight_EOI.shape[1:]
-    if rows * columns % BLOCK_SIZE:
-        raise OrdMoEModelError(
-            f"{name}: an expert has {rows} x {columns} = {rows * columns} weights, which is not a multiple of the "
-            f"4-bit block size {BLOCK_SIZE}, so its blocks would straddle experts. Add {name.rpartition('.')[0]!r} "
-            "to `llm_int8_skip_modules` to leave these experts unquantised."
-        )
+    check_whole_blocks(name, weight_EOI.shape)
     packed = Params4bit(
         weight_EOI,
         requires_grad=False,
@@ -72,7 +77,7 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
     """
     state = packed.quant_state
-    num_experts, *matrix_shape = state.shape
+    num_experts, matrix_shape = state.shape[0], torch.Size(state.shape[1:])
     bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1, 1)
     absmax = state.absmax
     if state.nested:
@@ -80,14 +85,14 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     absmax_E = absmax.float().view(num_experts, -1)
 
     def unpack(expert: int) -> torch.Tensor:
-        # bitsandbytes has no `out=` form of this on CPU, so the state of one expert is spelled out.
+        # Unpacked flat: with rows shorter than a block, bitsandbytes' CPU kernel mixes the blocks' scales up (0.50.2).
         expert_state = bnb_functional.QuantState(
             absmax=absmax_E[expert],
-            shape=torch.Size(matrix_shape),
+            shape=torch.Size([matrix_shape.numel()]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        return bnb_functional.dequantize_4bit(bytes_E[expert], expert_state)
+        return bnb_functional.dequantize_4bit(bytes_E[expert], expert_state).view(matrix_shape)
 
     return unpack

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
+from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.tiers.plan import TierPlan, layers_in_scope, make_plan
+from tests import models
+
+
+def plan(tier, **changes):
+    settings = {
+        "num_tiers": 3,
+        "grouping": "uniform",
+        "layer_scope": "all",
+        "seed": 0,
+        "step": 0,
+        "num_samples": None,
+    }
+    return make_plan(find_moe_layers(models.qwen3_moe()), tier, **(settings | changes))
+
+
+def test_layer_scopes():
+    assert layers_in_scope("all", 5) == {0, 1, 2, 3, 4}
+    assert layers_in_scope("shallow", 5) == {0, 1}
+    assert layers_in_scope("deep", 5) == {2, 3, 4}
+    assert layers_in_scope([0, 3], 5) == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tier": 0}, r"from 1 .* to num_tiers=3, got \[0\]"),
+        ({"tier": [1, 4]}, r"got \[1, 4\]"),
+        ({"tier": []}, "got"),
+        ({"tier": 1, "num_tiers": 5}, r"K=2 .*E=8.*largest num_tiers that fits is 4"),
+        ({"tier": 1, "grouping": "best"}, "grouping must be one of"),
+        ({"tier": 1, "layer_scope": "middle"}, "layer_scope must be one of"),
+        ({"tier": 1, "layer_scope": [0, 3]}, r"\[3\], but the model has 3"),
+    ],
+)
+def test_bad_requests_are_refused(arguments, message):
+    with pytest.raises(OrdMoEConfigError, match=message):
+        plan(**arguments)
+
+
+def test_a_tier_per_row_covers_the_rows_tokens_in_order():
+    per_row = plan([1, 3])
+    assert per_row.tier_of_token(6, torch.device("cpu")).tolist() == [1, 1, 1, 3, 3, 3]
+    with pytest.raises(OrdMoERuntimeError, match="2 tiers.*7 tokens"):
+        per_row.tier_of_token(7, torch.device("cpu"))
+
+
+def test_only_tier_1_is_the_top():
+    assert plan(1).is_top
+    assert plan([1, 1]).is_top
+    assert not plan([1, 2]).is_top
+    assert isinstance(plan(2), TierPlan)
