@@ -6,11 +6,11 @@ loading an adapter needs neither trl nor datasets.
 
 from typing import Any
 
+from . import registration
 from .config import OrdMoEConfig
 from .errors import OrdMoEError
 from .model import OrdMoEModel
 from .quantization.config import MoeBitsAndBytesConfig
-from .registration import register
 from .targets import coverage_report
 from .tiers.routing import tier_routing
 
@@ -27,7 +27,7 @@ __all__ = [
     "tier_routing",
 ]
 
-register()
+registration.register()
 
 
 def __getattr__(name: str) -> Any:

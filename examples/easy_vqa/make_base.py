@@ -287,11 +287,21 @@ class AugmentOnlyInTraining(TrainerCallback):
 
 # ---------------------------------------------------------------------------------------------- stage 2: to answer
 def balanced(split: Dataset, seed: int) -> Dataset:
-    """As many questions of each kind as the most frequent kind has, by repetition, shuffled."""
-    kinds = np.array(split["kind"])
-    rows_by_kind = [np.flatnonzero(kinds == kind) for kind in KINDS]
-    most = max(len(rows) for rows in rows_by_kind)
-    return split.select(np.concatenate([np.resize(rows, most) for rows in rows_by_kind])).shuffle(seed=seed)
+    """As many questions of each kind as the most frequent kind has, by repetition, shuffled.
+
+    Within the presence kinds, what is asked for is there as often as not: in the data it mostly is not, and a model
+    learns that answer long before it learns to look.
+    """
+    groups = defaultdict(list)
+    for index, (prompt, completion, kind) in enumerate(
+        zip(split["prompt"], split["completion"], split["kind"], strict=True)
+    ):
+        is_there = bool(facts_told(prompt[0]["content"], completion[0]["content"]))
+        groups[kind, is_there].append(index)
+    share = {key: 0.5 if "presence" in key[0] else 1.0 for key in groups}
+    most = max(len(rows) / share[key] for key, rows in groups.items())
+    rows = np.concatenate([np.resize(rows, int(share[key] * most)) for key, rows in sorted(groups.items())])
+    return split.select(rows).shuffle(seed=seed)
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+import pytest
+
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.errors import OrdMoEConfigError
+
+
+def test_defaults_are_the_methods():
+    config = OrdMoEConfig()
+    assert (config.num_tiers, config.grouping, config.layer_scope, config.advantages) == (
+        3,
+        "uniform",
+        "all",
+        "zscore",
+    )
+    assert config.targets == ["router", "experts"]
+    assert config.peft_type == "ORDMOE"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["routers"]}, r"targets must be .*got \['routers'\]"),
+        ({"targets": []}, "targets must be"),
+        ({"num_tiers": 0}, "num_tiers must be at least 1, got 0"),
+        ({"grouping": "best"}, "grouping must be one of .*'best'"),
+        ({"advantages": "rank"}, "advantages must be one of .*'rank'"),
+        ({"layer_scope": "middle"}, "layer_scope must be one of .*'middle'"),
+        ({"rewards": [1, 0]}, r"3 tiers, got \[1, 0\]"),
+        ({"rewards": [0, 0.5, 1]}, "not rise"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
+        ({"use_dora": True}, "use_dora=True"),
+    ],
+)
+def test_bad_values_are_refused_with_the_value(arguments, message):
+    with pytest.raises(OrdMoEConfigError, match=message):
+        OrdMoEConfig(**arguments)
+
+
+def test_errors_are_value_errors():
+    with pytest.raises(ValueError):
+        OrdMoEConfig(num_tiers=0)
+
+
+def test_dropout_is_allowed_where_it_can_be_applied():
+    assert OrdMoEConfig(targets=["attention"], lora_dropout=0.1).lora_dropout == 0.1

@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import ordmoe_peft
+
+PUBLIC = {
+    "MoeBitsAndBytesConfig",
+    "OrdMoEConfig",
+    "OrdMoEError",
+    "OrdMoEModel",
+    "OrdMoETrainer",
+    "OrdMoETrainingArguments",
+    "coverage_report",
+    "tier_routing",
+}
+
+
+def test_public_names():
+    assert set(ordmoe_peft.__all__) == PUBLIC
+    assert all(hasattr(ordmoe_peft, name) for name in PUBLIC)
+
+
+def test_import_is_light():
+    code = "import sys, ordmoe_peft; print([m for m in ('trl', 'datasets', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_registering_twice_does_nothing():
+    ordmoe_peft.registration.register()
