@@ -14,6 +14,7 @@ from .quantization.config import MoeBitsAndBytesConfig
 from .targets import coverage_report
 from .tiers.routing import tier_routing
 
+
 __version__ = "0.1.0.dev0"
 
 __all__ = [

@@ -11,6 +11,7 @@ from .objectives.advantages import ADVANTAGES, tier_rewards
 from .tiers.plan import LAYER_SCOPES
 from .tiers.ranking import GROUPINGS
 
+
 PEFT_METHOD = "ordmoe"
 ROLES = ("router", "experts", "shared_experts", "attention")
 

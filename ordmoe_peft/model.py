@@ -15,6 +15,7 @@ from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import install_tier_hooks, remove_tier_hooks
 
+
 logger = logging.get_logger(__name__)
 
 
@@ -46,9 +47,7 @@ class OrdMoEModel(LoraModel):
         self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @staticmethod
-    def _create_new_module(
-        lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
+    def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if kwargs.get("parameter_name") and is_fused_experts(unwrapped(target)):
             arguments = {name: kwargs[name] for name in ("parameter_name", "r", "lora_alpha")}
             return ParamWrapper(target, adapter_name, config=lora_config, **arguments)

@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import OrdMoEModelError
 
+
 # Name of our experts function in transformers' registry.
 EXPERTS_IMPLEMENTATION = "ordmoe"
 

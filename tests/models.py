@@ -19,6 +19,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+
 VOCAB_SIZE, HIDDEN_SIZE, EXPERT_WIDTH, NUM_EXPERTS, TOP_K, NUM_LAYERS = 96, 64, 24, 8, 2, 3
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, PAD, EOS = 90, 91, 92, 93, 0, 94
 

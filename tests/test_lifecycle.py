@@ -14,6 +14,7 @@ from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.export import export_plain_lora
 from tests import models
 
+
 EVERYTHING = ["router", "experts", "attention"]
 
 
@@ -40,9 +41,7 @@ def test_adapter_computes_what_plain_peft_computes(family, model, batch):
     config = mine.peft_config["default"]
     plain = get_peft_model(
         models.FAMILIES[family](),
-        LoraConfig(
-            r=6, lora_alpha=4, target_modules=config.target_modules, target_parameters=config.target_parameters
-        ),
+        LoraConfig(r=6, lora_alpha=4, target_modules=config.target_modules, target_parameters=config.target_parameters),
     ).eval()
     models.randomize_adapter(plain)
     state = {name: value for name, value in mine.state_dict().items() if "lora_" in name}

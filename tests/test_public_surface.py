@@ -3,6 +3,7 @@ import sys
 
 import ordmoe_peft
 
+
 PUBLIC = {
     "MoeBitsAndBytesConfig",
     "OrdMoEConfig",

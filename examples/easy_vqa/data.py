@@ -15,6 +15,7 @@ from pathlib import Path
 import easy_vqa
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+
 SHAPES = ("circle", "rectangle", "triangle")
 VALIDATION_SHARE = 0.1
 SPLIT_SEED = 0

@@ -25,7 +25,6 @@ import PIL.Image
 import torch
 import transformers
 import trl
-from data import SHAPES, load_easy_vqa
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,6 +42,9 @@ from transformers import (
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
+
+from data import SHAPES, load_easy_vqa
+
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KINDS = ("shape", "color", "shape presence", "color presence")

@@ -15,6 +15,7 @@ from ..responses import content_mask, end_of_sequence_ids
 from ..tiers.routing import tier_routing
 from .samples import ProcessingClass, answer_text, check_prompt_completion, prompt_inputs, scoring_inputs
 
+
 OVERALL = "overall"
 
 
@@ -104,7 +105,7 @@ def generate_answers(
 def score_answers(
     model: nn.Module, processing_class: ProcessingClass, samples: list[dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability per token of each reference answer, with and without end-of-sequence tokens (`(B,)` each)."""
+    """Mean log-probability per token of each reference answer, with and without end-of-sequence tokens (`(B,)`)."""
     inputs = scoring_inputs(samples, processing_class).to(model.device)
     labels_BS = inputs.pop("labels")[:, 1:]
     logits = model(**inputs).logits[:, :-1].float()

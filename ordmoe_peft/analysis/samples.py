@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import OrdMoEDataError
 
+
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 

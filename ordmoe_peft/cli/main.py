@@ -10,6 +10,7 @@ import yaml
 
 from ..errors import OrdMoEError
 
+
 # Command → (module, what it does). Modules are imported only when their command runs.
 COMMANDS = {
     "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),

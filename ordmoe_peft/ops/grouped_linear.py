@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
+
 # Strides that `torch.nn.functional.grouped_mm` accepts are multiples of this many bytes, on CPU as on CUDA.
 GROUPED_MM_ALIGNMENT = 16
 

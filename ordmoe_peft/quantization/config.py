@@ -4,6 +4,7 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import OrdMoEConfigError
 
+
 QUANT_METHOD = "moe_bitsandbytes"
 
 

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Params4bit
 
 from ..errors import OrdMoEModelError
 
+
 BLOCK_SIZE = 64
 
 

@@ -9,6 +9,7 @@ from ..errors import OrdMoEConfigError, OrdMoERuntimeError
 from ..moe_layers import MoELayer
 from .ranking import GROUPINGS, check_tiers_fit
 
+
 LAYER_SCOPES = ("all", "shallow", "deep")
 
 

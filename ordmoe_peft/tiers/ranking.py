@@ -7,6 +7,7 @@ import torch
 
 from ..errors import OrdMoEConfigError
 
+
 GROUPINGS = ("uniform", "high_only", "random")
 
 

@@ -26,6 +26,7 @@ from ..moe_layers import MoELayer, find_moe_layers, text_model
 from .plan import TierPlan, make_plan
 from .ranking import random_order, rank_experts, tier_experts
 
+
 # Plans asked for by the `with` blocks of this thread: id of the text model → plan.
 _requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
 
@@ -242,9 +243,7 @@ class _TierSelection(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(
-            result.indices, *args, **kwargs or {}
-        ):
+        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs or {}):
             return result
         self.selections += 1
         scores_TE = args[0] if args else kwargs["input"]

@@ -3,4 +3,5 @@
 from .arguments import OrdMoETrainingArguments
 from .trainer import OrdMoETrainer
 
+
 __all__ = ["OrdMoETrainer", "OrdMoETrainingArguments"]

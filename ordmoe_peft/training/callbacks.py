@@ -3,6 +3,7 @@
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+
 logger = logging.get_logger(__name__)
 
 

@@ -18,6 +18,7 @@ from .arguments import OrdMoETrainingArguments
 from .callbacks import LikelihoodWatch
 from .tier_passes import TierPasses, TierScores
 
+
 # Any of these sets of columns holds answers to learn from, in TRL's data set formats.
 ANSWER_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
 

@@ -9,6 +9,7 @@ from ordmoe_peft.layers.experts_forward import LoraFactors, experts_forward
 from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
+
 NUM_EXPERTS, HIDDEN, WIDTH, R = 5, 16, 24, 3
 LAYOUTS = {
     "gated": {},

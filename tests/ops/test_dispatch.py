@@ -3,6 +3,7 @@ import torch
 
 from ordmoe_peft.ops.dispatch import combine_by_token, group_by_expert
 
+
 ROUTINGS = {
     "mixed": [[2, 0], [0, 3], [2, 3]],
     "one token": [[1, 4]],

@@ -5,6 +5,7 @@ import torch
 
 from ordmoe_peft.ops.grouped_linear import grouped_lora, grouped_matmul, packed_grouped_matmul
 
+
 # Blocks of 5 experts: two of them empty, all rows on one, a single row.
 ENDS = {"empty experts": [3, 3, 10, 13, 13], "one expert": [0, 0, 13, 13, 13], "one row": [0, 1, 1, 1, 1]}
 # Sizes that torch's grouped_mm accepts, and sizes that it refuses.

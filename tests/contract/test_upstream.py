@@ -1,0 +1,56 @@
+"""What we rely on upstream; each test fails when a shim in `_compat.py` may go, or must change."""
+
+import inspect
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners import tuners_utils
+from peft.utils.peft_types import PeftType
+from transformers import modeling_layers
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+import ordmoe_peft  # noqa: F401
+from ordmoe_peft.moe_layers import is_fused_experts
+from tests import models
+
+
+def test_peft_type_is_a_member_like_any_other():
+    assert PeftType("ORDMOE") is PeftType["ORDMOE"] is PeftType.ORDMOE
+    assert PeftType.ORDMOE == "ORDMOE"
+    assert "ORDMOE" in list(PeftType)
+
+
+def test_peft_recognises_nested_wrappers_by_class_name():
+    source = inspect.getsource(tuners_utils.BaseTuner._inject_parameters)
+    assert '__class__.__name__ != "ParamWrapper"' in source
+
+
+def test_bitsandbytes_layers_have_the_switch_for_repacking_on_cpu():
+    assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+
+
+def test_checkpointed_layers_keep_their_function_as_an_attribute():
+    model = models.qwen3_moe()
+    model.gradient_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert isinstance(layer, modeling_layers.GradientCheckpointingLayer)
+    assert callable(layer.__dict__["_gradient_checkpointing_func"])
+
+
+def test_experts_carry_the_flags_and_take_further_arguments():
+    @use_experts_implementation
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = 2
+
+    class Config:
+        _experts_implementation = "contract_test"
+
+    ALL_EXPERTS_FUNCTIONS.register("contract_test", lambda self, x, index, weights, expert_lora=None: expert_lora)
+    try:
+        experts = Experts(Config())
+        assert is_fused_experts(experts)
+        assert experts(1, 2, 3, expert_lora="factors") == "factors"
+    finally:
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop("contract_test")

@@ -1,0 +1,242 @@
+"""The trainer against TRL's own and against losses put together from one pass per tier."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import SFTTrainer
+
+from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
+from ordmoe_peft.objectives.advantages import tier_advantages
+from tests import models, reference, text
+
+
+SETTINGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def arguments(folder, **changes) -> OrdMoETrainingArguments:
+    return OrdMoETrainingArguments(str(folder), **(SETTINGS | changes))
+
+
+def adapted(build=models.qwen3_moe, **settings):
+    torch.manual_seed(0)
+    model = get_peft_model(build(), OrdMoEConfig(**({"r": 4, "targets": ["router", "experts"]} | settings)))
+    models.randomize_adapter(model)
+    return model
+
+
+def trainer_for(folder, model=None, cls=OrdMoETrainer, dataset=None, **changes):
+    return cls(
+        adapted() if model is None else model,
+        args=arguments(folder, **changes),
+        train_dataset=text.conversations() if dataset is None else dataset,
+        processing_class=text.tokenizer(),
+    )
+
+
+def trained(trainer):
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("build", [models.qwen3_moe, models.olmoe, models.mixtral], ids=lambda build: build.__name__)
+def test_one_tier_without_balance_is_sft_to_the_bit(build, tmp_path):
+    results = [
+        trained(trainer_for(tmp_path, adapted(build, num_tiers=1), cls, balance_coef=0.0))
+        for cls in (SFTTrainer, OrdMoETrainer)
+    ]
+    (sft_losses, sft_weights), (losses, weights) = results
+    assert losses == sft_losses
+    assert len(losses) == 4
+    assert losses[0] != losses[-1]
+    assert all(torch.equal(weights[name], sft_weights[name]) for name in sft_weights)
+
+
+def one_batch(trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def likelihoods(model, batch, num_tiers, **routing):
+    """L̄ of each sample and tier, `(B, C)`, from one pass per tier, and tier 1's token log-probabilities."""
+    columns, first = [], None
+    labels = batch["labels"][:, 1:]
+    for tier in range(1, num_tiers + 1):
+        with tier_routing(model, tier, num_samples=len(labels), **routing):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        token = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        token = token.masked_fill(labels == -100, 0)
+        first = token if first is None else first
+        columns.append(token.sum(1) / (labels != -100).sum(1))
+    return torch.stack(columns, dim=1), first
+
+
+@pytest.mark.parametrize("grouping", ["uniform", "high_only", "random"])
+@pytest.mark.parametrize(("num_tiers", "rewards", "advantages"), [(2, None, "zscore"), (3, [2, 1.5, 0], "none")])
+def test_loss_and_gradients_are_those_of_one_pass_per_tier(tmp_path, grouping, num_tiers, rewards, advantages):
+    model = adapted(num_tiers=num_tiers, rewards=rewards, advantages=advantages, grouping=grouping)
+    trainer = trainer_for(tmp_path, model, erl_coef=0.3, balance_coef=0.0)
+    batch = one_batch(trainer)
+    trainer.state.global_step = 5
+    model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    likelihood, first = likelihoods(model, batch, num_tiers, step=5)
+    ntp = -first.sum() / (batch["labels"][:, 1:] != -100).sum()
+    erl = -(likelihood * tier_advantages(rewards, num_tiers, advantages)).sum(1).mean()
+    wanted = ntp + 0.3 * erl
+    got = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    wanted_gradients = torch.autograd.grad(wanted, parameters.values(), allow_unused=True)
+    got_gradients = torch.autograd.grad(got, parameters.values(), allow_unused=True)
+    for name, mine, true in zip(parameters, got_gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-6, msg=name)
+
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert metrics["ntp_loss"] == pytest.approx(ntp.item(), abs=1e-5)
+    assert metrics["erl_loss"] == pytest.approx(erl.item(), abs=1e-5)
+    for tier in range(1, num_tiers + 1):
+        assert metrics[f"tier_{tier}/log_likelihood"] == pytest.approx(likelihood[:, tier - 1].mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_tiers", [1, 3])
+@pytest.mark.parametrize("build", [models.qwen3_moe, models.olmoe, models.mixtral], ids=lambda build: build.__name__)
+def test_balance_is_added_once_from_tier_1_and_without_padding(tmp_path, build, num_tiers):
+    model = adapted(build, num_tiers=num_tiers)
+    with_balance = trainer_for(tmp_path, model, erl_coef=0.0, balance_coef=0.5)
+    batch = one_batch(with_balance)
+    assert (batch["attention_mask"] == 0).any()
+    model.train()
+    total = with_balance.compute_loss(model, dict(batch))
+    router_logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True
+    ).router_logits
+    mask = batch["attention_mask"].reshape(-1)
+    balance = torch.stack([reference.balance_loss(logits, models.TOP_K, mask) for logits in router_logits]).mean()
+    metrics = {name: values[-1] for name, values in with_balance._metrics["train"].items()}
+    assert metrics["balance_loss"] == pytest.approx(balance.item(), abs=1e-5)
+    assert total.item() == pytest.approx(metrics["ntp_loss"] + 0.5 * balance.item(), abs=1e-5)
+    assert "aux_loss" not in metrics
+
+
+def test_balance_has_its_gradient_under_the_default_checkpointing(tmp_path):
+    gradients = {}
+    for checkpointing in (False, True):
+        for coef in (0.0, 10.0):
+            model = adapted()
+            trainer = trainer_for(tmp_path, model, balance_coef=coef, gradient_checkpointing=checkpointing)
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+                model.enable_input_require_grads()
+            model.train()
+            trainer.compute_loss(model, one_batch(trainer)).backward()
+            gradients[checkpointing, coef] = model.get_parameter(
+                "base_model.model.model.layers.1.mlp.gate.lora_B.default.weight"
+            ).grad
+    torch.testing.assert_close(gradients[True, 10.0], gradients[False, 10.0], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradients[True, 10.0], gradients[True, 0.0], rtol=0.1)
+
+
+def test_balance_under_reentrant_checkpointing_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(OrdMoEModelError, match="use_reentrant.*balance_coef=0"):
+        trainer.train()
+
+
+def test_lower_tier_floor_stops_low_tiers_from_falling(tmp_path):
+    """With a huge coefficient the bottom tier runs away; with the floor above all its tokens it is left alone."""
+    last = {}
+    for floor in (None, "0"):
+        trainer = trainer_for(
+            tmp_path, erl_coef=1.0, balance_coef=0.0, max_steps=12, lower_tier_floor=floor, learning_rate=3e-2
+        )
+        trainer.train()
+        last[floor] = [entry["tier_3/log_likelihood"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert last[None] < -6
+    assert last["0"] > last[None] + 2
+
+
+def test_training_raises_tier_1_over_the_bottom_and_logs_every_tier(tmp_path):
+    trainer = trainer_for(tmp_path, erl_coef=0.1, max_steps=12)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {f"tier_{tier}/log_likelihood{end}" for tier in (1, 2, 3) for end in ("", "_no_eos")} <= logs[0].keys()
+    assert logs[-1]["tier_1/log_likelihood"] > logs[0]["tier_1/log_likelihood"] + 0.5
+    assert logs[-1]["tier_3/log_likelihood"] < logs[-1]["tier_1/log_likelihood"] - 0.5
+
+
+def test_accumulated_small_batches_are_one_large_batch(tmp_path):
+    dataset = text.conversations(vary_length=False)
+    changes = {"max_steps": 2, "balance_coef": 0.0, "erl_coef": 0.1, "dataset": dataset}
+    _, whole = trained(trainer_for(tmp_path, per_device_train_batch_size=4, **changes))
+    _, parts = trained(trainer_for(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **changes))
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_evaluation_logs_the_tiers_too(tmp_path):
+    metrics = trainer_for(tmp_path).evaluate(text.conversations())
+    assert metrics["eval_tier_1/log_likelihood"] != metrics["eval_tier_3/log_likelihood"]
+
+
+def test_peft_config_is_taken_as_by_trl_and_the_adapter_and_its_card_are_saved(tmp_path):
+    trainer = OrdMoETrainer(
+        models.qwen3_moe(),
+        args=arguments(tmp_path, save_strategy="steps", save_steps=4),
+        train_dataset=text.conversations(),
+        processing_class=text.tokenizer(),
+        peft_config=OrdMoEConfig(r=4),
+    )
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    card = (tmp_path / "README.md").read_text()
+    assert "ordmoe" in card
+    assert "2511.19023" in card
+
+
+class TestRefusals:
+    def test_no_ordmoe_adapter(self, tmp_path):
+        for model in (models.qwen3_moe(), get_peft_model(models.qwen3_moe(), LoraConfig(target_modules=["q_proj"]))):
+            with pytest.raises(OrdMoEConfigError, match="needs a model with an active OrdMoE adapter"):
+                trainer_for(tmp_path, model)
+
+    def test_a_data_set_without_answers(self, tmp_path):
+        dataset = text.conversations().remove_columns("completion")
+        with pytest.raises(OrdMoEDataError, match=r"\['kind', 'prompt'\], none of which holds an answer"):
+            trainer_for(tmp_path, dataset=dataset)
+
+    def test_padding_free_batches(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="num_tiers=3 would repeat"):
+            trainer_for(tmp_path, padding_free=True, max_length=None)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"router_aux_loss_coef": 0.01}, "second balance loss"),
+            ({"erl_coef": -1.0}, "erl_coef must not be negative, got -1.0"),
+            ({"lower_tier_floor": "low"}, "'uniform', got 'low'"),
+            ({"lower_tier_floor": "1.5"}, "at most 0, got 1.5"),
+        ],
+    )
+    def test_bad_arguments(self, tmp_path, changes, message):
+        with pytest.raises(OrdMoEConfigError, match=message):
+            arguments(tmp_path, **changes)
+
+
+def test_plain_text_data_sets_work(tmp_path):
+    dataset = Dataset.from_dict({"text": ["w10 w11 w12 w13", "w20 w21 w22"] * 4})
+    losses, _ = trained(trainer_for(tmp_path, dataset=dataset))
+    assert losses[-1] < losses[0]
