@@ -29,8 +29,9 @@ class ModelArguments:
         if not self.load_in_4bit:
             return None
         compute_dtype = self.bnb_4bit_compute_dtype or (None if self.dtype == "auto" else self.dtype)
-        if compute_dtype is not None and not isinstance(getattr(torch, compute_dtype, None), torch.dtype):
-            raise OrdMoEConfigError(f"{compute_dtype!r} is not a torch dtype.")
+        known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if compute_dtype is not None and compute_dtype not in known:
+            raise OrdMoEConfigError(f"bnb_4bit_compute_dtype must be one of {tuple(known)}, got {compute_dtype!r}.")
         return MoeBitsAndBytesConfig(
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=self.use_bnb_nested_quant,

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         num_tiers=options.num_tiers,
         grouping=options.grouping,
     )
-    print_results(f"{options.adapter or model_options.model_name_or_path} on {options.split}", results)
+    print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.split}")
+    print_results("Exact match, and mean log-likelihood per answer token (nats)", results)
     if options.output is not None:
         path = Path(options.output)
         path.parent.mkdir(parents=True, exist_ok=True)

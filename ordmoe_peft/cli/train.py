@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     print_table(
-        f"Adapter in {training_args.output_dir}",
+        "Trained",
         ("steps", "loss", "seconds per step", "peak memory"),
         [
             (
@@ -62,3 +62,4 @@ def main(arguments: Sequence[str]) -> None:
             )
         ],
     )
+    print(f"Adapter in {training_args.output_dir}")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..config import OrdMoEConfig
@@ -18,6 +19,8 @@ from .arguments import OrdMoETrainingArguments
 from .callbacks import LikelihoodWatch
 from .tier_passes import TierPasses, TierScores
 
+
+logger = logging.get_logger(__name__)
 
 # Any of these sets of columns holds answers to learn from, in TRL's data set formats.
 ANSWER_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
@@ -63,6 +66,11 @@ class OrdMoETrainer(SFTTrainer):
         args = args or OrdMoETrainingArguments("ordmoe-adapter")
         _check_answers(train_dataset)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        if {"messages", "conversations"} & _columns(train_dataset) and not args.assistant_only_loss:
+            logger.warning(
+                "The data set has whole conversations and assistant_only_loss is off, so prompts count as part of the "
+                "responses that tiers are ranked on. Set assistant_only_loss=True, or give `prompt` and `completion`."
+            )
         config = self._adapter_config()
         self.num_tiers = config.num_tiers
         if self.num_tiers > 1 and self.padding_free:
@@ -148,8 +156,12 @@ class OrdMoETrainer(SFTTrainer):
             metrics[name].append(value)
 
 
+def _columns(dataset: Any) -> set[str]:
+    return set(getattr(dataset, "column_names", None) or [])
+
+
 def _check_answers(dataset: Any) -> None:
-    columns = set(getattr(dataset, "column_names", None) or [])
+    columns = _columns(dataset)
     if columns and not any(needed <= columns for needed in ANSWER_COLUMNS):
         raise OrdMoEDataError(
             f"The data set has the columns {sorted(columns)}, none of which holds an answer to learn from. It needs "

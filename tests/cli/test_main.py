@@ -1,0 +1,166 @@
+"""The `ordmoe` command as a user types it: what it does, and one line for what goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+
+from ordmoe_peft.cli.main import COMMANDS, main
+from tests import models, text
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A tiny text model with its tokenizer, in a folder."""
+    return save_base(models.qwen3_moe(), tmp_path / "base")
+
+
+def save_base(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    text.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A data set in a folder, with a train and a test split."""
+    return save_data(text.conversations(), tmp_path / "data")
+
+
+def save_data(dataset, folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "test"):
+        dataset.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def train_arguments(base, data, output, **changes) -> list[str]:
+    options = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": output,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "lora_r": 4,
+        **changes,
+    }
+    return ["train", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def error_of(capsys, arguments) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_evaluate_and_export_from_a_recipe(base, data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("load_in_4bit: true\nuse_bnb_nested_quant: true\ntargets: [router, experts, attention]\n")
+    adapter = tmp_path / "adapter"
+    assert main([*train_arguments(base, data, adapter), "--config", str(recipe)]) == 0
+    output = capsys.readouterr().out
+    assert "gate_up" in output
+    assert str(adapter) in output
+    assert (adapter / "adapter_model.safetensors").is_file()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["peft_type"] == "ORDMOE"
+    assert config["targets"] == ["router", "experts", "attention"]
+    metrics = json.loads((adapter / "train_results.json").read_text())
+    assert metrics["train_steps"] == 2
+    assert metrics["peak_memory_bytes"] > 1e8
+
+    results = tmp_path / "results.json"
+    arguments = ["evaluate", "--model_name_or_path", base, "--adapter", adapter, "--dataset_name", data]
+    arguments += ["--tiers", 1, 3, "--group_by", "kind", "--max_new_tokens", 3, "--limit", 6, "--output", results]
+    assert main(list(map(str, arguments))) == 0
+    top, bottom = json.loads(results.read_text())
+    assert (top["tier"], bottom["tier"]) == (1, 3)
+    assert top["samples"]["overall"] == 6 == top["samples"]["even"] + top["samples"]["odd"]
+    assert top["log_likelihood"] != bottom["log_likelihood"]
+    assert "log-likelihood" in capsys.readouterr().out
+
+    assert main(["export", str(adapter), "--output", str(tmp_path / "plain")]) == 0
+    loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "plain")
+    assert loaded.peft_config["default"].peft_type == "LORA"
+
+
+def test_help_names_every_command_and_each_has_its_own():
+    for arguments in ([], *([name] for name in COMMANDS)):
+        command = [sys.executable, "-m", "ordmoe_peft.cli.main", *arguments, "--help"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for expected in COMMANDS if not arguments else [f"ordmoe {arguments[0]}"]:
+            assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": "routers"}, "targets must be one or more of"),
+        ({"rewards": "0"}, "rewards needs one value for each of the 3 tiers"),
+        ({"num_tiers": 5}, "num_tiers=5 does not fit"),
+        ({"targets": "shared_experts"}, "has nothing of that role"),
+        ({"bnb_4bit_compute_dtype": "int3", "load_in_4bit": True}, "got 'int3'"),
+        ({"dataset_name": "/no/such/folder"}, "/no/such/folder"),
+        ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),
+        ({"dataset_train_split": "nosuch"}, "nosuch"),
+        ({"config": "/no/such/recipe.yaml"}, "/no/such/recipe.yaml"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_users_get_wrong_is_one_line(base, data, tmp_path, capsys, changes, message):
+    error = error_of(capsys, train_arguments(base, data, tmp_path / "out", **changes))
+    assert error.splitlines()[-1].startswith("ordmoe train: error: ") or message in error
+    assert message in error
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_rewards_that_rise(base, data, tmp_path, capsys):
+    arguments = [*train_arguments(base, data, tmp_path / "out"), "--rewards", "0", "0.5", "1"]
+    assert "rewards must be finite and not rise" in error_of(capsys, arguments)
+
+
+def test_unknown_options_in_a_recipe(base, data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_teirs: 3\n")
+    error = error_of(capsys, [*train_arguments(base, data, tmp_path / "out"), "--config", str(recipe)])
+    assert "num_teirs" in error
+
+
+def test_a_model_without_moe_layers(data, tmp_path, capsys):
+    dense = save_base(models.qwen3_dense(), tmp_path / "dense")
+    error = error_of(capsys, train_arguments(dense, data, tmp_path / "out"))
+    assert "Qwen3ForCausalLM has no MoE layers" in error
+
+
+def test_a_data_set_without_answers(base, tmp_path, capsys):
+    data = save_data(text.conversations().remove_columns("completion"), tmp_path / "questions")
+    assert "none of which holds an answer" in error_of(capsys, train_arguments(base, data, tmp_path / "out"))
+    evaluate = ["evaluate", "--model_name_or_path", str(base), "--dataset_name", str(data)]
+    assert "no column 'completion'" in error_of(capsys, evaluate)
+
+
+def test_evaluating_what_is_not_there(base, data, tmp_path, capsys):
+    evaluate = ["evaluate", "--model_name_or_path", str(base), "--dataset_name", str(data)]
+    assert "group_by='color' is not a column" in error_of(capsys, [*evaluate, "--group_by", "color"])
+    assert "No data set" in error_of(capsys, evaluate[:3])
+    assert "/no/such/adapter" in error_of(capsys, [*evaluate, "--adapter", "/no/such/adapter"])
+
+
+def test_an_adapter_of_another_base(base, data, tmp_path, capsys):
+    assert main(train_arguments(base, data, tmp_path / "adapter")) == 0
+    wider = save_base(models.qwen3_moe(hidden_size=128), tmp_path / "wider")
+    arguments = ["evaluate", "--model_name_or_path", wider, "--dataset_name", data, "--adapter", tmp_path / "adapter"]
+    assert "made for another base" in error_of(capsys, list(map(str, arguments)))
+
+
+def test_traceback_on_request(base, capsys):
+    assert main(["--traceback", "evaluate", "--model_name_or_path", str(base)]) == 2
+    assert "Traceback" in capsys.readouterr().err
