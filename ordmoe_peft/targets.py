@@ -6,6 +6,7 @@ from torch import nn
 
 from .errors import OrdMoEModelError
 from .moe_layers import MoELayer, find_moe_layers, without_wrappers
+from .quantization.storage import logical_shape
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ def base_moe(model: nn.Module) -> dict:
     """The sizes that an adapter of `model` depends on, as plain data."""
     layers = find_moe_layers(model)
     experts = layers[0].experts
-    text_config = model.config.get_text_config() if hasattr(model, "config") else None
+    sides = logical_shape(experts.down_proj)[1:]
+    expert_width, hidden_size = sides if experts.is_transposed else reversed(sides)
     return {
         "moe_layers": len(layers),
         "num_experts": experts.num_experts,
         "top_k": layers[0].top_k,
-        "hidden_size": getattr(text_config, "hidden_size", None),
+        "hidden_size": hidden_size,
+        "expert_width": expert_width,
         "experts_class": type(experts).__name__,
     }
 

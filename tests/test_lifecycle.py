@@ -219,10 +219,15 @@ class TestRefusals:
 
     def test_an_adapter_of_another_base(self, tmp_path):
         adapted(models.qwen3_moe()).save_pretrained(tmp_path)
-        wider = models.qwen3_moe(hidden_size=128)
-        with pytest.raises(OrdMoEModelError, match=r"made for another base.*hidden_size 64 \(this model: 128\)"):
-            PeftModel.from_pretrained(wider, tmp_path)
-        assert not any("lora_" in name for name, _ in wider.named_parameters())
+        for change, message in (
+            ({"hidden_size": 128}, r"hidden_size 64 \(this model: 128\)"),
+            ({"moe_intermediate_size": 32}, r"expert_width 24 \(this model: 32\)"),
+            ({"num_experts": 16}, r"num_experts 8 \(this model: 16\)"),
+        ):
+            other = models.qwen3_moe(**change)
+            with pytest.raises(OrdMoEModelError, match=f"made for another base.*{message}"):
+                PeftModel.from_pretrained(other, tmp_path)
+            assert not any("lora_" in name for name, _ in other.named_parameters())
 
     def test_names_that_contradict_the_roles(self, model):
         with pytest.raises(OrdMoEConfigError, match="Set `targets` alone"):
