@@ -4,6 +4,10 @@ import torch
 from tests import models
 
 
+# Two workers on two cores: more threads would only wait for each other.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

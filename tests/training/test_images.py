@@ -1,0 +1,89 @@
+"""The trainer on the shipped vision-language base and real images, dense and in 4 bits."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTTrainer
+
+from examples.easy_vqa.data import load_easy_vqa
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, tier_routing
+from ordmoe_peft.analysis.evaluation import evaluate_tiers
+from ordmoe_peft.analysis.samples import scoring_inputs
+from tests import models
+from tests.training.test_trainer import arguments, trained
+
+
+BASE = "examples/easy_vqa/base"
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load_easy_vqa()["train"].select(range(0, 160, 10))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(BASE)
+
+
+def adapted(quantized: bool, num_tiers: int = 3):
+    config = MoeBitsAndBytesConfig() if quantized else None
+    model = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=config)
+    torch.manual_seed(0)
+    return get_peft_model(model, OrdMoEConfig(r=4, num_tiers=num_tiers))
+
+
+def trainer_for(cls, folder, model, dataset, processor, **changes):
+    args = arguments(folder, max_length=None, per_device_train_batch_size=8, **changes)
+    return cls(model, args=args, train_dataset=dataset, processing_class=processor)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4-bit"])
+def test_one_tier_without_balance_is_sft_to_the_bit(tmp_path, dataset, processor, quantized):
+    results = [
+        trained(trainer_for(cls, tmp_path, adapted(quantized, 1), dataset, processor, balance_coef=0.0, max_steps=3))
+        for cls in (SFTTrainer, OrdMoETrainer)
+    ]
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+def test_tier_likelihoods_are_those_of_passes_of_their_own(tmp_path, dataset, processor):
+    model = adapted(quantized=False)
+    models.randomize_adapter(model)
+    trainer = trainer_for(OrdMoETrainer, tmp_path, model, dataset, processor)
+    samples = list(dataset.select(range(6)))
+    model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(model, dict(scoring_inputs(samples, processor)))
+        for tier in (1, 2, 3):
+            inputs = scoring_inputs(samples, processor)
+            labels = inputs.pop("labels")[:, 1:]
+            with tier_routing(model, tier):
+                log_probs = model(**inputs).logits[:, :-1].log_softmax(-1)
+            token = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
+            wanted = (token.sum(1) / (labels != -100).sum(1)).mean().item()
+            assert trainer._metrics["eval"][f"tier_{tier}/log_likelihood"][-1] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_4_bit_training_saving_and_reloading(tmp_path, dataset, processor):
+    model = adapted(quantized=True)
+    losses, _ = trained(trainer_for(OrdMoETrainer, tmp_path, model, dataset, processor, max_steps=6))
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=MoeBitsAndBytesConfig())
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    inputs = scoring_inputs(list(dataset.select(range(4))), processor)
+    inputs.pop("labels")
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_shipped_base_answers(processor):
+    """Its card says how well, on the whole test split; a hundred questions tell that it sees."""
+    model = AutoModelForImageTextToText.from_pretrained(BASE)
+    questions = load_easy_vqa()["test"].shuffle(seed=1).select(range(100))
+    (result,) = evaluate_tiers(model, processor, questions, group_by="kind", batch_size=50, max_new_tokens=4)
+    assert result.accuracy["overall"] > 0.78
