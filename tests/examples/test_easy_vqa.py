@@ -34,6 +34,6 @@ def test_the_shipped_base_loads_from_its_folder():
     processor = AutoProcessor.from_pretrained("examples/easy_vqa/base")
     assert processor.tokenizer.is_fast
     assert processor.chat_template
-    words = ["circle", "rectangle", "triangle", "yes", "no", "red", "teal", "yellow"]
+    words = ["circle", "rectangle", "triangle", "no", "red", "teal", "yellow"]
     assert all(len(processor.tokenizer(f" {word}").input_ids) == 1 for word in words)
     assert processor.tokenizer.decode(processor.tokenizer("Naïve 日本?").input_ids) == "Naïve 日本?"
