@@ -64,7 +64,8 @@ def test_train_evaluate_and_export_from_a_recipe(base, data, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("load_in_4bit: true\nuse_bnb_nested_quant: true\ntargets: [router, experts, attention]\n")
     adapter = tmp_path / "adapter"
-    assert main([*train_arguments(base, data, adapter), "--config", str(recipe)]) == 0
+    evaluating = train_arguments(base, data, adapter, eval_strategy="steps", eval_steps=1)
+    assert main([*evaluating, "--config", str(recipe)]) == 0
     output = capsys.readouterr().out
     assert "gate_up" in output
     assert str(adapter) in output
@@ -75,6 +76,8 @@ def test_train_evaluate_and_export_from_a_recipe(base, data, tmp_path, capsys):
     metrics = json.loads((adapter / "train_results.json").read_text())
     assert metrics["train_steps"] == 2
     assert metrics["peak_memory_bytes"] > 1e8
+    history = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_tier_3/log_likelihood" in entry for entry in history)
 
     results = tmp_path / "results.json"
     arguments = ["evaluate", "--model_name_or_path", base, "--adapter", adapter, "--dataset_name", data]

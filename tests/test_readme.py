@@ -1,0 +1,31 @@
+"""The README's Python snippets run as they stand, on the shipped base in place of the 30B."""
+
+import re
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from examples.easy_vqa.data import load_easy_vqa
+from ordmoe_peft.analysis.samples import prompt_inputs
+
+
+BASE = str(Path("examples/easy_vqa/base").resolve())
+# What the snippet leaves to a machine with a GPU, and to a longer run.
+CHANGES = {
+    '"Qwen/Qwen3-VL-30B-A3B-Instruct"': repr(BASE),
+    'OrdMoETrainingArguments("my-adapter", erl_coef=0.01)': 'OrdMoETrainingArguments("my-adapter", erl_coef=0.01, '
+    'bf16=False, use_cpu=True, report_to="none", max_steps=1, max_length=None)',
+}
+
+
+def test_snippets(tmp_path, monkeypatch):
+    train, load = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for text, replacement in CHANGES.items():
+        assert text in train
+        train = train.replace(text, replacement)
+    dataset = load_easy_vqa()["train"].select(range(4))
+    exec(train, {"dataset": dataset})
+    assert Path("my-adapter/adapter_model.safetensors").is_file()
+    inputs = prompt_inputs(list(dataset), AutoProcessor.from_pretrained(BASE))
+    exec(load, {"base": AutoModelForImageTextToText.from_pretrained(BASE), "inputs": inputs})
