@@ -32,6 +32,14 @@ def keep_linear4bit_layout(module: Linear4bit) -> None:
     module.support_avx512bf16_for_cpu = False
 
 
+def experts_implementation(model: nn.Module) -> str:
+    """The name of the experts function that `model` uses.
+
+    transformers has a public setter, `set_experts_implementation`, and no public getter (5.23).
+    """
+    return model.config._experts_implementation
+
+
 def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
     """Replace the checkpoint function of each checkpointed layer of `model` by `wrap` of it, once.
 

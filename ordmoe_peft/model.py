@@ -6,6 +6,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.utils import logging
 
+from ._compat import experts_implementation
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
@@ -43,7 +44,7 @@ class OrdMoEModel(LoraModel):
 
     def _use_ordmoe_experts(self) -> None:
         if not hasattr(self, "_experts_implementation_before"):
-            self._experts_implementation_before = self.model.config._experts_implementation
+            self._experts_implementation_before = experts_implementation(self.model)
         self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""What a model and its tiers are worth: measured on data, drawn by nobody here."""
+"""What a model and its tiers are worth, measured on data."""

@@ -3,6 +3,8 @@
 Source of the seam: `transformers/quantizers/quantizer_bnb_4bit.py`, whose linear-layer half is inherited.
 """
 
+import copy
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
@@ -13,11 +15,16 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from .._compat import keep_linear4bit_layout
 from ..errors import OrdMoEModelError
 from ..moe_layers import EXPERTS_IMPLEMENTATION, MoELayer, find_moe_layers
+from .config import MoeBitsAndBytesConfig
 from .storage import BLOCK_SIZE, check_whole_blocks, is_packed, pack_experts
 
 
 class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     """[`~transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer`] that also packs fused expert stacks."""
+
+    def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs):
+        # A copy: the modules to skip are written into it, and the caller may load another model with the original.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         return super().param_needs_quantization(model, param_name, **kwargs) or param_name in self.expert_stacks

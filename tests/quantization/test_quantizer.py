@@ -69,6 +69,15 @@ def test_llm_int8_skip_modules_is_honoured(tmp_path):
     assert is_packed(packed.get_parameter("model.layers.0.mlp.experts.down_proj"))
 
 
+def test_the_callers_config_is_left_as_it_was(tmp_path):
+    config = MoeBitsAndBytesConfig()
+    before = config.to_dict()
+    model = models.qwen3_moe()
+    model.save_pretrained(tmp_path)
+    type(model).from_pretrained(tmp_path, quantization_config=config)
+    assert config.to_dict() == before
+
+
 def test_only_experts_that_tokens_hit_are_unpacked(tmp_path, monkeypatch):
     from ordmoe_peft.layers import experts_forward
 
