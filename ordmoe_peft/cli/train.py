@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from peft import get_peft_model
+from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
 from ..targets import coverage_report
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     if training_args.eval_strategy != "no":
         eval_dataset = load_split(*data, script_options.dataset_test_split, script_options.dataset_streaming)
     processing_class = load_processing_class(model_options, training_args.trust_remote_code)
+    # LoRA's first factors are drawn when the adapter is attached, before the trainer sets its seed.
+    set_seed(training_args.seed)
     model = get_peft_model(load_base(model_options, training_args.trust_remote_code), adapter_config)
     print(coverage_report(model))
 

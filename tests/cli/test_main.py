@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from ordmoe_peft.cli.main import COMMANDS, main
 from tests import models, text
@@ -92,6 +94,18 @@ def test_train_evaluate_and_export_from_a_recipe(base, data, tmp_path, capsys):
     assert main(["export", str(adapter), "--output", str(tmp_path / "plain")]) == 0
     loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "plain")
     assert loaded.peft_config["default"].peft_type == "LORA"
+
+
+def test_the_seed_decides_the_adapter(base, data, tmp_path):
+    """Its first factors, too, whatever state the process was in."""
+    states = []
+    for run, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(100 + run)
+        assert main(train_arguments(base, data, tmp_path / str(run), seed=seed)) == 0
+        states.append(load_file(tmp_path / str(run) / "adapter_model.safetensors"))
+    first, same, other = states
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first[min(first)], other[min(first)])
 
 
 def test_help_names_every_command_and_each_has_its_own():
