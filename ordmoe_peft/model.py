@@ -34,10 +34,13 @@ class OrdMoEModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        layers = find_moe_layers(model)
         check_base(config, model)
-        layers = install_tier_hooks(model)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, 0, None)
-        fill_in_targets(config, model)
+        targets = check_targets(config, model)
+        install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
+        config.base_moe = base_moe(model)
+        config.target_modules, config.target_parameters = targets
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._use_ordmoe_experts()
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
@@ -71,12 +74,11 @@ class OrdMoEModel(LoraModel):
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
-    """Record the base's sizes in `config`, or see that they are the recorded ones.
+    """See that the base has the sizes that `config` recorded, if it did.
 
     Raises:
         [`OrdMoEModelError`]: the adapter was made for a base of other sizes.
     """
-    find_moe_layers(model)
     sizes = base_moe(model)
     if config.base_moe is not None and config.base_moe != sizes:
         differences = ", ".join(
@@ -88,11 +90,12 @@ def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
             f"The adapter was made for another base, {config.base_model_name_or_path!r}, with {differences}. Load it "
             "on that base."
         )
-    config.base_moe = sizes
 
 
-def fill_in_targets(config: OrdMoEConfig, model: nn.Module) -> None:
-    """Resolve the roles in `config.targets` to explicit names, which are saved, so that plain PEFT can load them.
+def check_targets(config: OrdMoEConfig, model: nn.Module) -> tuple[list[str], list[str]]:
+    """The modules and the parameters that the roles in `config.targets` stand for, by explicit names.
+
+    They are saved with the adapter, so that plain PEFT can load it.
 
     Raises:
         [`OrdMoEModelError`]: a role matches nothing or only part of the layers.
@@ -110,4 +113,4 @@ def fill_in_targets(config: OrdMoEConfig, model: nn.Module) -> None:
                 f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
                 f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
             )
-    config.target_modules, config.target_parameters = modules, parameters
+    return modules, parameters

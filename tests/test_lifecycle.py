@@ -216,6 +216,13 @@ class TestRefusals:
         with pytest.raises(OrdMoEConfigError, match=r"num_tiers=5.*K=2.*E=8.*fits is 4"):
             get_peft_model(model, OrdMoEConfig(num_tiers=5))
         assert not any("lora_" in name for name, _ in model.named_parameters())
+        assert not any(hasattr(module, "tier_hook_handles") for module in model.modules())
+
+    def test_a_refused_configuration_is_left_as_it_was(self):
+        config = OrdMoEConfig(targets=["experts", "shared_experts"])
+        with pytest.raises(OrdMoEModelError, match="nothing of that role"):
+            get_peft_model(models.qwen3_moe(), config)
+        assert (config.base_moe, config.target_modules, config.target_parameters) == (None, None, None)
 
     def test_an_adapter_of_another_base(self, tmp_path):
         adapted(models.qwen3_moe()).save_pretrained(tmp_path)

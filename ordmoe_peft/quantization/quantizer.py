@@ -98,14 +98,14 @@ def unquantised_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     vision towers, projectors), routers, gates with one output, and layers whose rows are not whole blocks, which
     bitsandbytes' CPU kernel unpacks wrongly (0.50.2)."""
     decoders = tuple(f"{layer.decoder_layers_name}." for layer in layers)
-    routers = tuple(layer.router_name for layer in layers if layer.router_name)
+    routers = tuple(f"{layer.router_name}." for layer in layers if layer.router_name)
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and (
             not name.startswith(decoders)
-            or name.startswith(routers)
+            or f"{name}.".startswith(routers)
             or module.out_features == 1
             or module.in_features % BLOCK_SIZE
         )
