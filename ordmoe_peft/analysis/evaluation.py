@@ -20,6 +20,23 @@ OVERALL = "overall"
 
 
 @dataclass
+class TierItems:
+    """What one tier does with each sample, in the data set's order.
+
+    Args:
+        answers (`list[str]`): generated answers.
+        is_right (`list[bool]`): whether they match the reference exactly.
+        log_likelihood (`list[float]`), log_likelihood_no_eos (`list[float]`): mean log-probability per token of the
+            reference answer, in nats, with and without end-of-sequence tokens.
+    """
+
+    answers: list[str] = field(default_factory=list)
+    is_right: list[bool] = field(default_factory=list)
+    log_likelihood: list[float] = field(default_factory=list)
+    log_likelihood_no_eos: list[float] = field(default_factory=list)
+
+
+@dataclass
 class TierResult:
     """What one tier does on a data set.
 
@@ -29,6 +46,7 @@ class TierResult:
         samples (`dict[str, int]`): number of samples, likewise.
         log_likelihood (`float`): mean over samples of the mean log-probability per answer token, in nats.
         log_likelihood_no_eos (`float`): the same without end-of-sequence tokens.
+        items (`TierItems`): what the means are of, sample by sample.
     """
 
     tier: int
@@ -36,6 +54,7 @@ class TierResult:
     samples: dict[str, int] = field(default_factory=dict)
     log_likelihood: float = float("nan")
     log_likelihood_no_eos: float = float("nan")
+    items: TierItems = field(default_factory=TierItems)
 
     to_dict = asdict
 
@@ -117,20 +136,23 @@ def score_answers(
 
 
 class _TierTally:
-    """Running sums of one tier's results."""
+    """One tier's results as they come in."""
 
     def __init__(self, tier: int):
         self.tier = tier
         self.right, self.asked = Counter(), Counter()
-        self.likelihood, self.no_eos = 0.0, 0.0
+        self.items = TierItems()
 
     def add(self, samples, answers, groups, likelihood_B, no_eos_B) -> None:
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            is_right = answer == answer_text(sample)
+            self.items.is_right.append(is_right)
             for key in (OVERALL, *([groups[index]] if groups else [])):
                 self.asked[key] += 1
-                self.right[key] += answer == answer_text(sample)
-        self.likelihood += likelihood_B.sum().item()
-        self.no_eos += no_eos_B.sum().item()
+                self.right[key] += is_right
+        self.items.answers += answers
+        self.items.log_likelihood += likelihood_B.tolist()
+        self.items.log_likelihood_no_eos += no_eos_B.tolist()
 
     def finish(self) -> TierResult:
         count = max(self.asked[OVERALL], 1)
@@ -138,6 +160,7 @@ class _TierTally:
             self.tier,
             accuracy={key: self.right[key] / self.asked[key] for key in sorted(self.asked)},
             samples=dict(sorted(self.asked.items())),
-            log_likelihood=self.likelihood / count,
-            log_likelihood_no_eos=self.no_eos / count,
+            log_likelihood=sum(self.items.log_likelihood) / count,
+            log_likelihood_no_eos=sum(self.items.log_likelihood_no_eos) / count,
+            items=self.items,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..generation import repeat_rows
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import tier_routing
 
@@ -50,7 +51,7 @@ class TierPasses:
         if not inputs.get("fused_lm_head"):
             return self.model(**inputs)
         batch_size = len(inputs["labels"])
-        rows = {name: self._repeat(value) for name, value in inputs.items()}
+        rows = repeat_rows(inputs, self.num_tiers)
         tiers = torch.arange(1, self.num_tiers + 1).repeat_interleave(batch_size)
         with (
             tier_routing(self.moe_model, tiers, step=self.step, num_samples=batch_size),
@@ -63,10 +64,6 @@ class TierPasses:
             router_logits=[logits[: len(logits) // self.num_tiers] for logits in router_logits],
         )
         return self._first_tier(outputs, batch_size)
-
-    def _repeat(self, value: Any) -> Any:
-        # Images are flattened over the batch, in its order, so they repeat like rows.
-        return torch.cat([value] * self.num_tiers) if isinstance(value, torch.Tensor) else value
 
     def _first_tier(self, outputs: Any, batch_size: int) -> Any:
         per_row = {

@@ -24,6 +24,8 @@ def test_accuracy_is_the_share_of_exact_matches_per_group_and_tier():
     assert top.samples == {"overall": 6, "even": 3, "odd": 3}
     assert top.accuracy == {"overall": 5 / 6, "even": 1.0, "odd": 2 / 3}
     assert bottom.accuracy["overall"] < 0.5
+    assert top.items.is_right == [True, False, True, True, True, True]
+    assert top.items.answers[0] == answers[0]
 
 
 def test_likelihood_is_that_of_each_sample_alone():
@@ -41,6 +43,7 @@ def test_likelihood_is_that_of_each_sample_alone():
             assert ids[0, -1] == models.EOS
             whole.append(token.mean())
             content.append(token[:-1].mean())
+        assert result.items.log_likelihood == pytest.approx(torch.stack(whole).tolist(), abs=1e-5)
         assert result.log_likelihood == pytest.approx(torch.stack(whole).mean().item(), abs=1e-5)
         assert result.log_likelihood_no_eos == pytest.approx(torch.stack(content).mean().item(), abs=1e-5)
 

@@ -1,0 +1,98 @@
+"""Responses written under tiers: one `generate` call for all of them, one row per tier and prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tiers.routing import tier_routing
+
+
+@dataclass
+class TierResponses:
+    """What each tier wrote for each prompt of a batch.
+
+    Args:
+        ids_CBS (`torch.Tensor` of shape `(C, B, S)`): new tokens, right-padded; tiers in the order asked for.
+        mask_CBS (`torch.Tensor` of shape `(C, B, S)`): where there is a token, the end-of-sequence token included.
+    """
+
+    ids_CBS: torch.Tensor
+    mask_CBS: torch.Tensor
+
+
+def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """Model inputs with their rows repeated as a whole `times` times.
+
+    Images are flattened over the batch, in its order, so they repeat like rows.
+    """
+    return {
+        name: torch.cat([value] * times) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+
+
+@torch.no_grad()
+def generate_by_tier(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    tiers: Sequence[int],
+    *,
+    seed: int,
+    end_ids: torch.Tensor,
+    pad_token_id: int,
+    rows_per_call: int | None = None,
+    routing: dict[str, Any] | None = None,
+    **generation: Any,
+) -> TierResponses:
+    """Let each of `tiers` write a response to each prompt, prefill and every decoding step held to it.
+
+    Sampling draws from a generator state of its own, set from `seed`: the same call gives the same responses,
+    whatever ran before it, and the global state is left as it was. With `rows_per_call` it also depends on how tiers
+    are shared out over calls.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        inputs (`dict`): left-padded prompts, B rows, as `generate` takes them.
+        tiers (sequence of `int`): the tiers that write, from 1.
+        seed (`int`): seed of the sampling.
+        end_ids (`torch.Tensor`): token ids that end a response; see [`~ordmoe_peft.responses.end_of_sequence_ids`].
+        pad_token_id (`int`): fills rows that ended.
+        rows_per_call (`int`, *optional*): most rows in one `generate` call, at least one tier's; all by default.
+        routing (`dict`, *optional*): settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
+        generation: arguments of `generate`, e.g. `max_new_tokens`, `do_sample`, `temperature`.
+    """
+    batch_size, prompt_length = inputs["input_ids"].shape
+    tiers_per_call = max(1, rows_per_call // batch_size) if rows_per_call else len(tiers)
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()
+    parts = []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(tiers), tiers_per_call):
+                part = torch.tensor(tiers[start : start + tiers_per_call])
+                with tier_routing(model, part.repeat_interleave(batch_size), num_samples=batch_size, **(routing or {})):
+                    output = model.generate(
+                        **repeat_rows(inputs, len(part)),
+                        eos_token_id=end_ids.tolist() or None,
+                        pad_token_id=pad_token_id,
+                        **generation,
+                    )
+                parts.append(output[:, prompt_length:])
+    finally:
+        model.train(was_training)
+    return _padded(parts, len(tiers), end_ids, pad_token_id)
+
+
+def _padded(parts: list[torch.Tensor], num_tiers: int, end_ids: torch.Tensor, pad_token_id: int) -> TierResponses:
+    longest = max(part.shape[1] for part in parts)
+    ids_NS = torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad_token_id) for part in parts])
+    lengths_N1 = torch.tensor([part.shape[1] for part in parts for _ in part], device=ids_NS.device).unsqueeze(1)
+    is_end_NS = torch.isin(ids_NS, end_ids.to(ids_NS.device))
+    ended_before_NS = (is_end_NS.cumsum(1) - is_end_NS.long()) > 0
+    mask_NS = ~ended_before_NS & (torch.arange(longest, device=ids_NS.device) < lengths_N1)
+    ids_NS = ids_NS.masked_fill(~mask_NS, pad_token_id)
+    return TierResponses(ids_NS.view(num_tiers, -1, longest), mask_NS.view(num_tiers, -1, longest))
