@@ -10,6 +10,7 @@ from .errors import OrdMoEConfigError
 from .objectives.advantages import ADVANTAGES, tier_rewards
 from .tiers.plan import LAYER_SCOPES
 from .tiers.ranking import GROUPINGS
+from .tiers.scope import TOKEN_SCOPES
 
 
 PEFT_METHOD = "ordmoe"
@@ -31,6 +32,8 @@ class OrdMoEConfig(LoraConfig):
             `"high_only"` or `"random"`.
         layer_scope (`str` or `list[int]`, defaults to `"all"`): MoE layers held to tiers: `"all"`, `"shallow"`,
             `"deep"`, or indices.
+        token_scope (`str`, defaults to `"sequence"`): positions of a row that follow its tier: `"sequence"`, all, or
+            `"response"`, those that predict a token of the response, so that the prompt is common to all tiers.
         rewards (`list[float]`, *optional*): one per tier, descending; evenly spaced from 1 to 0 by default.
         advantages (`str`, defaults to `"zscore"`): what rewards become: `"zscore"`, `"center"` or `"none"`.
         tier_seed (`int`, defaults to 0): seed of `"random"` grouping.
@@ -50,6 +53,9 @@ class OrdMoEConfig(LoraConfig):
     layer_scope: str | list[int] = field(
         default="all", metadata={"help": f"MoE layers held to tiers: one of {LAYER_SCOPES}, or a list of indices."}
     )
+    token_scope: str = field(
+        default="sequence", metadata={"help": f"Positions of a row that follow its tier: one of {TOKEN_SCOPES}."}
+    )
     rewards: list[float] | None = field(
         default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
     )
@@ -62,6 +68,7 @@ class OrdMoEConfig(LoraConfig):
         self.peft_type = PeftType[PEFT_METHOD.upper()]
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
         _check_choice("grouping", self.grouping, GROUPINGS)
+        _check_choice("token_scope", self.token_scope, TOKEN_SCOPES)
         _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
         if isinstance(self.layer_scope, str):
             _check_choice("layer_scope", self.layer_scope, LAYER_SCOPES)

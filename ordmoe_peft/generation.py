@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tiers.routing import tier_routing
+from .tiers.routing import adapter_config, tier_routing
+from .tiers.scope import tiers_of_prompts
 
 
 @dataclass
@@ -44,6 +45,7 @@ def generate_by_tier(
     pad_token_id: int,
     rows_per_call: int | None = None,
     routing: dict[str, Any] | None = None,
+    token_scope: str | None = None,
     **generation: Any,
 ) -> TierResponses:
     """Let each of `tiers` write a response to each prompt, prefill and every decoding step held to it.
@@ -61,10 +63,13 @@ def generate_by_tier(
         pad_token_id (`int`): fills rows that ended.
         rows_per_call (`int`, *optional*): most rows in one `generate` call, at least one tier's; all by default.
         routing (`dict`, *optional*): settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
+        token_scope (`str`, *optional*): `"sequence"` or `"response"`, see [`~ordmoe_peft.tiers.scope`]; the active
+            adapter's by default.
         generation: arguments of `generate`, e.g. `max_new_tokens`, `do_sample`, `temperature`.
     """
     batch_size, prompt_length = inputs["input_ids"].shape
     tiers_per_call = max(1, rows_per_call // batch_size) if rows_per_call else len(tiers)
+    token_scope = token_scope or adapter_config(model).token_scope
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
@@ -74,7 +79,8 @@ def generate_by_tier(
             torch.manual_seed(seed)
             for start in range(0, len(tiers), tiers_per_call):
                 part = torch.tensor(tiers[start : start + tiers_per_call])
-                with tier_routing(model, part.repeat_interleave(batch_size), num_samples=batch_size, **(routing or {})):
+                rows = tiers_of_prompts(part.repeat_interleave(batch_size), prompt_length, token_scope)
+                with tier_routing(model, rows, num_samples=batch_size, **(routing or {})):
                     output = model.generate(
                         **repeat_rows(inputs, len(part)),
                         eos_token_id=end_ids.tolist() or None,

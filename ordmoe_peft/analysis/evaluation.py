@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from ..errors import OrdMoEDataError
 from ..objectives.expert_rank import mean_log_likelihood
-from ..responses import content_mask, end_of_sequence_ids
-from ..tiers.routing import tier_routing
+from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ..tiers.routing import adapter_config, tier_routing
+from ..tiers.scope import tiers_of_labels, tiers_of_prompts
 from .samples import ProcessingClass, answer_text, check_prompt_completion, prompt_inputs, scoring_inputs
 
 
@@ -96,9 +97,10 @@ def evaluate_tiers(
             for samples in _batches(dataset, batch_size):
                 groups = [str(sample[group_by]) for sample in samples] if group_by else None
                 for result in results:
-                    with tier_routing(model, result.tier, **routing):
-                        answers = generate_answers(model, processing_class, samples, max_new_tokens)
-                        likelihood, no_eos = score_answers(model, processing_class, samples)
+                    answers = generate_answers(
+                        model, processing_class, samples, max_new_tokens, tier=result.tier, **routing
+                    )
+                    likelihood, no_eos = score_answers(model, processing_class, samples, tier=result.tier, **routing)
                     result.add(samples, answers, groups, likelihood, no_eos)
                     bar.update(len(samples))
     finally:
@@ -112,23 +114,38 @@ def _batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def generate_answers(
-    model: nn.Module, processing_class: ProcessingClass, samples: list[dict[str, Any]], max_new_tokens: int
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    samples: list[dict[str, Any]],
+    max_new_tokens: int,
+    tier: int = 1,
+    **routing: Any,
 ) -> list[str]:
-    """Greedy answers to the samples' prompts, as plain text."""
+    """A tier's greedy answers to the samples' prompts, as plain text."""
     inputs = prompt_inputs(samples, processing_class).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers = processing_class.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    prompt_length = inputs["input_ids"].shape[1]
+    tiers = torch.full((len(samples),), tier)
+    with tier_routing(model, tiers_of_prompts(tiers, prompt_length, adapter_config(model).token_scope), **routing):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers = processing_class.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
 def score_answers(
-    model: nn.Module, processing_class: ProcessingClass, samples: list[dict[str, Any]]
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    samples: list[dict[str, Any]],
+    tier: int = 1,
+    **routing: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability per token of each reference answer, with and without end-of-sequence tokens (`(B,)`)."""
+    """A tier's mean log-probability per token of each reference answer, with and without end tokens (`(B,)`)."""
     inputs = scoring_inputs(samples, processing_class).to(model.device)
+    tiers = torch.full((len(samples),), tier)
+    tiers = tiers_of_labels(tiers, inputs["labels"], adapter_config(model).token_scope)
     labels_BS = inputs.pop("labels")[:, 1:]
-    logits = model(**inputs).logits[:, :-1].float()
-    mask_BS = labels_BS != -100
+    with tier_routing(model, tiers, **routing):
+        logits = model(**inputs).logits[:, :-1].float()
+    mask_BS = labels_BS != IGNORED_LABEL
     log_probs_BS = logits.log_softmax(-1).gather(-1, labels_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer, model))

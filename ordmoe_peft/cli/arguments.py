@@ -56,6 +56,9 @@ class AdapterArguments:
         default_factory=lambda: ["all"],
         metadata={"help": "MoE layers held to tiers: all, shallow, deep, or indices."},
     )
+    token_scope: str = field(
+        default="sequence", metadata={"help": "Positions of a row that follow its tier: sequence or response."}
+    )
     rewards: list[float] | None = field(
         default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
     )
@@ -73,6 +76,7 @@ class AdapterArguments:
             num_tiers=self.num_tiers,
             grouping=self.grouping,
             layer_scope=[int(part) for part in scope] if all(part.isdigit() for part in scope) else " ".join(scope),
+            token_scope=self.token_scope,
             rewards=self.rewards,
             advantages=self.advantages,
             tier_seed=self.tier_seed,

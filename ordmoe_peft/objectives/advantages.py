@@ -42,5 +42,10 @@ ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"zscore": zscor
 
 
 def tier_advantages(rewards: Sequence[float] | None, num_tiers: int, kind: str) -> torch.Tensor:
-    """The advantages of tiers 1…C (`torch.Tensor` of shape `(C,)`, float32) by the rule `kind` of [`ADVANTAGES`]."""
-    return ADVANTAGES[kind](tier_rewards(rewards, num_tiers)).float()
+    """The advantages of tiers 1…C (`torch.Tensor` of shape `(C,)`, float32) by the rule `kind` of [`ADVANTAGES`].
+
+    What differs from 0 by rounding alone is 0, so that tiers without a gradient are known as such.
+    """
+    advantages_C = ADVANTAGES[kind](tier_rewards(rewards, num_tiers))
+    is_rounding_C = advantages_C.abs() < 1e-9 * advantages_C.abs().max()
+    return advantages_C.masked_fill(is_rounding_C, 0).float()

@@ -15,11 +15,12 @@ LAYER_SCOPES = ("all", "shallow", "deep")
 
 @dataclass(frozen=True)
 class TierPlan:
-    """Which tier each row of a forward is on.
+    """Which tier each row of a forward is on, or each of its positions.
 
     Args:
-        tiers (`torch.Tensor` of shape `(n,)`): a tier, from 1, for each row; fewer tiers than rows are each repeated
-            over as many consecutive rows as fit, as generation repeats its prompts.
+        tiers (`torch.Tensor` of shape `(n,)` or `(n, S)`): a tier, from 1, for each row, or for each position of each
+            row; positions past the last column, which generation appends, are on the last column's. Fewer tiers than
+            rows are each repeated over as many consecutive rows as fit, as generation repeats its prompts.
         num_tiers (`int`): C.
         grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
@@ -41,14 +42,27 @@ class TierPlan:
         """Whether all rows are on tier 1, which is the model as it is."""
         return bool((self.tiers == 1).all())
 
-    def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """The tier of each of a forward's tokens, rows after one another (`torch.Tensor` of shape `(T,)`)."""
+    def tier_of_token(
+        self, num_tokens: int, device: torch.device, sequence_length: int, past_length: int = 0
+    ) -> torch.Tensor:
+        """The tier of each of a forward's tokens, rows after one another (`torch.Tensor` of shape `(T,)`).
+
+        Args:
+            num_tokens (`int`): T.
+            device (`torch.device`): where the tokens are.
+            sequence_length (`int`): positions in each row of this forward.
+            past_length (`int`): positions before them, in a cache.
+        """
         if num_tokens % len(self.tiers):
             raise OrdMoERuntimeError(
                 f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_tokens} tokens, which "
                 "do not divide into that many rows. Give one tier for all rows, or one for each."
             )
-        return self.tiers.to(device).repeat_interleave(num_tokens // len(self.tiers))
+        if self.tiers.dim() == 1:
+            return self.tiers.to(device).repeat_interleave(num_tokens // len(self.tiers))
+        columns = torch.arange(past_length, past_length + sequence_length).clamp(max=self.tiers.shape[1] - 1)
+        rows_each = num_tokens // sequence_length // len(self.tiers)
+        return self.tiers[:, columns].repeat_interleave(rows_each, dim=0).reshape(-1).to(device)
 
 
 def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozenset[int]:
@@ -88,8 +102,9 @@ def make_plan(
     Raises:
         [`OrdMoEConfigError`]: a tier outside 1…C, C·K > E in a layer in scope, or an unknown grouping or scope.
     """
-    tiers = torch.as_tensor(tier, dtype=torch.long).reshape(-1).cpu()
-    if len(tiers) == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
+    tiers = torch.as_tensor(tier, dtype=torch.long).cpu()
+    tiers = tiers if tiers.dim() == 2 else tiers.reshape(-1)
+    if tiers.numel() == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
         raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")
     if grouping not in GROUPINGS:
         raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")

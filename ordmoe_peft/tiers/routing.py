@@ -69,8 +69,8 @@ def tier_routing(
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        tier (`int`, sequence of `int`, or `torch.Tensor` of shape `(B,)`): the tier of all rows or of each row; tier 1
-            is the model as it is.
+        tier (`int`, sequence of `int`, or `torch.Tensor` of shape `(B,)` or `(B, S)`): the tier of all rows, of each
+            row, or of each position; tier 1 is the model as it is.
         num_tiers (`int`, *optional*): C.
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
@@ -82,7 +82,7 @@ def tier_routing(
         [`OrdMoEModelError`]: the model has no MoE layers, or a router that tiers cannot be imposed on.
     """
     layers = install_tier_hooks(model)
-    config = _adapter_config(model)
+    config = adapter_config(model)
     plan = make_plan(
         layers,
         tier,
@@ -100,7 +100,8 @@ def tier_routing(
         _requested.reset(token)
 
 
-def _adapter_config(model: nn.Module) -> OrdMoEConfig:
+def adapter_config(model: nn.Module) -> OrdMoEConfig:
+    """The active OrdMoE adapter's configuration, else that of any, else [`OrdMoEConfig`]'s defaults."""
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapter", None)
     if isinstance(active, str) and isinstance(configs.get(active), OrdMoEConfig):
@@ -257,7 +258,9 @@ class _TierSelection(TorchFunctionMode):
 
     def _choose(self, scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
         plan, top_k = self.forward.plan, self.router.top_k
-        tier_T = plan.tier_of_token(len(scores_TE), scores_TE.device)
+        tier_T = plan.tier_of_token(
+            len(scores_TE), scores_TE.device, self.forward.sequence_length, self.forward.past_length
+        )
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)

@@ -1,17 +1,26 @@
 """Arguments of the trainer."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
 from ..errors import OrdMoEConfigError
+from .objectives import OBJECTIVES
+
+
+CHOICES = {
+    "objective": tuple(OBJECTIVES),
+    "responses": ("reference", "generated"),
+    "scored_by": ("tier", "policy"),
+}
 
 
 @dataclass
 class OrdMoETrainingArguments(SFTConfig):
-    """[`~trl.SFTConfig`] and the weights of OrdMoE's two further losses.
+    """[`~trl.SFTConfig`] and what OrdMoE adds: two further losses, and responses that tiers write themselves.
 
-    The total is `L_NTP + erl_coef · L_ERL + balance_coef · L_balance`.
+    The total is `ntp_coef · L_NTP + erl_coef · L_ERL + balance_coef · L_balance`.
 
     Args:
         erl_coef (`float`, defaults to 0.01): λ_ERL, the weight of the expert-rank loss. The loss is unbounded below:
@@ -20,6 +29,27 @@ class OrdMoETrainingArguments(SFTConfig):
             takes the place of TRL's `router_aux_loss_coef`, which must stay unset or 0.
         lower_tier_floor (`float` or `"uniform"`, *optional*): a token whose log-probability under a tier of negative
             advantage is below this gives no gradient; `"uniform"` is −ln V. None, the paper's loss, by default.
+        ntp_coef (`float`, defaults to 1.0): weight of the supervised loss. 0 trains from the routing alone, for which
+            prompts without answers suffice; in experiments accuracy collapsed without it, so a warning says so.
+        objective (`str`, defaults to `"erl"`): what `L_ERL` is: the paper's loss, or `"logistic"`, `"plackett_luce"`,
+            `"dpo"`, `"ipo"`, `"simpo"` over the same ordered responses. `dpo` and `ipo` compare with the frozen base,
+            the same model with its adapter off.
+        objective_beta (`float`, *optional*): β of the objectives other than `erl`; 1 for `logistic` and
+            `plackett_luce`, 0.1 for `dpo` and `ipo`, 2 for `simpo` by default.
+        simpo_gamma (`float`, defaults to 0.5): γ, the margin of `simpo`.
+        responses (`str`, defaults to `"reference"`): `"reference"`, all tiers score the reference response, or
+            `"generated"`, in each step every tier with a part in the objective writes its own.
+        scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
+            them or by the `"policy"`, tier 1.
+        log_tiers_every (`int`, defaults to 10): steps between runs, without gradient, of tiers that the objective has
+            no gradient for (of C = 3 evenly spaced tiers, the middle one), to log their likelihood; 0 for never.
+        max_completion_length (`int`, defaults to 256): longest response to generate, in tokens.
+        generation_batch_size (`int`, *optional*): most rows in one `generate` call, at least one tier's; all tiers'
+            by default.
+        temperature (`float`, defaults to 1.0), top_p (`float`, defaults to 1.0), top_k (`int`, defaults to 0, off),
+            min_p (`float`, *optional*), repetition_penalty (`float`, defaults to 1.0): how responses are sampled;
+            temperature 0 is greedy. The draw depends on `seed`, step and process alone, so a resumed run repeats it.
+        generation_kwargs (`dict` or `str`, *optional*): further arguments of `generate`.
 
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
@@ -37,6 +67,40 @@ class OrdMoETrainingArguments(SFTConfig):
         },
     )
 
+    ntp_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the supervised loss; 0 trains from the routing alone."}
+    )
+    objective: str = field(default="erl", metadata={"help": f"What L_ERL is: one of {tuple(OBJECTIVES)}."})
+    objective_beta: float | None = field(
+        default=None, metadata={"help": "Beta of the objectives other than erl; each has its own default."}
+    )
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of simpo."})
+    responses: str = field(
+        default="reference",
+        metadata={"help": "'reference': all tiers score the reference response; 'generated': each writes its own."},
+    )
+    scored_by: str = field(
+        default="tier", metadata={"help": "Whether the 'tier' or the 'policy', tier 1, scores generated responses."}
+    )
+    log_tiers_every: int = field(
+        default=10,
+        metadata={"help": "Steps between runs, without gradient, of tiers that take no part; 0 for never."},
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest response to generate, in tokens."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Most rows in one generate call; those of all tiers by default."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of sampling."})
+    top_k: int = field(default=0, metadata={"help": "Sample from this many tokens; 0 for all."})
+    min_p: float | None = field(default=None, metadata={"help": "Least probability of a token, relative to the best."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on repeated tokens; 1 is none."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of generate, as JSON."}
+    )
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+
     def __post_init__(self):
         if self.router_aux_loss_coef:
             raise OrdMoEConfigError(
@@ -44,9 +108,31 @@ class OrdMoETrainingArguments(SFTConfig):
                 "Set balance_coef instead and leave router_aux_loss_coef unset."
             )
         self.router_aux_loss_coef = 0.0
-        for name in ("erl_coef", "balance_coef"):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OrdMoEConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.responses == "reference" and self.scored_by == "policy":
+            raise OrdMoEConfigError(
+                "scored_by='policy' with responses='reference' would score the same response by the same tier C times. "
+                "Set responses='generated', or leave scored_by at 'tier'."
+            )
+        self._check_objective()
+        for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        super().__post_init__()
+
+    def _check_objective(self) -> None:
+        if self.objective_beta is not None and (self.objective == "erl" or self.objective_beta <= 0):
+            raise OrdMoEConfigError(
+                f"objective_beta={self.objective_beta} must be positive, and objective={self.objective!r} must have "
+                "one: 'erl' is weighed by erl_coef alone."
+            )
+        if self.lower_tier_floor is not None and self.objective != "erl":
+            raise OrdMoEConfigError(
+                f"lower_tier_floor={self.lower_tier_floor!r} bounds objective='erl' alone; {self.objective!r} has no "
+                "tiers of negative advantage. Leave it unset."
+            )
         if self.lower_tier_floor not in (None, "uniform"):
             try:
                 self.lower_tier_floor = float(self.lower_tier_floor)
@@ -58,4 +144,16 @@ class OrdMoETrainingArguments(SFTConfig):
                 raise OrdMoEConfigError(
                     f"lower_tier_floor is a log-probability, so at most 0, got {self.lower_tier_floor}."
                 )
-        super().__post_init__()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `generate` for responses."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        drawn |= {} if self.min_p is None else {"min_p": self.min_p}
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "repetition_penalty": self.repetition_penalty,
+            "do_sample": self.temperature > 0,
+            **(drawn if self.temperature > 0 else {}),
+            **(self.generation_kwargs or {}),
+        }

@@ -1,5 +1,6 @@
 """The trainer of OrdMoE adapters."""
 
+import random
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from trl import SFTTrainer
 
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..generation import TierResponses, generate_by_tier
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
-from ..objectives.expert_rank import expert_rank_loss, floor_lower_tiers, log_floor, mean_log_likelihood
+from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..responses import content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
 from .callbacks import LikelihoodWatch
+from .objectives import OBJECTIVES, ObjectiveInputs
+from .rows import left_padded_prompts
 from .tier_passes import TierPasses, TierScores
 
 
@@ -24,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 # Any of these sets of columns holds answers to learn from, in TRL's data set formats.
 ANSWER_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
+EMPTY_ANSWER = [{"role": "assistant", "content": ""}]
 
 
 class OrdMoETrainer(SFTTrainer):
@@ -34,7 +39,8 @@ class OrdMoETrainer(SFTTrainer):
 
     Logged beside TRL's metrics: `ntp_loss`, `erl_loss`, `balance_loss`, and for each tier j its mean log-likelihood
     per response token, `tier_<j>/log_likelihood`, and the same without end-of-sequence tokens,
-    `tier_<j>/log_likelihood_no_eos`.
+    `tier_<j>/log_likelihood_no_eos`. Tiers that the objective has no gradient for are run and logged every
+    `log_tiers_every` steps.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): a model with an active
@@ -64,7 +70,7 @@ class OrdMoETrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args = args or OrdMoETrainingArguments("ordmoe-adapter")
-        _check_answers(train_dataset)
+        train_dataset = _with_answers(train_dataset, args)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         if {"messages", "conversations"} & _columns(train_dataset) and not args.assistant_only_loss:
             logger.warning(
@@ -72,16 +78,38 @@ class OrdMoETrainer(SFTTrainer):
                 "responses that tiers are ranked on. Set assistant_only_loss=True, or give `prompt` and `completion`."
             )
         config = self._adapter_config()
-        self.num_tiers = config.num_tiers
+        self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
+        self._check_settings(config)
+        self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
+        self.top_k = find_moe_layers(self.model)[0].top_k
+        self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
+        self._pad_token_id = self._tokenizer.pad_token_id
+        # Place in training of the last draw of responses, and how many micro-batches were drawn for there.
+        self._drawn: tuple[Any, int] = (None, 0)
+        self.add_callback(LikelihoodWatch(self.num_tiers))
+
+    def _check_settings(self, config: OrdMoEConfig) -> None:
+        args = self.args
         if self.num_tiers > 1 and self.padding_free:
             raise OrdMoEConfigError(
                 f"Padding-free batches and packing put several samples into one row, which num_tiers={self.num_tiers} "
                 "would repeat as one. Set padding_free=False and packing=False."
             )
-        self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
-        self.top_k = find_moe_layers(self.model)[0].top_k
-        self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
-        self.add_callback(LikelihoodWatch(self.num_tiers))
+        if self.num_tiers > 1 and (args.label_smoothing_factor or self.compute_loss_func is not None):
+            raise OrdMoEConfigError(
+                f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func make TRL take the loss "
+                "from another forward, in which tiers are not run. Leave them unset with num_tiers > 1."
+            )
+        if self.num_tiers > 1 and config.rewards is not None and args.objective != "erl":
+            raise OrdMoEConfigError(
+                f"rewards={config.rewards} has no effect on objective={args.objective!r}, which takes the order of the "
+                "tiers alone. Leave rewards unset, or set objective='erl'."
+            )
+        if args.ntp_coef == 0:
+            logger.warning(
+                "ntp_coef=0: no supervised loss holds tier 1 in place. In experiments with easy-VQA accuracy collapsed "
+                "to 0-10 % without it."
+            )
 
     def _adapter_config(self) -> OrdMoEConfig:
         configs = self.model.peft_config if isinstance(self.model, PeftModel) else {}
@@ -103,56 +131,110 @@ class OrdMoETrainer(SFTTrainer):
         """TRL's loss of tier 1, and the two further losses from the same forward."""
         if self.num_tiers == 1 and self.args.balance_coef == 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        passes = TierPasses(
-            model, self.model, self.num_tiers, self.state.global_step, records_routing=self.args.balance_coef > 0
-        )
+        passes = self._tier_passes(model, inputs)
         result = super().compute_loss(passes, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
         # Means over the micro-batch, so they are averaged over the accumulation steps, as TRL does with its aux loss.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = ntp + self._further_losses(passes.scores, inputs) / steps
+        loss = self.args.ntp_coef * ntp + self._further_losses(passes.scores) / steps
         return (loss, outputs) if return_outputs else loss
 
-    def _further_losses(self, scores: TierScores, inputs: dict[str, Any]) -> torch.Tensor:
-        log_probs_CBS, advantages_C = scores.log_probs_CBS, self.advantages.to(scores.log_probs_CBS.device)
+    def _tier_passes(self, model: nn.Module, inputs: dict[str, Any]) -> TierPasses:
+        step, every = self.state.global_step, self.args.log_tiers_every
+        active = self.objective.active_tiers(self.advantages) if self.num_tiers > 1 else []
+        is_generated = self.args.responses == "generated" and self.num_tiers > 1
+        is_watched = not is_generated and (not self.model.training or (every and step % every == 0))
+        return TierPasses(
+            model,
+            self.model,
+            num_tiers=self.num_tiers,
+            active=active,
+            pad_token_id=self._pad_token_id,
+            watched=[tier for tier in range(2, self.num_tiers + 1) if tier not in active] if is_watched else [],
+            responses=self._generate(inputs, active) if is_generated else None,
+            scored_by=self.args.scored_by,
+            needs_reference=self.objective.needs_reference and self.num_tiers > 1,
+            records_routing=self.args.balance_coef > 0,
+            step=step,
+        )
+
+    def _generate(self, inputs: dict[str, Any], tiers: list[int]) -> TierResponses:
+        return generate_by_tier(
+            self.model,
+            left_padded_prompts(inputs, self._pad_token_id),
+            tiers,
+            seed=self._draw_seed(),
+            end_ids=self.end_of_sequence_ids,
+            pad_token_id=self._pad_token_id,
+            rows_per_call=self.args.generation_batch_size,
+            routing={"step": self.state.global_step},
+            use_cache=True,
+            **self.args.sampling,
+        )
+
+    def _draw_seed(self) -> int:
+        """A seed for this micro-batch of this step and process, the same when the step is run again."""
+        place = (self.model.training, self.state.global_step)
+        self._drawn = (place, self._drawn[1] + 1 if self._drawn[0] == place else 0)
+        name = (self.args.seed, *place, self._drawn[1], self.accelerator.process_index)
+        return random.Random(str(name)).getrandbits(63)
+
+    def _further_losses(self, scores: TierScores) -> torch.Tensor:
+        erl = self._objective_loss(scores) if self.num_tiers > 1 else scores.log_probs_CBS.new_zeros(())
+        balance = self._balance(scores)
+        self._log_losses(scores, erl, balance)
+        return self.args.erl_coef * erl + self.args.balance_coef * balance
+
+    def _objective_loss(self, scores: TierScores) -> torch.Tensor:
+        log_probs_CBS, mask_CBS = scores.log_probs_CBS, scores.mask_CBS
+        advantages_C = self.advantages.to(log_probs_CBS.device)
         if self.args.lower_tier_floor is not None:
             vocab_size = self.model.config.get_text_config().vocab_size
             floor = log_floor(self.args.lower_tier_floor, vocab_size)
             log_probs_CBS = floor_lower_tiers(log_probs_CBS, advantages_C, floor)
-        erl = expert_rank_loss(mean_log_likelihood(log_probs_CBS, scores.mask_BS).T, advantages_C)
-        balance = self._balance(scores, inputs)
-        self._log_losses(scores, inputs["labels"], erl, balance)
-        return self.args.erl_coef * erl + self.args.balance_coef * balance
+        reference_CBS = scores.reference_CBS
+        return self.objective.loss(
+            ObjectiveInputs(
+                mean_BC=mean_log_likelihood(log_probs_CBS, mask_CBS).T,
+                sum_BC=(log_probs_CBS * mask_CBS).sum(-1).T,
+                reference_mean_BC=None if reference_CBS is None else mean_log_likelihood(reference_CBS, mask_CBS).T,
+                reference_sum_BC=None if reference_CBS is None else (reference_CBS * mask_CBS).sum(-1).T,
+                advantages_C=advantages_C,
+                beta=self.args.objective_beta or self.objective.beta,
+                gamma=self.args.simpo_gamma,
+            )
+        )
 
-    def _balance(self, scores: TierScores, inputs: dict[str, Any]) -> torch.Tensor:
+    def _balance(self, scores: TierScores) -> torch.Tensor:
         if not scores.router_logits:
             return scores.log_probs_CBS.new_zeros(())
-        mask = inputs.get("attention_mask")
+        mask_T = scores.attention_mask_BS.reshape(-1)
         losses = [
-            balance_loss(
-                logits_TE,
-                self.top_k,
-                logits_TE.new_ones(len(logits_TE)) if mask is None else mask.reshape(-1).to(logits_TE.device),
-            )
-            for logits_TE in scores.router_logits
+            balance_loss(logits_TE, self.top_k, mask_T.to(logits_TE.device)) for logits_TE in scores.router_logits
         ]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
     @torch.no_grad()
-    def _log_losses(self, scores: TierScores, labels: torch.Tensor, erl: torch.Tensor, balance: torch.Tensor) -> None:
+    def _log_losses(self, scores: TierScores, erl: torch.Tensor, balance: torch.Tensor) -> None:
         """Append this batch's losses and tier likelihoods, averaged over processes, to TRL's metrics."""
-        log_probs_CBS, mask_BS = scores.log_probs_CBS.detach(), scores.mask_BS
-        content_BS = content_mask(labels[:, 1:].to(mask_BS.device), mask_BS, self.end_of_sequence_ids)
-        ntp = -(log_probs_CBS[0] * mask_BS).sum() / mask_BS.sum().clamp(min=1)
-        likelihood_C = mean_log_likelihood(log_probs_CBS, mask_BS).mean(-1)
-        content_likelihood_C = mean_log_likelihood(log_probs_CBS, content_BS).mean(-1)
-        names = ["ntp_loss", "erl_loss", "balance_loss"]
-        names += [f"tier_{tier}/log_likelihood" for tier in range(1, self.num_tiers + 1)]
-        names += [f"tier_{tier}/log_likelihood_no_eos" for tier in range(1, self.num_tiers + 1)]
-        values = torch.cat([torch.stack([ntp, erl, balance.to(ntp.device)]), likelihood_C, content_likelihood_C])
-        values = self.accelerator.gather_for_metrics(values.unsqueeze(0)).mean(0).tolist()
+        log_probs_CBS, mask_CBS, ntp = scores.log_probs_CBS.detach(), scores.mask_CBS, scores.ntp_loss.detach()
+        content_CBS = torch.stack(
+            [
+                content_mask(labels_BS, mask_BS, self.end_of_sequence_ids)
+                for labels_BS, mask_BS in zip(scores.labels_CBS, mask_CBS, strict=True)
+            ]
+        )
+        likelihood_C = mean_log_likelihood(log_probs_CBS, mask_CBS).mean(-1)
+        content_likelihood_C = mean_log_likelihood(log_probs_CBS, content_CBS).mean(-1)
+        values = {"ntp_loss": ntp, "erl_loss": erl, "balance_loss": balance.to(ntp.device)}
+        for tier in scores.tiers:
+            values[f"tier_{tier}/log_likelihood"] = likelihood_C[tier - 1]
+            values[f"tier_{tier}/log_likelihood_no_eos"] = content_likelihood_C[tier - 1]
+            if self.args.responses == "generated":
+                values[f"tier_{tier}/response_length"] = mask_CBS[tier - 1].sum(-1).float().mean()
+        gathered = self.accelerator.gather_for_metrics(torch.stack(list(values.values())).unsqueeze(0)).mean(0)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(values, gathered.tolist(), strict=True):
             metrics[name].append(value)
 
 
@@ -160,10 +242,19 @@ def _columns(dataset: Any) -> set[str]:
     return set(getattr(dataset, "column_names", None) or [])
 
 
-def _check_answers(dataset: Any) -> None:
+def _with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
+    """The data set as TRL takes it: prompts alone, where they suffice, get empty answers.
+
+    Raises:
+        [`OrdMoEDataError`]: there are no answers to learn from, and some are needed.
+    """
     columns = _columns(dataset)
-    if columns and not any(needed <= columns for needed in ANSWER_COLUMNS):
+    if not columns or any(needed <= columns for needed in ANSWER_COLUMNS):
+        return dataset
+    if "prompt" not in columns or args.ntp_coef > 0 or args.responses == "reference":
         raise OrdMoEDataError(
             f"The data set has the columns {sorted(columns)}, none of which holds an answer to learn from. It needs "
-            "`prompt` and `completion`, or `messages`, or `text` (TRL's data set formats)."
+            "`prompt` and `completion`, or `messages`, or `text` (TRL's data set formats). Prompts alone suffice with "
+            "responses='generated' and ntp_coef=0, which is not advised."
         )
+    return dataset.map(lambda row: {"completion": "" if isinstance(row["prompt"], str) else EMPTY_ANSWER})

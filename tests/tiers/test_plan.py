@@ -45,9 +45,9 @@ def test_bad_requests_are_refused(arguments, message):
 
 def test_a_tier_per_row_covers_the_rows_tokens_in_order():
     per_row = plan([1, 3])
-    assert per_row.tier_of_token(6, torch.device("cpu")).tolist() == [1, 1, 1, 3, 3, 3]
+    assert per_row.tier_of_token(6, torch.device("cpu"), 3).tolist() == [1, 1, 1, 3, 3, 3]
     with pytest.raises(OrdMoERuntimeError, match="2 tiers.*7 tokens"):
-        per_row.tier_of_token(7, torch.device("cpu"))
+        per_row.tier_of_token(7, torch.device("cpu"), 7)
 
 
 def test_only_tier_1_is_the_top():

@@ -86,7 +86,7 @@ def likelihoods(model, batch, num_tiers, **routing):
 @pytest.mark.parametrize(("num_tiers", "rewards", "advantages"), [(2, None, "zscore"), (3, [2, 1.5, 0], "none")])
 def test_loss_and_gradients_are_those_of_one_pass_per_tier(tmp_path, grouping, num_tiers, rewards, advantages):
     model = adapted(num_tiers=num_tiers, rewards=rewards, advantages=advantages, grouping=grouping)
-    trainer = trainer_for(tmp_path, model, erl_coef=0.3, balance_coef=0.0)
+    trainer = trainer_for(tmp_path, model, erl_coef=0.3, balance_coef=0.0, log_tiers_every=5)
     batch = one_batch(trainer)
     trainer.state.global_step = 5
     model.train()
@@ -218,6 +218,14 @@ class TestRefusals:
         with pytest.raises(OrdMoEDataError, match=r"\['kind', 'prompt'\], none of which holds an answer"):
             trainer_for(tmp_path, dataset=dataset)
 
+    def test_rewards_for_an_objective_that_takes_the_order_alone(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="no effect on objective='logistic'"):
+            trainer_for(tmp_path, adapted(rewards=[1, 0.9, 0]), objective="logistic")
+
+    def test_label_smoothing_with_tiers(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="label_smoothing_factor=0.1"):
+            trainer_for(tmp_path, label_smoothing_factor=0.1)
+
     def test_padding_free_batches(self, tmp_path):
         with pytest.raises(OrdMoEConfigError, match="num_tiers=3 would repeat"):
             trainer_for(tmp_path, padding_free=True, max_length=None)
@@ -227,6 +235,13 @@ class TestRefusals:
         [
             ({"router_aux_loss_coef": 0.01}, "second balance loss"),
             ({"erl_coef": -1.0}, "erl_coef must not be negative, got -1.0"),
+            ({"objective": "ppo"}, "objective must be one of .*'erl'.*got 'ppo'"),
+            ({"responses": "sampled"}, "responses must be one of .*got 'sampled'"),
+            ({"scored_by": "policy"}, "same response by the same tier C times"),
+            ({"objective_beta": 0.5}, "objective='erl' must have one"),
+            ({"objective": "dpo", "objective_beta": -1.0}, "objective_beta=-1.0 must be positive"),
+            ({"objective": "dpo", "lower_tier_floor": "uniform"}, "bounds objective='erl' alone"),
+            ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
             ({"lower_tier_floor": "low"}, "'uniform', got 'low'"),
             ({"lower_tier_floor": "1.5"}, "at most 0, got 1.5"),
         ],

@@ -1,0 +1,95 @@
+"""Rows of a collated batch: their prompts, responses in place of their own, and several batches in one."""
+
+from typing import Any
+
+import torch
+
+from ..errors import OrdMoEDataError
+from ..responses import IGNORED_LABEL
+
+
+def prompt_lengths(inputs: dict[str, Any]) -> torch.Tensor:
+    """Number of prompt tokens of each row: those before its first label, or all where it has none (`(B,)`).
+
+    Raises:
+        [`OrdMoEDataError`]: a row's labels begin with its first token, so that nothing is left to respond to.
+    """
+    has_label_BS = inputs["labels"] != IGNORED_LABEL
+    first_B = torch.where(has_label_BS.any(1), has_label_BS.int().argmax(1), inputs["attention_mask"].sum(1))
+    if (first_B == 0).any():
+        raise OrdMoEDataError(
+            "Generated responses need prompts, but a row is a response from its first token on. Give `prompt` and "
+            "`completion`, and leave completion_only_loss at its default."
+        )
+    return first_B
+
+
+def left_padded_prompts(inputs: dict[str, Any], pad_token_id: int) -> dict[str, Any]:
+    """The prompts of right-padded rows as `generate` takes them; images stay as they are."""
+    lengths_B = prompt_lengths(inputs)
+    longest = int(lengths_B.max())
+    place_BS = torch.arange(longest, device=lengths_B.device) - (longest - lengths_B).unsqueeze(1)
+    is_prompt_BS = place_BS >= 0
+    return {
+        name: value.gather(1, place_BS.clamp(min=0)).where(is_prompt_BS, _filler(name, pad_token_id))
+        if _is_per_token(value, inputs)
+        else value
+        for name, value in inputs.items()
+        if name not in ("labels", "fused_lm_head")
+    }
+
+
+def with_responses(inputs: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor, pad_token_id: int) -> dict:
+    """The rows with other responses after their prompts, right-padded; labels are those responses' tokens.
+
+    Args:
+        inputs (`dict`): a collated batch of B rows, right-padded.
+        ids_BS (`torch.Tensor` of shape `(B, S)`): the responses, right-padded.
+        mask_BS (`torch.Tensor` of shape `(B, S)`): where there is a token.
+        pad_token_id (`int`): fills rows that are shorter than others.
+    """
+    lengths_B1 = prompt_lengths(inputs).unsqueeze(1)
+    width = int((lengths_B1 + mask_BS.sum(1, keepdim=True)).max())
+    place_BW = torch.arange(width, device=ids_BS.device).expand(len(ids_BS), -1)
+    from_response_BW = (place_BW - lengths_B1).clamp(min=0, max=ids_BS.shape[1] - 1)
+    is_response_BW = (
+        (place_BW >= lengths_B1) & mask_BS.gather(1, from_response_BW) & (place_BW - lengths_B1 < ids_BS.shape[1])
+    )
+    is_prompt_BW = place_BW < lengths_B1
+    rows = {}
+    for name, value in inputs.items():
+        if not _is_per_token(value, inputs):
+            rows[name] = value
+            continue
+        prompts_BW = value.gather(1, place_BW.clamp(max=value.shape[1] - 1))
+        rows[name] = prompts_BW.where(is_prompt_BW, _filler(name, pad_token_id))
+    response_BW = ids_BS.gather(1, from_response_BW)
+    rows["input_ids"] = response_BW.where(is_response_BW, rows["input_ids"])
+    rows["labels"] = response_BW.where(is_response_BW, IGNORED_LABEL)
+    rows["attention_mask"] = (is_prompt_BW | is_response_BW).to(inputs["attention_mask"].dtype)
+    return rows
+
+
+def stack_rows(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Several batches' rows after one another, right-padded to the widest; images in the order of their rows."""
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    return {
+        name: torch.cat([_widened(name, batch[name], batch, width, pad_token_id) for batch in batches])
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batches[0].items()
+    }
+
+
+def _widened(name: str, value: torch.Tensor, batch: dict[str, Any], width: int, pad_token_id: int) -> torch.Tensor:
+    if not _is_per_token(value, batch) or value.shape[1] == width:
+        return value
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=_filler(name, pad_token_id))
+
+
+def _is_per_token(value: Any, inputs: dict[str, Any]) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape
+
+
+def _filler(name: str, pad_token_id: int) -> int:
+    return {"input_ids": pad_token_id, "labels": IGNORED_LABEL}.get(name, 0)
