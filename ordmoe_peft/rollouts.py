@@ -1,6 +1,6 @@
-"""Rollouts: what each tier answers to each prompt of a data set, as a data set that any preference trainer can use.
+"""Rollouts: what each tier answers to each prompt of a data set, as a data set of its own.
 
-[`rollout`] writes it, shard by shard; [`to_preference_pairs`] turns it into TRL's preference format.
+[`~ordmoe_peft.preference_pairs.to_preference_pairs`] makes preferences of it, for any trainer.
 """
 
 import hashlib
@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .analysis.samples import ProcessingClass, prompt_inputs
 from .errors import OrdMoEConfigError, OrdMoEDataError
@@ -31,11 +29,8 @@ from .tiers.plan import layers_in_scope
 from .tiers.routing import _adapter_config, tier_routing
 
 
-logger = logging.get_logger(__name__)
-
 SETTINGS_FILE = "rollout_settings.json"
 SCORED_BY = ("tier", "policy")
-PAIRS = ("ends", "all")
 
 # What `rollout` adds to each row: a list of C values, tiers in order.
 ROLLOUT_FEATURES = Features(
@@ -48,8 +43,8 @@ ROLLOUT_FEATURES = Features(
         "gate_mass": List(Value("float32")),
     }
 )
-SOURCE_COLUMNS = ("prompt", "images", "image", "completion")
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
+TEXT_COLUMNS = ("prompt", "completion")
+SOURCE_COLUMNS = (*TEXT_COLUMNS, "images", "image")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -84,8 +79,8 @@ def rollout(
       that predict a response token, under the tier that wrote it; null where routers return no such weights.
 
     A killed run leaves complete shards only. The same call goes on with it and ends with the same rows: each batch
-    samples from (`seed`, its first sample). Settings are in `rollout_settings.json`, with digests of the prompts and
-    of the router and adapter weights, but not of images.
+    samples from (`seed`, its first sample). Settings are in `rollout_settings.json`, with digests of prompts and
+    completions and of the router and adapter weights, but not of images.
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
@@ -136,7 +131,7 @@ def rollout(
         "samples_per_shard": samples_per_shard,
         "num_samples": len(dataset),
         "columns": columns,
-        "prompts_sha256": _prompts_digest(dataset),
+        "texts_sha256": _texts_digest(dataset.select_columns([name for name in columns if name in TEXT_COLUMNS])),
         "sources": sources or {},
     }
     folder = ShardFolder(Path(output_dir), len(dataset), samples_per_shard)
@@ -216,10 +211,10 @@ def _check_tiers(model: nn.Module, tiers: list[int], routing: dict[str, Any]) ->
         return tiers
 
 
-def _prompts_digest(dataset: Dataset) -> str:
+def _texts_digest(texts: Dataset) -> str:
     digest = hashlib.sha256()
-    for sample in dataset.select_columns("prompt"):
-        digest.update(json.dumps(sample["prompt"], sort_keys=True).encode() + b"\n")
+    for sample in texts:
+        digest.update(json.dumps(sample, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -276,7 +271,7 @@ class _TierWriter:
             self.tiers,
             seed=_batch_seed(self.seed, first_sample),
             end_ids=end_ids,
-            pad_token_id=end_ids[0].item() if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             rows_per_call=self.rows_per_call,
             routing=routing,
             **self.generation,
@@ -294,7 +289,15 @@ class _TierWriter:
                     row[name].append(value)
         return rows
 
-    def _score(self, inputs, ids_BS, mask_BS, tier: int, routing: dict[str, Any], end_ids) -> dict[str, list]:
+    def _score(
+        self,
+        inputs: dict[str, Any],
+        ids_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        tier: int,
+        routing: dict[str, Any],
+        end_ids: torch.Tensor,
+    ) -> dict[str, list]:
         """Likelihood and gate mass of one tier's responses, from their own tokens."""
         full_inputs = _with_response(inputs, ids_BS, mask_BS)
         log_probs_BS, gate_mass_B = self._forward(full_inputs, ids_BS, mask_BS, tier, routing)
@@ -312,7 +315,15 @@ class _TierWriter:
             "gate_mass": gate_mass_B.tolist() if gate_mass_B is not None else [None] * len(ids_BS),
         }
 
-    def _forward(self, full_inputs, ids_BS, mask_BS, tier: int, routing: dict[str, Any]):
+    def _forward(
+        self,
+        full_inputs: dict[str, Any],
+        ids_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        tier: int,
+        routing: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probability of each response token (`(B, S)`) and the mean gate mass over them (`(B,)`) under `tier`."""
         layers = find_moe_layers(self.model)
         in_scope = [layers[index] for index in sorted(layers_in_scope(routing["layer_scope"], len(layers)))]
         batch_size, length = ids_BS.shape
@@ -348,84 +359,3 @@ def _with_response(inputs: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.
 
 def _batch_seed(seed: int, first_sample: int) -> int:
     return int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0])
-
-
-# ---------------------------------------------------------------------------------------------------- preference pairs
-def to_preference_pairs(
-    dataset: Dataset,
-    *,
-    chosen_tier: int = 1,
-    rejected_tier: int | None = None,
-    drop_equal: bool = True,
-    pairs: str = "ends",
-) -> Dataset:
-    """Rollouts in TRL's preference format: `prompt`, `chosen`, `rejected`, and `images` or `image` where there are any.
-
-    Responses to conversational prompts become assistant messages, without the white space around them, which is the
-    chat template's to add; others stay the strings they are. The tiers of a pair are in the columns `chosen_tier` and
-    `rejected_tier`.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): what [`rollout`] wrote.
-        chosen_tier (`int`, defaults to 1): the highest tier to take.
-        rejected_tier (`int`, *optional*): the lowest tier to take; the last there is by default.
-        drop_equal (`bool`, defaults to `True`): leave out pairs of equal texts, which say nothing; a warning says how
-            many there were.
-        pairs (`str`, defaults to `"ends"`): `"ends"` pairs these two tiers; `"all"` pairs every tier from one to the
-            other with every lower one.
-
-    Raises:
-        [`OrdMoEDataError`]: these are no rollouts, or no pair is left.
-        [`OrdMoEConfigError`]: a tier that was not rolled out, or is not below `chosen_tier`.
-    """
-    missing = {"prompt", "tiers", "responses"} - set(dataset.column_names)
-    if missing or len(dataset) == 0:
-        raise OrdMoEDataError(f"These are no rollouts: {sorted(missing) or 'rows'} missing. Make them with rollout().")
-    tier_pairs = _tier_pairs(list(dataset[0]["tiers"]), chosen_tier, rejected_tier, pairs)
-    is_conversational = not isinstance(dataset[0]["prompt"], str)
-    places, columns, dropped = [], {"chosen": [], "rejected": [], "chosen_tier": [], "rejected_tier": []}, 0
-    for place, row in enumerate(dataset.select_columns(["tiers", "responses"])):
-        responses = [text.strip() for text in row["responses"]] if is_conversational else row["responses"]
-        text_of = dict(zip(row["tiers"], responses, strict=True))
-        for better, worse in tier_pairs:
-            if drop_equal and text_of[better] == text_of[worse]:
-                dropped += 1
-                continue
-            places.append(place)
-            values = (text_of[better], text_of[worse], better, worse)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-    if not places:
-        raise OrdMoEDataError(f"All {dropped} pairs have equal texts: the tiers wrote the same, so there is no signal.")
-    if dropped:
-        logger.warning(f"Left out {dropped} of {dropped + len(places)} pairs, whose two texts are equal.")
-    kept = [name for name in dataset.column_names if name in ("prompt", "images", "image")]
-    texts = _preference_columns(columns, is_conversational)
-    with without_inner_bars():
-        return concatenate_datasets([dataset.select(places).select_columns(kept), texts], axis=1)
-
-
-def _tier_pairs(tiers: list[int], chosen: int, rejected: int | None, pairs: str) -> list[tuple[int, int]]:
-    rejected = tiers[-1] if rejected is None else rejected
-    if pairs not in PAIRS:
-        raise OrdMoEConfigError(f"pairs must be one of {PAIRS}, got {pairs!r}.")
-    for name, tier in (("chosen_tier", chosen), ("rejected_tier", rejected)):
-        if tier not in tiers:
-            raise OrdMoEConfigError(f"{name}={tier}, but the rollouts are of tiers {tiers}.")
-    if chosen >= rejected:
-        raise OrdMoEConfigError(f"rejected_tier={rejected} must be a lower tier than chosen_tier={chosen}: further on.")
-    if pairs == "ends":
-        return [(chosen, rejected)]
-    return list(combinations([tier for tier in tiers if chosen <= tier <= rejected], 2))
-
-
-def _preference_columns(columns: dict[str, list], is_conversational: bool) -> Dataset:
-    text_type = MESSAGES if is_conversational else Value("string")
-    if is_conversational:
-        messages = {
-            name: [[{"role": "assistant", "content": text}] for text in columns[name]]
-            for name in ("chosen", "rejected")
-        }
-        columns = columns | messages
-    types = {"chosen": text_type, "rejected": text_type, "chosen_tier": Value("int32"), "rejected_tier": Value("int32")}
-    return Dataset.from_dict(columns, features=Features(types))

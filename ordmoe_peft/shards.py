@@ -119,6 +119,8 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Nested settings under dotted names."""
     flat = {}
     for name, value in settings.items():
-        nested = _flat(value) if isinstance(value, dict) else {}
-        flat |= {f"{name}.{inner}": part for inner, part in nested.items()} or {name: value}
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": part for inner, part in _flat(value).items()}
+        else:
+            flat[name] = value
     return flat

@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
-from ..rollouts import SETTINGS_FILE, rollout, to_preference_pairs
+from ..preference_pairs import to_preference_pairs
+from ..rollouts import SETTINGS_FILE, rollout
 from ..shards import without_inner_bars
 from .arguments import ModelArguments
 from .loading import load_adapter, load_base, load_processing_class, load_split
