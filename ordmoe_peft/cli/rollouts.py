@@ -1,0 +1,167 @@
+"""`ordmoe rollouts`: what each tier answers to each prompt, as a data set on disk or on the hub."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from datasets import Dataset
+from huggingface_hub import HfApi
+from trl import TrlParser
+
+from ..errors import OrdMoEConfigError
+from ..preference_pairs import to_preference_pairs
+from ..rollouts import SETTINGS_FILE, rollout
+from ..shards import without_inner_bars
+from .arguments import ModelArguments
+from .loading import load_adapter, load_base, load_processing_class, load_split
+from .tables import percent, print_table
+
+
+PAIRS_FOLDER = "preference_pairs"
+
+
+@dataclass
+class RolloutArguments:
+    """What to answer, how to sample, and where to write it."""
+
+    output: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str = field(default="train", metadata={"help": "Its split."})
+    limit: int | None = field(default=None, metadata={"help": "Use only this many samples, drawn by seed 0."})
+    keep_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Columns to keep beside prompt, images and completion."}
+    )
+    tiers: list[int] | None = field(default=None, metadata={"help": "Tiers that write, 1 is the top; all by default."})
+    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C to cut; the adapter's by default."})
+    grouping: str | None = field(default=None, metadata={"help": "How tiers are cut; the adapter's by default."})
+    scored_by: str = field(
+        default="tier", metadata={"help": "Score under the tier that wrote (tier) or under tier 1 (policy)."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts at a time."})
+    rows_per_call: int | None = field(
+        default=None, metadata={"help": "Most rows, prompts times tiers, to generate at once; all by default."}
+    )
+    samples_per_shard: int = field(default=256, metadata={"help": "Prompts in a file, the most an interruption loses."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    max_completion_length: int = field(default=512, metadata={"help": "Longest response, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling; 0 writes greedily."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of probability to sample from."})
+    top_k: int = field(default=0, metadata={"help": "Most probable tokens to sample from; 0 is all."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on tokens that occurred; 1 is none."})
+    preference_pairs: bool = field(
+        default=False, metadata={"help": f"Also write tier 1 over the last tier, in TRL's format, to {PAIRS_FOLDER}/."}
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to push the rollouts to."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+
+    def generation(self) -> dict:
+        """The arguments of `generate` that were asked for."""
+        shared = {"max_new_tokens": self.max_completion_length, "repetition_penalty": self.repetition_penalty}
+        if self.temperature == 0:
+            return shared | {"do_sample": False}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return shared | {"do_sample": True} | sampling
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (ModelArguments, RolloutArguments),
+        prog="ordmoe rollouts",
+        description="Write what each tier answers. Options can also stand in a YAML file given as --config.",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    model_options, options = build_parser().parse_args_and_config(arguments)
+    dataset = load_split(options.dataset_name, options.dataset_config, options.split)
+    if options.limit is not None:
+        dataset = _limited(dataset, options.limit)
+    processing_class = load_processing_class(model_options, options.trust_remote_code)
+    model = load_base(model_options, options.trust_remote_code)
+    if options.adapter is not None:
+        model = load_adapter(model, options.adapter)
+    named = ("adapter", "dataset_name", "dataset_config", "split", "limit")
+    rollouts = rollout(
+        model,
+        processing_class,
+        dataset,
+        options.output,
+        num_tiers=options.num_tiers,
+        grouping=options.grouping,
+        tiers=options.tiers,
+        scored_by=options.scored_by,
+        batch_size=options.batch_size,
+        rows_per_call=options.rows_per_call,
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+        keep_columns=options.keep_columns,
+        sources=asdict(model_options) | {name: getattr(options, name) for name in named},
+        **options.generation(),
+    )
+    print_tiers(rollouts, options.scored_by)
+    print(f"{len(rollouts)} rollouts in {options.output}")
+    if options.push_to_hub is not None:
+        push(rollouts, Path(options.output), options.push_to_hub)
+    if options.preference_pairs:
+        write_pairs(rollouts, Path(options.output) / PAIRS_FOLDER)
+
+
+def _limited(dataset: Dataset, limit: int) -> Dataset:
+    if limit < 1:
+        raise OrdMoEConfigError(f"limit must be at least 1, got {limit}.")
+    return dataset.shuffle(seed=0).select(range(min(limit, len(dataset))))
+
+
+def print_tiers(rollouts: Dataset, scored_by: str) -> None:
+    """A row per tier: means over its responses, and how many say what the first tier says."""
+    by_tier = {name: list(zip(*rollouts[name], strict=True)) for name in rollouts.column_names if name in _AVERAGED}
+    responses = list(zip(*rollouts["responses"], strict=True))
+    rows = [
+        [
+            str(tier),
+            *(_mean(by_tier[name][place]) for name in _AVERAGED),
+            percent(fmean(a == b for a, b in zip(responses[place], responses[0], strict=True))),
+        ]
+        for place, tier in enumerate(rollouts[0]["tiers"])
+    ]
+    scorer = "the tier that wrote it" if scored_by == "tier" else "tier 1"
+    title = f"Responses by tier; mean log-likelihood per token (nats) under {scorer}"
+    print_table(title, ["tier", *_AVERAGED.values(), f"same as tier {rollouts[0]['tiers'][0]}"], rows)
+
+
+_AVERAGED = {
+    "log_likelihood": "log-likelihood",
+    "log_likelihood_no_eos": "without end tokens",
+    "gate_mass": "gate mass",
+    "response_token_counts": "tokens",
+}
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.3f}" if known else "none"
+
+
+def push(rollouts: Dataset, folder: Path, repository: str) -> None:
+    """Push the rollouts, and the settings that made them beside them."""
+    rollouts.push_to_hub(repository)
+    HfApi().upload_file(
+        path_or_fileobj=folder / SETTINGS_FILE,
+        path_in_repo=SETTINGS_FILE,
+        repo_id=repository,
+        repo_type="dataset",
+    )
+    print(f"Pushed to {repository}")
+
+
+def write_pairs(rollouts: Dataset, folder: Path) -> None:
+    """Write the preference pairs of `rollouts` as a data set of their own."""
+    pairs = to_preference_pairs(rollouts)
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with without_inner_bars():
+        pairs.to_parquet(path)
+    print(f"{len(pairs)} preference pairs in {folder} ({len(rollouts) - len(pairs)} left out: equal texts)")

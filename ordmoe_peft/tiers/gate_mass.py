@@ -1,0 +1,44 @@
+"""How much weight routers give to the experts that a forward was held to."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe_layers import MoELayer
+
+
+@contextmanager
+def recorded_gate_mass(layers: Sequence[MoELayer]) -> Iterator[list[torch.Tensor | None]]:
+    """Within the block, append for each forward of each layer's router what its K weights sum to, per token.
+
+    These are the weights that the router itself returned, before anything scales them: 1 for every tier where the
+    router renormalises, and less from tier to tier where it does not (OLMoE, DeepSeek-V2).
+
+    Yields:
+        list of `torch.Tensor` of shape `(T,)`; `None` where the router returns no weights of shape `(T, K)`.
+    """
+    records: list[torch.Tensor | None] = []
+    handles = [layer.router.register_forward_hook(_recorder(layer.top_k, records)) for layer in layers]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(top_k: int, records: list[torch.Tensor | None]):
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        # Routers of transformers return logits, weights, indices; older ones logits alone.
+        weights_TK = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        is_weights = (
+            isinstance(weights_TK, torch.Tensor)
+            and weights_TK.is_floating_point()
+            and weights_TK.dim() == 2
+            and weights_TK.shape[1] == top_k
+        )
+        records.append(weights_TK.float().sum(-1) if is_weights else None)
+
+    return record
