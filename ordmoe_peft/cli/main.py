@@ -15,6 +15,7 @@ from ..errors import OrdMoEError
 COMMANDS = {
     "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),
     "evaluate": ("ordmoe_peft.cli.evaluate", "exact match and likelihood of answers, per tier on request"),
+    "tiers": ("ordmoe_peft.cli.tiers", "what each tier is worth: order, answers, routing, diversity"),
     "export": ("ordmoe_peft.cli.export", "write an adapter in a form that plain PEFT loads"),
 }
 # What users cause: our own errors, missing files and repositories, values that upstream refuses, broken YAML.
