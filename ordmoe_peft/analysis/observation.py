@@ -22,16 +22,29 @@ from .samples import ProcessingClass, scoring_inputs
 
 
 @dataclass
-class ExpertCall:
-    """What an experts module was called with, once or over several batches.
+class ExpertTokens:
+    """Some tokens at one layer's experts.
 
     Args:
-        hidden_states_TH (`torch.Tensor` of shape `(T, H)`): the watched tokens.
-        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): their experts.
+        hidden_states_NH (`torch.Tensor` of shape `(N, H)`): what goes into the experts.
+        top_k_index_NK (`torch.Tensor` of shape `(N, K)`): each token's experts.
     """
 
-    hidden_states_TH: torch.Tensor
+    hidden_states_NH: torch.Tensor
+    top_k_index_NK: torch.Tensor
+
+
+@dataclass
+class ExpertCall:
+    """What a layer's experts were called with in one forward.
+
+    Args:
+        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the experts of all tokens.
+        kept (`ExpertTokens`): some of the tokens.
+    """
+
     top_k_index_TK: torch.Tensor
+    kept: ExpertTokens
 
 
 @dataclass
@@ -40,11 +53,11 @@ class TierObservation:
 
     Args:
         routing_scores_nL (`torch.Tensor` of shape `(n, L)`): see [`~ordmoe_peft.analysis.correlation.routing_score`].
-        expert_calls (`list[ExpertCall]`): one per MoE layer, of tokens spread evenly over the data.
+        expert_tokens (`list[ExpertTokens]`): one per MoE layer, of tokens spread evenly over the data.
     """
 
     routing_scores_nL: torch.Tensor
-    expert_calls: list[ExpertCall]
+    expert_tokens: list[ExpertTokens]
 
 
 def sample_batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
@@ -71,15 +84,22 @@ def outer_experts(model: nn.Module, layer: MoELayer) -> nn.Module:
 
 
 @contextmanager
-def recorded_expert_calls(model: nn.Module) -> Iterator[list[ExpertCall]]:
-    """Within the block, append the inputs of each MoE layer's experts to the list given, layer by layer."""
+def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[list[ExpertCall]]:
+    """Within the block, append the inputs of each MoE layer's experts to the list given, layer by layer.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        token_N (`torch.Tensor` of shape `(N,)`): places of the tokens whose hidden states are kept: those of all
+            tokens in all layers would be most of a forward's memory.
+    """
     calls: list[ExpertCall] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         # The experts interface fixes both the order and the names of these arguments.
         names = ("hidden_states", "top_k_index")
         hidden_states, index = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        calls.append(ExpertCall(hidden_states, index))
+        kept_N = token_N.to(index.device)
+        calls.append(ExpertCall(index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
 
     experts = [outer_experts(model, layer) for layer in find_moe_layers(model)]
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in experts]
@@ -120,29 +140,29 @@ def observe_tier(
         for samples in sample_batches(dataset, batch_size):
             inputs = scoring_inputs(samples, processing_class).to(model.device)
             labels_BS = inputs.pop("labels")
+            token_N = spread(inputs["attention_mask"].reshape(-1).nonzero()[:, 0], per_batch)
             with (
                 tier_routing(model, tier, **routing),
                 recorded_router_logits(model) as logits,
-                recorded_expert_calls(model) as calls,
+                recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
             _check_calls(model, logits, calls, labels_BS.numel())
-            # A position's routing makes the token after it.
-            predicts_BS = nn.functional.pad(labels_BS[:, 1:] != -100, (0, 1))
-            scores.append(
-                torch.stack(
-                    [
-                        routing_score(logits_TE, call.top_k_index_TK, predicts_BS)
-                        for logits_TE, call in zip(logits, calls, strict=True)
-                    ],
-                    dim=1,
-                ).cpu()
-            )
-            token_T = spread(inputs["attention_mask"].reshape(-1).nonzero()[:, 0], per_batch)
-            kept.append([_tokens_of(call, token_T) for call in calls])
+            scores.append(_routing_scores(logits, calls, labels_BS))
+            kept.append([call.kept for call in calls])
             bar.update(len(samples))
-    expert_calls = [_joined(calls_of_layer, num_tokens) for calls_of_layer in zip(*kept, strict=True)]
-    return TierObservation(torch.cat(scores), expert_calls)
+    expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
+    return TierObservation(torch.cat(scores), expert_tokens)
+
+
+def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], labels_BS: torch.Tensor) -> torch.Tensor:
+    """Each sample's routing score in each layer (`torch.Tensor` of shape `(B, L)`)."""
+    # A position's routing makes the token after it.
+    predicts_BS = nn.functional.pad(labels_BS[:, 1:] != -100, (0, 1))
+    layers = zip(logits, calls, strict=True)
+    return torch.stack(
+        [routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu() for logits_TE, call in layers], dim=1
+    )
 
 
 def spread(values_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -152,15 +172,10 @@ def spread(values_N: torch.Tensor, count: int) -> torch.Tensor:
     return values_N[torch.arange(count, device=values_N.device) * len(values_N) // count]
 
 
-def _tokens_of(call: ExpertCall, token_T: torch.Tensor) -> ExpertCall:
-    token_T = token_T.to(call.hidden_states_TH.device)
-    return ExpertCall(call.hidden_states_TH[token_T], call.top_k_index_TK[token_T])
-
-
-def _joined(calls: tuple[ExpertCall, ...], num_tokens: int) -> ExpertCall:
-    return ExpertCall(
-        torch.cat([call.hidden_states_TH for call in calls])[:num_tokens],
-        torch.cat([call.top_k_index_TK for call in calls])[:num_tokens],
+def _joined(parts: tuple[ExpertTokens, ...], num_tokens: int) -> ExpertTokens:
+    return ExpertTokens(
+        torch.cat([part.hidden_states_NH for part in parts])[:num_tokens],
+        torch.cat([part.top_k_index_NK for part in parts])[:num_tokens],
     )
 
 

@@ -315,9 +315,9 @@ def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:
     with evaluation_mode(model):
         return [
             mean_pairwise_cosine(
-                expert_outputs(outer_experts(model, layer), call.hidden_states_TH, call.top_k_index_TK)
+                expert_outputs(outer_experts(model, layer), tokens.hidden_states_NH, tokens.top_k_index_NK)
             )
-            for layer, call in zip(layers, watched.expert_calls, strict=True)
+            for layer, tokens in zip(layers, watched.expert_tokens, strict=True)
         ]
 
 

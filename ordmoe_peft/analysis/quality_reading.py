@@ -1,6 +1,7 @@
 """What the figures of tier quality say, in sentences, with the failure signatures named."""
 
 import math
+from itertools import pairwise
 
 from .quality import OrderShare, TierQuality
 
@@ -16,6 +17,7 @@ def read_quality(quality: TierQuality) -> list[str]:
     return [
         _read_ends(quality),
         *_read_full_order(quality),
+        *_read_means(quality),
         _read_answers(quality),
         _read_correlation(quality),
         *_read_diversity(quality),
@@ -27,10 +29,13 @@ def is_above(share: OrderShare, level: float, level_stderr: float = 0.0) -> bool
     return share.share - level > CLEAR * math.hypot(share.stderr, level_stderr)
 
 
-def beats_unordered_groups(share: OrderShare) -> bool:
-    """Whether the order holds more often than with random groups, or than by chance where these were not measured."""
+def orders_below_top(share: OrderShare, num_tiers: int) -> bool:
+    """Whether the full order holds more often than with random groups, whose tier 1 is the model's own top K, too.
+
+    Where these were not measured, the C − 1 tiers below an ever likelier tier 1 stand in: 1/(C − 1)! by chance.
+    """
     if share.random is None:
-        return is_above(share, share.chance)
+        return is_above(share, share.chance * num_tiers)
     return is_above(share, share.random, share.random_stderr)
 
 
@@ -50,15 +55,30 @@ def _read_full_order(quality: TierQuality) -> list[str]:
         return []
     full, no_eos = quality.order["full"], quality.order["full_no_eos"]
     text = f"All {quality.num_tiers} tiers are in order on {_share(full)} of samples ({_levels(full)})"
-    if not beats_unordered_groups(full):
-        return [f"{text}: below tier 1 the tiers are at the level of random groups."]
-    if not beats_unordered_groups(no_eos):
+    if not orders_below_top(full, quality.num_tiers):
+        return [f"{text}: below tier 1 the tiers are no better ordered than random groups."]
+    if not orders_below_top(no_eos, quality.num_tiers):
         lower = "middle over bottom" if quality.num_tiers == 3 else "the order below tier 1"
         return [
             f"{text}, but {lower} only through the end-of-sequence token: without it on {_share(no_eos)} "
-            f"({_levels(no_eos)}), which is not above them by more than noise."
+            f"({_levels(no_eos)}), no more than noise above random groups."
         ]
     return [f"{text}, without end-of-sequence tokens on {_share(no_eos)} ({_levels(no_eos)})."]
+
+
+def _read_means(quality: TierQuality) -> list[str]:
+    """Most samples can be in order while the mean, which a few very unlikely answers decide, is not."""
+    kinds = {"": "log_likelihood", " without end-of-sequence tokens": "log_likelihood_no_eos"}
+    readings = []
+    for upper, lower in pairwise(quality.tiers):
+        for kind, name in kinds.items():
+            above, below = getattr(upper, name), getattr(lower, name)
+            if below > above:
+                readings.append(
+                    f"On average tier {lower.tier} is likelier than tier {upper.tier}{kind}, against the order: "
+                    f"{below:.3f} against {above:.3f} nats per token."
+                )
+    return readings
 
 
 def _read_answers(quality: TierQuality) -> str:

@@ -68,19 +68,19 @@ def test_kept_tokens_are_spread_over_the_data_and_never_padding():
     )
     observation = observe_tier(model, TOKENIZER, DATASET, 2, batch_size=3, num_tokens=5)
     handle.remove(), masks.remove()
-    assert [len(call.hidden_states_TH) for call in observation.expert_calls] == [5] * models.NUM_LAYERS
+    assert [len(tokens.hidden_states_NH) for tokens in observation.expert_tokens] == [5] * models.NUM_LAYERS
     first_batch = embedded[1][embedded[0].bool()]
     places = torch.arange(3) * len(first_batch) // 3
-    torch.testing.assert_close(observation.expert_calls[0].hidden_states_TH[:3], first_batch[places])
-    assert observation.expert_calls[0].top_k_index_TK.shape == (5, models.TOP_K)
+    torch.testing.assert_close(observation.expert_tokens[0].hidden_states_NH[:3], first_batch[places])
+    assert observation.expert_tokens[0].top_k_index_NK.shape == (5, models.TOP_K)
 
 
 def test_kept_experts_are_the_tiers():
     """Layer 0 sees the same tokens under all tiers, whose experts are disjoint."""
     model = models.qwen3_moe()
-    kept = [observe_tier(model, TOKENIZER, DATASET, tier, num_tokens=8).expert_calls[0] for tier in (1, 3)]
-    torch.testing.assert_close(kept[0].hidden_states_TH, kept[1].hidden_states_TH)
-    for top, bottom in zip(kept[0].top_k_index_TK.tolist(), kept[1].top_k_index_TK.tolist(), strict=True):
+    kept = [observe_tier(model, TOKENIZER, DATASET, tier, num_tokens=8).expert_tokens[0] for tier in (1, 3)]
+    torch.testing.assert_close(kept[0].hidden_states_NH, kept[1].hidden_states_NH)
+    for top, bottom in zip(kept[0].top_k_index_NK.tolist(), kept[1].top_k_index_NK.tolist(), strict=True):
         assert not set(top) & set(bottom)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from ordmoe_peft.analysis.correlation import RankCorrelation
 from ordmoe_peft.analysis.quality import OrderShare, QualityCorrelation, TierMeans, TierQuality
-from ordmoe_peft.analysis.quality_reading import is_above, read_quality
+from ordmoe_peft.analysis.quality_reading import is_above, orders_below_top, read_quality
 
 
 HELD, CHANCE_LEVEL = 0.9, 0.5
@@ -38,7 +38,7 @@ SIGNATURES = {
         {"ends_no_eos": CHANCE_LEVEL},
         "only through the end-of-sequence token: without it on 50.0",
     ),
-    "random level": ({"full": 0.55}, "at the level of random groups"),
+    "random level": ({"full": 0.55}, "no better ordered than random groups"),
     "middle by the end token": (
         {"full_no_eos": CHANCE_LEVEL},
         "middle over bottom only through the end-of-sequence token: without it on 50.0 ± 2.0 %",
@@ -75,3 +75,20 @@ def test_noise_counts_both_standard_errors():
     share = OrderShare(0.55, 0.02, 0.5)
     assert is_above(share, 0.5)
     assert not is_above(share, 0.5, 0.02)
+
+
+def test_means_against_the_order_are_named_with_their_figures():
+    swapped = quality()
+    swapped.tiers[1].log_likelihood_no_eos, swapped.tiers[2].log_likelihood_no_eos = -1.5, -1.25
+    wanted = (
+        "On average tier 3 is likelier than tier 2 without end-of-sequence tokens, against the order: -1.250 against"
+    )
+    assert [sentence for sentence in read_quality(swapped) if "On average" in sentence] == [
+        f"{wanted} -1.500 nats per token."
+    ]
+
+
+def test_without_random_groups_the_tiers_below_an_ever_likelier_first_are_the_measure():
+    """Three tiers with the first always on top are in order on half of all samples by chance, not on a sixth."""
+    assert not orders_below_top(OrderShare(0.53, 0.02, 1 / 6), num_tiers=3)
+    assert orders_below_top(OrderShare(0.55, 0.02, 1 / 6), num_tiers=3)
