@@ -16,7 +16,7 @@ from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import expert_rank_loss, floor_lower_tiers, log_floor, mean_log_likelihood
 from ..responses import content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
-from .callbacks import LikelihoodWatch
+from .callbacks import FailureWatch
 from .tier_passes import TierPasses, TierScores
 
 
@@ -81,7 +81,7 @@ class OrdMoETrainer(SFTTrainer):
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
-        self.add_callback(LikelihoodWatch(self.num_tiers))
+        self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
 
     def _adapter_config(self) -> OrdMoEConfig:
         configs = self.model.peft_config if isinstance(self.model, PeftModel) else {}
