@@ -43,6 +43,8 @@ class OrdMoETrainingArguments(SFTConfig):
             them or by the `"policy"`, tier 1.
         log_tiers_every (`int`, defaults to 10): steps between runs, without gradient, of tiers that the objective has
             no gradient for (of C = 3 evenly spaced tiers, the middle one), to log their likelihood; 0 for never.
+        log_router_health (`bool`, defaults to `False`): log statistics of the routers as `router/…`, see
+            [`~ordmoe_peft.training.RouterHealth`].
         max_completion_length (`int`, defaults to 256): longest response to generate, in tokens.
         generation_batch_size (`int`, *optional*): most rows in one `generate` call, at least one tier's; all tiers'
             by default.
@@ -86,6 +88,7 @@ class OrdMoETrainingArguments(SFTConfig):
         default=10,
         metadata={"help": "Steps between runs, without gradient, of tiers that take no part; 0 for never."},
     )
+    log_router_health: bool = field(default=False, metadata={"help": "Log statistics of the routers as router/…"})
     max_completion_length: int = field(default=256, metadata={"help": "Longest response to generate, in tokens."})
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Most rows in one generate call; those of all tiers by default."}

@@ -3,40 +3,29 @@
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..analysis.signatures import training_findings
+
 
 logger = logging.get_logger(__name__)
 
 
-class LikelihoodWatch(TrainerCallback):
-    """Warns once when tier 1's likelihood falls while the lowest tier's does: the expert-rank loss is too strong.
+class FailureWatch(TrainerCallback):
+    """Names each failure signature of [`~ordmoe_peft.analysis.signatures`] when it first shows in the trainer's log.
 
-    The loss rewards any fall of the low tiers, without bound; they share weights with tier 1 and can drag it along.
+    Each is warned about once, by the main process alone.
 
     Args:
-        num_tiers (`int`): C.
-        margin (`float`, defaults to 0.1): nats per token by which tier 1 must have fallen from its best logged value,
-            and the lowest tier from its first.
+        vocab_size (`int`): V, which a uniform guess depends on.
     """
 
-    def __init__(self, num_tiers: int, margin: float = 0.1):
-        self.top, self.bottom = "tier_1/log_likelihood", f"tier_{num_tiers}/log_likelihood"
-        self.num_tiers, self.margin = num_tiers, margin
-        self.best_top: float | None = None
-        self.first_bottom: float | None = None
-        self.has_warned = False
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.named: set[str] = set()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.num_tiers == 1 or self.has_warned or self.top not in (logs or {}):
+    def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
             return
-        top, bottom = logs[self.top], logs[self.bottom]
-        if self.best_top is None:
-            self.best_top, self.first_bottom = top, bottom
-        self.best_top = max(self.best_top, top)
-        if top < self.best_top - self.margin and bottom < self.first_bottom - self.margin:
-            self.has_warned = True
-            logger.warning(
-                f"Step {state.global_step}: the likelihood of tier 1 fell from {self.best_top:.3f} to {top:.3f} nats a "
-                f"token while tier {self.num_tiers} fell from {self.first_bottom:.3f} to {bottom:.3f}. The expert-rank "
-                f"loss pushes low tiers down without bound and drags tier 1 along: lower erl_coef (now "
-                f"{args.erl_coef}), or bound it with lower_tier_floor='uniform'."
-            )
+        for finding in training_findings(state.log_history, vocab_size=self.vocab_size, erl_coef=args.erl_coef):
+            if finding.name not in self.named:
+                self.named.add(finding.name)
+                logger.warning(f"Step {state.global_step}, {finding.name}: {finding.message}")

@@ -18,8 +18,9 @@ from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..responses import content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
-from .callbacks import LikelihoodWatch
+from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
+from .router_health import RouterHealth
 from .rows import left_padded_prompts
 from .tier_passes import TierPasses, TierScores
 
@@ -86,7 +87,9 @@ class OrdMoETrainer(SFTTrainer):
         self._pad_token_id = self._tokenizer.pad_token_id
         # Place in training of the last draw of responses, and how many micro-batches were drawn for there.
         self._drawn: tuple[Any, int] = (None, 0)
-        self.add_callback(LikelihoodWatch(self.num_tiers))
+        self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
+        if args.log_router_health:
+            RouterHealth.add_to(self)
 
     def _check_settings(self, config: OrdMoEConfig) -> None:
         args = self.args
