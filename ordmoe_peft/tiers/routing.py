@@ -10,7 +10,7 @@ checkpoint function of each layer is therefore wrapped to carry the tier along.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,30 @@ def tier_routing(
         yield
     finally:
         _requested.reset(token)
+
+
+def running_tiers() -> TierForward | None:
+    """The tiers of the forward that runs in this thread; `None` where none runs or all its rows are on tier 1."""
+    return _running.forward
+
+
+def route(layer: MoELayer, router: nn.Module, forward: TierForward | None, *args: Any, **kwargs: Any) -> Any:
+    """What a router says of its inputs when held to the tiers of `forward`, whatever the forward around it is held to.
+
+    Hooks of `router` itself do not run.
+
+    Args:
+        layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the router's layer.
+        router (`nn.Module`): `layer.router`, or PEFT's wrapper around it.
+        forward ([`TierForward`], *optional*): the tiers; the router's own choice without.
+        args, kwargs: the router's inputs.
+    """
+    around, _running.forward = _running.forward, None
+    try:
+        with nullcontext() if forward is None else _TierSelection(_RouterEntry(layer), forward):
+            return router.forward(*args, **kwargs)
+    finally:
+        _running.forward = around
 
 
 def _adapter_config(model: nn.Module) -> OrdMoEConfig:
