@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class _LayerMeter:
         num_tiers (`int`): tiers that are measured; 0 for none.
         has_drift (`bool`): whether an adapter is on the router, and not merged into it.
         sums (`torch.Tensor`, *optional*): one per column, on the router's device.
+        columns (`list[torch.Tensor]`): of the tokens that are being routed.
     """
 
     layer: MoELayer
@@ -34,10 +35,18 @@ class _LayerMeter:
     num_tiers: int
     has_drift: bool
     sums: torch.Tensor | None = None
+    columns: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def num_columns(self) -> int:
         return 3 + 2 * self.layer.num_experts + 2 * self.num_tiers + 2 * self.has_drift
+
+    def add(self, columns_Tn: torch.Tensor, forward: "_LiveForward") -> None:
+        """Add the tokens that count. What padding computed may be no number, so it is replaced, not weighted."""
+        is_counted_T = forward.counted(len(columns_Tn), columns_Tn.device)
+        columns_Tn = columns_Tn.masked_fill(~is_counted_T.unsqueeze(1), 0)
+        sums = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
+        self.sums = sums if self.sums is None else self.sums + sums
 
 
 class RouterMeter:
@@ -46,7 +55,7 @@ class RouterMeter:
     Counted are tokens that are not padding, of rows on tier 1, in a live forward: what gradient checkpointing runs
     again in backward is not counted a second time. Drift compares the adapted router with the same router without its
     adapter on the same hidden states, those of the adapted model: so it is the router's own change, layer by layer,
-    apart from what layers below feed it. The sums stay on the routers' devices until [`report`] fetches them at once.
+    apart from what layers below feed it. The sums stay on the routers' devices until `report` fetches them at once.
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
@@ -93,7 +102,8 @@ class RouterMeter:
         handles = [
             self.text_model.register_forward_pre_hook(self._open, with_kwargs=True),
             self.text_model.register_forward_hook(self._close, always_call=True),
-            *(meter.router.register_forward_hook(self._recorder(meter), with_kwargs=True) for meter in self.meters),
+            *(meter.layer.router.register_forward_hook(self._reader(meter), with_kwargs=True) for meter in self.meters),
+            *(meter.router.register_forward_hook(self._finisher(meter), with_kwargs=True) for meter in self.meters),
         ]
         for handle in handles:
             self._hooks.callback(handle.remove)
@@ -143,56 +153,74 @@ class RouterMeter:
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._forward = None
 
-    def _recorder(self, meter: _LayerMeter) -> Callable:
+    def _reader(self, meter: _LayerMeter) -> Callable:
+        """Hook of the router itself: within PEFT's wrapper, so that the router is the adapted one in every tier."""
+
         @torch.no_grad()
-        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def read(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if self._forward is None:
                 return
             logits_TE, weights_TK, index_TK = _read(meter.layer, output)
-            columns = [routing_columns(logits_TE, index_TK)]
+            meter.columns = [routing_columns(logits_TE, index_TK)]
             if meter.num_tiers:
-                tiers = [self._tier(meter, tier, args, kwargs) for tier in range(2, meter.num_tiers + 1)]
-                weights = [weights_TK, *(weights for _, weights, _ in tiers)]
-                columns.append(tier_columns(logits_TE, weights, [index_TK, *(index for *_, index in tiers)]))
-            if meter.has_drift:
-                base = route(meter.layer, meter.layer.router, None, *args, **kwargs)
-                base_logits_TE, _, base_index_TK = _read(meter.layer, base)
-                columns.append(drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK))
-            is_padding_T1 = ~self._forward.counted(len(logits_TE), logits_TE.device).unsqueeze(1)
-            sums = torch.cat(columns, dim=1).masked_fill(is_padding_T1, 0).sum(0, dtype=_sum_dtype(logits_TE.device))
-            meter.sums = sums if meter.sums is None else meter.sums + sums
+                low = [self._tier(meter, tier, args, kwargs) for tier in range(2, meter.num_tiers + 1)]
+                weights, indices = [weights_TK, *(part[1] for part in low)], [index_TK, *(part[2] for part in low)]
+                meter.columns.append(tier_columns(logits_TE, weights, indices))
 
-        return record
+        return read
+
+    def _finisher(self, meter: _LayerMeter) -> Callable:
+        """Hook of the outermost wrapper, after the adapter has been taken off: the router is the base's again."""
+
+        @torch.no_grad()
+        def finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if self._forward is None:
+                return
+            columns, meter.columns = meter.columns, []
+            if meter.has_drift:
+                logits_TE, _, index_TK = output
+                base_logits_TE, _, base_index_TK = route(meter.layer, None, *args, **kwargs)
+                columns.append(drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK))
+            meter.add(torch.cat(columns, dim=1), self._forward)
+
+        return finish
 
     def _tier(self, meter: _LayerMeter, tier: int, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         plan = TierPlan(torch.tensor([tier]), meter.num_tiers, self.grouping, frozenset(), self.seed, step=0)
         forward = TierForward(plan, self._forward.sequence_length, past_length=0)
-        return _read(meter.layer, route(meter.layer, meter.router, forward, *args, **kwargs))
+        return _read(meter.layer, route(meter.layer, forward, *args, **kwargs))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LiveForward:
-    """What a running forward of the text model says of its tokens."""
+    """What a running forward of the text model says of its tokens, and which count, once per device."""
 
     sequence_length: int
     attention_mask: Any
+    counted_by_device: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def counted(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """The tokens that are no padding and on tier 1 (`torch.Tensor` of shape `(T,)`, bool)."""
+        if device not in self.counted_by_device:
+            counted_T = self._is_real(num_tokens, device)
+            tiers = running_tiers()
+            if tiers is not None:
+                counted_T = counted_T & (tiers.plan.tier_of_token(num_tokens, device) == 1)
+            self.counted_by_device[device] = counted_T
+        return self.counted_by_device[device]
+
+    def _is_real(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         mask = self.attention_mask
         if mask is None:
-            counted_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
-        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            return torch.ones(num_tokens, dtype=torch.bool, device=device)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             # The mask of a cached step covers the whole sequence, the step its end.
-            counted_T = mask[:, -self.sequence_length :].reshape(-1).to(device).bool()
-        else:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise OrdMoERuntimeError(
-                f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. "
-                "Run without them, or with such a mask."
-            )
-        tiers = running_tiers()
-        return counted_T if tiers is None else counted_T & (tiers.plan.tier_of_token(num_tokens, device) == 1)
+            return mask[:, -self.sequence_length :].reshape(-1).to(device).bool()
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise OrdMoERuntimeError(
+            f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. Run "
+            "without them, or with such a mask."
+        )
 
 
 def _unsupported(model: nn.Module, layers: list[MoELayer]) -> dict[str, str]:

@@ -105,23 +105,18 @@ def running_tiers() -> TierForward | None:
     return _running.forward
 
 
-def route(layer: MoELayer, router: nn.Module, forward: TierForward | None, *args: Any, **kwargs: Any) -> Any:
-    """What a router says of its inputs when held to the tiers of `forward`, whatever the forward around it is held to.
+def route(layer: MoELayer, forward: TierForward | None, *args: Any, **kwargs: Any) -> Any:
+    """What a layer's router says of its inputs when held to the tiers of `forward`, whatever the forward around it is.
 
-    Hooks of `router` itself do not run.
+    Hooks on the router do not run.
 
     Args:
         layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the router's layer.
-        router (`nn.Module`): `layer.router`, or PEFT's wrapper around it.
         forward ([`TierForward`], *optional*): the tiers; the router's own choice without.
         args, kwargs: the router's inputs.
     """
-    around, _running.forward = _running.forward, None
-    try:
-        with nullcontext() if forward is None else _TierSelection(_RouterEntry(layer), forward):
-            return router.forward(*args, **kwargs)
-    finally:
-        _running.forward = around
+    with nullcontext() if forward is None else _TierSelection(_RouterEntry(layer), forward):
+        return layer.router.forward(*args, **kwargs)
 
 
 def _adapter_config(model: nn.Module) -> OrdMoEConfig:
