@@ -15,6 +15,7 @@ from .tables import print_table
 
 # More reasons than this are for the JSON file: a cause often holds in every layer.
 MAX_PRINTED_REASONS = 12
+_DRIFT_LEGEND = ";\noverlap, KL: experts in common with the router without its adapter, and divergence from it in nats"
 
 
 @dataclass
@@ -77,23 +78,21 @@ def main(arguments: Sequence[str]) -> None:
 
 def print_health(title: str, report: HealthReport) -> None:
     """A row per layer, what the columns mean, and the verdict."""
-    num_tiers = max((len(layer.gate_mass) for layer in report.layers), default=0)
     has_drift = any(layer.drift_kl is not None for layer in report.layers)
-    columns = ["layer", "E", "K", "dead", "min use", "max use", "marginal H", "token H", "score std"]
-    columns += [f"gate {tier}" for tier in range(1, num_tiers + 1)] + ["overlap", "KL"] * has_drift
+    columns = ["layer", "E", "K", "dead", "min use", "max use", "marginal H", "token H", "score std", "gate mass"]
+    columns += ["overlap", "KL"] * has_drift
     rows = []
     for layer in report.layers:
-        figures = [min(layer.utilisation), layer.imbalance, layer.marginal_entropy, layer.token_entropy]
-        figures += [layer.score_std, *layer.gate_mass]
         sizes = [layer.layer, layer.num_experts, layer.top_k, layer.dead]
-        blanks = [""] * (num_tiers - len(layer.gate_mass))
+        figures = [min(layer.utilisation), layer.imbalance, layer.marginal_entropy, layer.token_entropy]
+        gate_mass = " ".join(f"{mass:.2f}" for mass in layer.gate_mass)
         drift = [_figure(layer.drift_overlap), _figure(layer.drift_kl)] if has_drift else []
-        rows.append([*map(str, sizes), *map(_figure, figures), *blanks, *drift])
+        rows.append([*map(str, sizes), *map(_figure, [*figures, layer.score_std]), gate_mass, *drift])
     print_table(title, columns, rows)
     print(
         "use: an expert's tokens over the fair share K/E (1 is fair); H: entropy over ln E, of the mean router "
-        "distribution and of a token's;\nscore std: spread of a token's router logits; gate j: sum of the weights that "
-        "the router gives the experts of tier j" + ("; overlap, KL: against the router without adapter" * has_drift)
+        "distribution and of a token's;\nscore std: spread of a token's router logits; gate mass: sum of the weights "
+        "that the router gives each tier's experts, tier 1 first" + _DRIFT_LEGEND * has_drift
     )
     print_verdict(report)
 
