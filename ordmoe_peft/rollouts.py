@@ -26,7 +26,7 @@ from .responses import content_mask, end_of_sequence_ids
 from .shards import ShardFolder, claim_folder, without_inner_bars
 from .tiers.gate_mass import recorded_gate_mass
 from .tiers.plan import layers_in_scope
-from .tiers.routing import _adapter_config, tier_routing
+from .tiers.routing import adapter_config, tier_routing
 
 
 SETTINGS_FILE = "rollout_settings.json"
@@ -107,7 +107,7 @@ def rollout(
     columns = _kept_columns(dataset, keep_columns)
     _check_options(scored_by, generation)
     _check_counts(batch_size=batch_size, samples_per_shard=samples_per_shard, rows_per_call=rows_per_call)
-    config = _adapter_config(model)
+    config = adapter_config(model)
     num_tiers = config.num_tiers if num_tiers is None else num_tiers
     routing = {
         "num_tiers": num_tiers,

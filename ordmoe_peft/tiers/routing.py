@@ -10,7 +10,7 @@ checkpoint function of each layer is therefore wrapped to carry the tier along.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,25 @@ def tier_routing(
         yield
     finally:
         _requested.reset(token)
+
+
+def running_tiers() -> TierForward | None:
+    """The tiers of the forward that runs in this thread; `None` where none runs or all its rows are on tier 1."""
+    return _running.forward
+
+
+def route(layer: MoELayer, forward: TierForward | None, *args: Any, **kwargs: Any) -> Any:
+    """What a layer's router says of its inputs when held to the tiers of `forward`, whatever the forward around it is.
+
+    Hooks on the router do not run.
+
+    Args:
+        layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the router's layer.
+        forward ([`TierForward`], *optional*): the tiers; the router's own choice without.
+        args, kwargs: the router's inputs.
+    """
+    with nullcontext() if forward is None else _TierSelection(_RouterEntry(layer), forward):
+        return layer.router.forward(*args, **kwargs)
 
 
 def adapter_config(model: nn.Module) -> OrdMoEConfig:

@@ -1,0 +1,125 @@
+"""Is a model's routing fit for OrdMoE? Run it on data and see."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..tiers.ranking import GROUPINGS
+from .health import LayerHealth
+from .router_meter import RouterMeter
+from .samples import ProcessingClass, prompt_inputs, scoring_inputs
+from .verdict import reasons_against
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """What inspection found.
+
+    Args:
+        model (`str`): name of the model.
+        num_tokens (`int`): tokens that were counted, padding apart.
+        num_tiers (`int`): C that was asked for.
+        grouping (`str`): how tiers were cut.
+        is_fit (`bool`): whether nothing speaks against OrdMoE.
+        reasons (`list[str]`): what does, a sentence each.
+        layers (list of [`~ordmoe_peft.analysis.health.LayerHealth`]): the layers that were measured. Where C does not
+            fit a layer, its tiers are those of the largest C that does.
+    """
+
+    model: str
+    num_tokens: int
+    num_tiers: int
+    grouping: str
+    is_fit: bool
+    reasons: list[str]
+    layers: list[LayerHealth]
+
+    to_dict = asdict
+
+
+def inspect_model(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    *,
+    num_tiers: int = 3,
+    grouping: str = "uniform",
+    batch_size: int = 32,
+    limit: int | None = None,
+    seed: int = 0,
+) -> HealthReport:
+    """Run `model` over samples and judge how its routers spread and rank their experts.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        processing_class: its tokenizer or processor.
+        dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format.
+        num_tiers (`int`, defaults to 3): C that is asked about.
+        grouping (`str`, defaults to `"uniform"`): how tiers are cut.
+        batch_size (`int`, defaults to 32): samples at a time.
+        limit (`int`, *optional*): only this many samples, drawn by seed 0.
+        seed (`int`, defaults to 0): what `random` grouping draws from.
+
+    Raises:
+        [`OrdMoEConfigError`]: an unknown grouping, or a number below 1.
+        [`OrdMoEDataError`]: the data set has no `prompt`, or no samples.
+        [`OrdMoEModelError`]: the model has no MoE layers.
+    """
+    _check(num_tiers, grouping, batch_size, limit)
+    if "prompt" not in dataset.column_names or len(dataset) == 0:
+        raise OrdMoEDataError(
+            f"Inspection needs samples with a `prompt`; the data set has {len(dataset)} samples with the columns "
+            f"{sorted(dataset.column_names)}. Use TRL's prompt-completion format."
+        )
+    if limit is not None:
+        dataset = dataset.shuffle(seed=0).select(range(min(limit, len(dataset))))
+    meter = RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed)
+    with meter:
+        _run(model, processing_class, dataset, batch_size)
+    layers = meter.report()
+    reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers)
+    return HealthReport(
+        model=model.name_or_path,
+        num_tokens=max((layer.num_tokens for layer in layers), default=0),
+        num_tiers=num_tiers,
+        grouping=grouping,
+        is_fit=not reasons,
+        reasons=reasons,
+        layers=layers,
+    )
+
+
+def _check(num_tiers: int, grouping: str, batch_size: int, limit: int | None) -> None:
+    if grouping not in GROUPINGS:
+        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
+    for name, value in (("num_tiers", num_tiers), ("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise OrdMoEConfigError(f"{name} must be at least 1, got {value}.")
+
+
+@torch.no_grad()
+def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batch_size: int) -> None:
+    """Forward every sample through the model without its head, whose logits would be the largest tensor by far."""
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    was_training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(dataset), batch_size), desc="Inspecting", unit="batch"):
+            samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            backbone(**_inputs(samples, processing_class).to(model.device), use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+def _inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Any:
+    """Prompts with their answers where there are such, else prompts alone."""
+    if "completion" not in samples[0]:
+        return prompt_inputs(samples, processing_class)
+    inputs = scoring_inputs(samples, processing_class)
+    inputs.pop("labels")
+    return inputs

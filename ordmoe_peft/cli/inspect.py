@@ -1,0 +1,113 @@
+"""`ordmoe inspect MODEL --dataset_name …`: whether a model's routing is fit for OrdMoE, layer by layer."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from ..analysis.inspection import HealthReport, inspect_model
+from .arguments import ModelArguments
+from .loading import load_adapter, load_base, load_processing_class, load_split
+from .tables import print_table
+
+
+# More reasons than this are for the JSON file: a cause often holds in every layer.
+MAX_PRINTED_REASONS = 12
+_DRIFT_LEGEND = ";\noverlap, KL: experts in common with the router without its adapter, and divergence from it in nats"
+
+
+@dataclass
+class InspectArguments:
+    """What to inspect, and on what."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str = field(default="train", metadata={"help": "Its split."})
+    limit: int = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
+    num_tiers: int = field(default=3, metadata={"help": "Tiers C to ask about."})
+    grouping: str = field(default="uniform", metadata={"help": "How tiers are cut: uniform, high_only or random."})
+    batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+    output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
+    report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (ModelArguments, InspectArguments),
+        prog="ordmoe inspect",
+        description="Say whether a model's routing is fit for OrdMoE: `ordmoe inspect MODEL --dataset_name DATA`. "
+        "MODEL stands first, or is given as --model_name_or_path. Options can also stand in a YAML file given as "
+        "--config.",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model_name_or_path", *arguments]
+    model_options, options = build_parser().parse_args_and_config(arguments)
+    dataset = load_split(options.dataset_name, options.dataset_config, options.split)
+    processing_class = load_processing_class(model_options, options.trust_remote_code)
+    model = load_base(model_options, options.trust_remote_code)
+    if options.adapter is not None:
+        model = load_adapter(model, options.adapter)
+    report = inspect_model(
+        model,
+        processing_class,
+        dataset,
+        num_tiers=options.num_tiers,
+        grouping=options.grouping,
+        batch_size=options.batch_size,
+        limit=options.limit,
+    )
+    print_health(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}", report)
+    if options.output is not None:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        print(f"Results in {path}")
+    if options.report is not None:
+        from ..analysis.report import inspect_report  # matplotlib is an extra
+
+        inspect_report(report.to_dict(), options.report)
+        print(f"Report in {options.report}")
+
+
+def print_health(title: str, report: HealthReport) -> None:
+    """A row per layer, what the columns mean, and the verdict."""
+    has_drift = any(layer.drift_kl is not None for layer in report.layers)
+    columns = ["layer", "E", "K", "dead", "min use", "max use", "marginal H", "token H", "score std", "gate mass"]
+    columns += ["overlap", "KL"] * has_drift
+    rows = []
+    for layer in report.layers:
+        sizes = [layer.layer, layer.num_experts, layer.top_k, layer.dead]
+        figures = [min(layer.utilisation), layer.imbalance, layer.marginal_entropy, layer.token_entropy]
+        gate_mass = " ".join(f"{mass:.2f}" for mass in layer.gate_mass)
+        drift = [_figure(layer.drift_overlap), _figure(layer.drift_kl)] if has_drift else []
+        rows.append([*map(str, sizes), *map(_figure, [*figures, layer.score_std]), gate_mass, *drift])
+    print_table(title, columns, rows)
+    print(
+        "use: an expert's tokens over the fair share K/E (1 is fair); H: entropy over ln E, of the mean router "
+        "distribution and of a token's;\nscore std: spread of a token's router logits; gate mass: sum of the weights "
+        "that the router gives each tier's experts, tier 1 first" + _DRIFT_LEGEND * has_drift
+    )
+    print_verdict(report)
+
+
+def print_verdict(report: HealthReport) -> None:
+    """Fit or not, and why not."""
+    if report.is_fit:
+        print(f"Fit for OrdMoE with {report.num_tiers} tiers ({report.grouping}).")
+        return
+    print(f"Not fit for OrdMoE with {report.num_tiers} tiers ({report.grouping}):")
+    for reason in report.reasons[:MAX_PRINTED_REASONS]:
+        print(f"- {reason}")
+    if len(report.reasons) > MAX_PRINTED_REASONS:
+        print(f"- … and {len(report.reasons) - MAX_PRINTED_REASONS} more; --output FILE has all of them.")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,58 @@
+"""`ordmoe inspect` as a user types it."""
+
+import json
+
+import pytest
+from peft import get_peft_model
+
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
+from ordmoe_peft.cli.main import main
+from tests import models
+from tests.cli.test_main import base, data, error_of, save_base  # noqa: F401 (fixtures)
+
+
+def run(*arguments) -> int:
+    return main(["inspect", *map(str, arguments)])
+
+
+def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F811
+    results = tmp_path / "out" / "health.json"
+    assert run(base, "--dataset_name", data, "--limit", 4, "--output", results) == 0
+    output = capsys.readouterr().out
+    assert "Fit for OrdMoE with 3 tiers (uniform)." in output
+    assert "1.00 1.00 1.00" in output
+    assert "overlap" not in output
+    report = json.loads(results.read_text())
+    assert report["is_fit"]
+    assert report["model"] == str(base)
+    assert f"{report['num_tokens']} tokens of train" in output
+
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    models.randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ("--adapter", tmp_path / "adapter", "--split", "test", "--output", results, "--load_in_4bit")
+    assert run("--model_name_or_path", base, "--dataset_name", data, *arguments) == 0
+    assert "overlap" in capsys.readouterr().out
+    assert json.loads(results.read_text())["layers"][0]["drift_kl"] > 0
+
+
+def test_a_model_that_is_not_fit_is_a_result_not_an_error(data, tmp_path, capsys):  # noqa: F811
+    olmoe = save_base(models.olmoe(num_hidden_layers=14), tmp_path / "olmoe")
+    results = tmp_path / "health.json"
+    arguments = ("--num_tiers", 5, "--limit", 2, "--grouping", "high_only", "--output", results)
+    assert run(olmoe, "--dataset_name", data, *arguments) == 0
+    output = capsys.readouterr().out
+    assert "Not fit for OrdMoE with 5 tiers (high_only):" in output
+    assert "the largest num_tiers that fits is 4" in output
+    hidden = len(json.loads(results.read_text())["reasons"]) - MAX_PRINTED_REASONS
+    assert hidden >= 2
+    assert f"… and {hidden} more; --output FILE has all of them." in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--grouping", "best"], "got 'best'"), (["--num_tiers", "0"], "num_tiers must be at least 1")],
+)
+def test_what_users_get_wrong_is_one_line(base, data, capsys, arguments, message):  # noqa: F811
+    assert message in error_of(capsys, ["inspect", str(base), "--dataset_name", str(data), *arguments])
