@@ -35,6 +35,9 @@ RC = {
     "ytick.labelsize": FONT_POINTS,
     "legend.fontsize": FONT_POINTS,
     "legend.frameon": False,
+    # Inches around the axes: a tick label that grows by a digit after the layout still has room.
+    "figure.constrained_layout.w_pad": 0.09,
+    "figure.constrained_layout.h_pad": 0.07,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
