@@ -1,11 +1,13 @@
 """`ordmoe train --config recipe.yaml`: train an adapter and leave it in `output_dir`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 from peft import get_peft_model
 from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
+from ..analysis.report import require_matplotlib, train_report
 from ..targets import coverage_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
@@ -13,16 +15,28 @@ from .loading import load_base, load_processing_class, load_split
 from .tables import peak_memory, print_table
 
 
+@dataclass
+class ReportArguments:
+    """What is left for people to look at."""
+
+    report: str | None = field(
+        default=None, metadata={"help": "Folder to write a report of the run to (needs the extra `report`)."}
+    )
+
+
 def build_parser() -> TrlParser:
     return TrlParser(
-        (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments),
+        (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments, ReportArguments),
         prog="ordmoe train",
         description="Train an OrdMoE adapter. Options can also stand in a YAML file given as --config.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    model_options, adapter_options, script_options, training_args = build_parser().parse_args_and_config(arguments)
+    options = build_parser().parse_args_and_config(arguments)
+    model_options, adapter_options, script_options, training_args, report_options = options
+    if report_options.report is not None:
+        require_matplotlib()
     adapter_config = adapter_options.adapter_config()
     data = (script_options.dataset_name, script_options.dataset_config)
     train_dataset = load_split(*data, script_options.dataset_train_split, script_options.dataset_streaming)
@@ -66,3 +80,9 @@ def main(arguments: Sequence[str]) -> None:
         ],
     )
     print(f"Adapter in {training_args.output_dir}")
+    if report_options.report is not None and trainer.is_world_process_zero():
+        # The trainer's own dictionary hides tokens.
+        settings = {**asdict(model_options), **asdict(adapter_options), **asdict(script_options)}
+        settings |= training_args.to_dict()
+        page = train_report([*trainer.state.log_history, metrics], settings, report_options.report)
+        print(f"Report in {page}")
