@@ -35,7 +35,7 @@ from ordmoe_peft.analysis.evaluation import OVERALL, evaluate_tiers
 STOP_AT = 0.55
 MOST_STEPS = 1500
 # The longest answer is a word of ten letters, then its end.
-MAX_ANSWER = 12
+MAX_ANSWER = 11
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 SPEAKERS = {"user": "<|user|>", "assistant": "<|assistant|>"}
 CHAT_TEMPLATE = """\
