@@ -13,7 +13,7 @@ from tests import models, text
 
 RECIPES = sorted(Path("examples/recipes").glob("*.yaml"))
 BASE = Path("examples/easy_vqa/base")
-STAND_INS = {"olmoe_1b_7b": models.olmoe, "gpt_oss_20b": models.gpt_oss}
+STAND_INS = {"olmoe_1b_7b": models.olmoe, "gpt_oss_20b": models.gpt_oss, "reasoning": models.qwen3_moe}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -53,5 +53,6 @@ def test_there_is_a_recipe_for_each_promised_model():
         "Qwen/Qwen3-VL-30B-A3B-Instruct",
         "allenai/OLMoE-1B-7B-0125-Instruct",
         "lmsys/gpt-oss-20b-bf16",
+        "outputs/reasoning/base",
         str(BASE),
     } == names

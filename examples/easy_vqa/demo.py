@@ -7,55 +7,16 @@ own. Adapters, answers and the table are left in `--output`.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from ordmoe_peft.cli.tables import percent, print_table
-
 from data import load_easy_vqa, write_parquet
 
 
-RECIPE = "examples/recipes/easy_vqa.yaml"
-BASE = "examples/easy_vqa/base"
-KINDS = ("shape", "color", "shape presence", "color presence", "overall")
-TIERS = (1, 2, 3)
-
-
-def ordmoe(*arguments: object) -> None:
-    """Run an `ordmoe` command, printing what it prints."""
-    command = [sys.executable, "-m", "ordmoe_peft.cli.main", *map(str, arguments)]
-    print("\n$ ordmoe", *command[3:], flush=True)
-    subprocess.run(command, check=True)
-
-
-def train(name: str, num_tiers: int, output: Path, steps: int) -> dict:
-    """Train an adapter and return its training metrics."""
-    folder = output / name
-    data = ["--dataset_name", output / "data"]
-    ordmoe("train", "--config", RECIPE, *data, "--num_tiers", num_tiers, "--max_steps", steps, "--output_dir", folder)
-    return json.loads((folder / "train_results.json").read_text())
-
-
-def evaluate(name: str, adapter: Path | None, output: Path, questions: int) -> list[dict]:
-    """Evaluate all tiers on held-out questions and return a result per tier."""
-    results = output / f"{name}_results.json"
-    options = ["--adapter", adapter] if adapter else []
-    options += ["--dataset_name", output / "data", "--limit", questions, "--tiers", *TIERS, "--num_tiers", len(TIERS)]
-    options += ["--group_by", "kind", "--batch_size", 128, "--max_new_tokens", 4, "--output", results]
-    ordmoe("evaluate", "--model_name_or_path", BASE, "--load_in_4bit", "true", *options)
-    return json.loads(results.read_text())
-
-
-def table_row(name: str, results: list[dict], metrics: dict | None) -> list[str]:
-    top = results[0]
-    row = [name, *(percent(top["accuracy"].get(kind, float("nan"))) for kind in KINDS)]
-    row += [f"{result['log_likelihood']:.2f}" for result in results]
-    if metrics is None:
-        return [*row, "", ""]
-    return [*row, f"{metrics['train_seconds_per_step']:.2f}", f"{metrics['peak_memory_bytes'] / 1e9:.2f}"]
+# A script sees its own folder alone; `examples.steps` is two above.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples.steps import Story
 
 
 def main() -> None:
@@ -67,23 +28,17 @@ def main() -> None:
 
     started = time.perf_counter()
     write_parquet(load_easy_vqa(), args.output / "data")
-    metrics = {
-        "SFT (C = 1)": train("sft", 1, args.output, args.steps),
-        "OrdMoE (C = 3)": train("ordmoe", 3, args.output, args.steps),
-    }
-    adapters = {"base": None, "SFT (C = 1)": args.output / "sft", "OrdMoE (C = 3)": args.output / "ordmoe"}
-    rows = []
-    for name, adapter in adapters.items():
-        results = evaluate(adapter.name if adapter else "base", adapter, args.output, args.questions)
-        rows.append(table_row(name, results, metrics.get(name)))
-    columns = ["", *KINDS, *(f"L̄ tier {tier}" for tier in TIERS), "s/step", "peak GB"]
-    print_table(
-        f"\neasy-VQA, {args.questions} held-out test questions, {args.steps} steps of 64: exact match by question kind "
-        "(tier 1), mean log-likelihood per answer token by tier, cost of training",
-        columns,
-        rows,
+    story = Story(
+        recipe="examples/recipes/easy_vqa.yaml",
+        base="examples/easy_vqa/base",
+        output=args.output,
+        steps=args.steps,
+        questions=args.questions,
+        kinds=("shape", "color", "shape presence", "color presence"),
+        max_new_tokens=4,
     )
-    print(f"Adapter: {args.output / 'ordmoe'}  ({(time.perf_counter() - started) / 60:.1f} minutes)")
+    story.compare("easy-VQA")
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
