@@ -13,7 +13,6 @@ from transformers import PrinterCallback, set_seed
 
 from ..config import OrdMoEConfig
 from ..moe_layers import find_moe_layers
-from ..tiers.routing import tier_routing
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from .evaluation import evaluate_tiers, score_answers
 
@@ -137,8 +136,7 @@ def tier_likelihoods(
     for start in range(0, count, batch_size):
         samples = [dataset[index] for index in range(start, min(start + batch_size, count))]
         for tier in range(2, num_tiers + 1):
-            with tier_routing(model, tier, **routing):
-                likelihood_B, _ = score_answers(model, processing_class, samples)
+            likelihood_B, _ = score_answers(model, processing_class, samples, tier, **routing)
             totals[tier - 1] += likelihood_B.sum().item()
     model.train(was_training)
     return [total / count for total in totals]

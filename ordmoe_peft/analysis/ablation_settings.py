@@ -27,6 +27,15 @@ WITHOUT_EFFECT = NOT_VARIED | {
 }
 # The fields of OrdMoE's own that also work without lower tiers. All others are about tiers.
 FIELDS_FOR_ONE_TIER = {"targets", "num_tiers", "base_moe", "balance_coef", "ntp_coef", "router_learning_rate"}
+# Field → what another field must be for it to have an effect.
+GENERATES = ("responses", ("generated",))
+ACTS_ONLY_WITH = {
+    **dict.fromkeys(("rewards", "advantages", "lower_tier_floor"), ("objective", ("erl",))),
+    "objective_beta": ("objective", ("logistic", "plackett_luce", "dpo", "ipo", "simpo")),
+    "simpo_gamma": ("objective", ("simpo",)),
+    "tier_seed": ("grouping", ("random",)),
+    **dict.fromkeys(("scored_by", "max_completion_length", "temperature", "top_p", "top_k", "min_p"), GENERATES),
+}
 LIBRARIES = ("ordmoe-peft", "torch", "transformers", "peft", "trl")
 
 
@@ -85,8 +94,11 @@ class Settings:
 
     def have_effect(self, changes: dict[str, Any], names: Iterable[str]) -> list[str]:
         """Those of `names` that change anything in a cell with `changes`."""
-        without = fields_about_tiers() if self._options(changes)[0].num_tiers == 1 else set()
-        return [name for name in names if name not in without]
+        adapter, training = self._options(changes)
+        if adapter.num_tiers == 1:
+            return [name for name in names if name not in fields_about_tiers()]
+        values = {**vars(training), **vars(adapter)}
+        return [name for name in names if name not in ACTS_ONLY_WITH or _holds(*ACTS_ONLY_WITH[name], values=values)]
 
     def build(self, changes: dict[str, Any]) -> tuple[OrdMoEConfig, OrdMoETrainingArguments]:
         """The adapter's configuration and the training arguments of a run with `changes`.
@@ -123,6 +135,10 @@ class Settings:
         if adapter.num_tiers == 1:
             adapter, training = (_with_defaults(options, fields_about_tiers()) for options in (adapter, training))
         return adapter, training
+
+
+def _holds(name: str, accepted: tuple, values: dict[str, Any]) -> bool:
+    return values[name] in accepted
 
 
 def _default(item: Any) -> Any:

@@ -102,7 +102,12 @@ def student_t(degrees: int) -> float:
     if degrees <= len(STUDENT_T):
         return STUDENT_T[degrees - 1]
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def _resampled_means(difference_SN: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
