@@ -22,11 +22,12 @@ from .errors import OrdMoEConfigError, OrdMoEDataError
 from .generation import generate_by_tier
 from .moe_layers import MoELayer, find_moe_layers, unwrapped
 from .objectives.expert_rank import mean_log_likelihood
-from .responses import content_mask, end_of_sequence_ids
+from .responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from .shards import ShardFolder, claim_folder, without_inner_bars
 from .tiers.gate_mass import recorded_gate_mass
 from .tiers.plan import layers_in_scope
 from .tiers.routing import adapter_config, tier_routing
+from .tiers.scope import tiers_of_labels
 
 
 SETTINGS_FILE = "rollout_settings.json"
@@ -120,6 +121,7 @@ def rollout(
         processing_class=processing_class,
         tiers=_check_tiers(model, list(range(1, num_tiers + 1) if tiers is None else tiers), routing),
         routing=routing,
+        token_scope=config.token_scope,
         scored_by=scored_by,
         seed=seed,
         rows_per_call=rows_per_call,
@@ -238,6 +240,7 @@ class _TierWriter:
     processing_class: ProcessingClass
     tiers: list[int]
     routing: dict[str, Any]
+    token_scope: str
     scored_by: str
     seed: int
     rows_per_call: int | None
@@ -250,6 +253,7 @@ class _TierWriter:
         routing = {"tier_seed" if name == "seed" else name: value for name, value in self.routing.items()}
         return {
             **routing,
+            "token_scope": self.token_scope,
             "tiers": self.tiers,
             "scored_by": self.scored_by,
             "seed": self.seed,
@@ -327,8 +331,11 @@ class _TierWriter:
         layers = find_moe_layers(self.model)
         in_scope = [layers[index] for index in sorted(layers_in_scope(routing["layer_scope"], len(layers)))]
         batch_size, length = ids_BS.shape
+        tiers = torch.full((batch_size,), tier)
+        tiers = tiers_of_labels(tiers, full_inputs["labels"], self.token_scope)
+        full_inputs = {name: value for name, value in full_inputs.items() if name != "labels"}
         with (
-            tier_routing(self.model, tier, num_samples=batch_size, **routing),
+            tier_routing(self.model, tiers, num_samples=batch_size, **routing),
             recorded_gate_mass(in_scope) as masses,
         ):
             logits = self.model(**full_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
@@ -346,9 +353,14 @@ class _TierWriter:
 
 
 def _with_response(inputs: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> dict[str, Any]:
-    """The prompts' inputs with responses appended. Marks of token kinds, of a prompt's shape too, say text: 0."""
-    tails = {"input_ids": ids_BS, "attention_mask": mask_BS}
+    """The prompts' inputs and labels with responses appended; marks of token kinds say text."""
+    tails = {
+        "input_ids": ids_BS,
+        "attention_mask": mask_BS,
+        "labels": ids_BS.where(mask_BS, IGNORED_LABEL),
+    }
     shape = inputs["input_ids"].shape
+    inputs = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED_LABEL)}
     return {
         name: torch.cat([value, tails.get(name, torch.zeros_like(ids_BS)).to(value.dtype)], 1)
         if isinstance(value, torch.Tensor) and value.shape == shape

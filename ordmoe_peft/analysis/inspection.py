@@ -9,9 +9,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..monitoring.health import LayerHealth
+from ..monitoring.router_meter import RouterMeter
 from ..tiers.ranking import GROUPINGS
-from .health import LayerHealth
-from .router_meter import RouterMeter
 from .samples import ProcessingClass, prompt_inputs, scoring_inputs
 from .verdict import reasons_against
 
@@ -27,7 +27,7 @@ class HealthReport:
         grouping (`str`): how tiers were cut.
         is_fit (`bool`): whether nothing speaks against OrdMoE.
         reasons (`list[str]`): what does, a sentence each.
-        layers (list of [`~ordmoe_peft.analysis.health.LayerHealth`]): the layers that were measured. Where C does not
+        layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
             fit a layer, its tiers are those of the largest C that does.
     """
 

@@ -3,7 +3,7 @@
 import math
 
 from ..moe_layers import MoELayer
-from .health import DEAD_SHARE, LayerHealth
+from ..monitoring.health import DEAD_SHARE, LayerHealth
 
 
 # An expert that more than this share of all tokens choose is in tier 1 whatever the token: it says nothing of the
@@ -27,7 +27,7 @@ def reasons_against(
     """What speaks against OrdMoE with `num_tiers` tiers, a sentence each; nothing where the model is fit.
 
     Args:
-        layers (list of [`~ordmoe_peft.analysis.health.LayerHealth`]): what was measured.
+        layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): what was measured.
         moe_layers (list of [`~ordmoe_peft.moe_layers.MoELayer`]): the model's layers.
         unsupported (`dict[str, str]`): layer name → why its router cannot be held to tiers.
         num_tiers (`int`): C.

@@ -13,12 +13,14 @@ from trl import TrlParser
 from ..analysis.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, describe, make_cells
 from ..analysis.ablation_run import data_seed, evaluate_run, train_run
 from ..analysis.ablation_settings import Settings
+from ..analysis.report import ablate_report, require_matplotlib
 from ..errors import OrdMoEConfigError
 from ..moe_layers import find_moe_layers
+from ..monitoring.signatures import ablation_findings
 from ..tiers.plan import make_plan
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
-from .loading import load_base, load_processing_class, load_split
+from .loading import limited, load_base, load_processing_class, load_split
 from .tables import print_table
 
 
@@ -108,10 +110,13 @@ def main(arguments: Sequence[str]) -> None:
     if options.dry_run:
         print_plan(ablation)
         return
+    if options.report is not None:
+        require_matplotlib()
     check_cells(ablation, settings, bench.load_base())
     remaining = _remaining(ablation)
     with tqdm(total=remaining, desc="Ablation", unit="run") as bench.bar:
         results = ablation.run()
+    results["notes"] += [finding.message for finding in ablation_findings(results)]
     finish(results, options, Path(training_args.output_dir))
 
 
@@ -211,7 +216,7 @@ class Bench:
             )
         evaluation = self.key(run)["evaluation"]
         split, limit = evaluation.pop("split"), evaluation.pop("limit")
-        dataset = _limited(self._split(split), limit, 0)
+        dataset = limited(self._split(split), limit, 0)
         results = evaluate_run(model, self.processing_class, dataset, scores_tiers=run.phase == "final", **evaluation)
         record = {"phase": run.phase, "seed": run.seed, **record, "evaluation": {"split": split, **results}}
         self._report(run, record)
@@ -227,7 +232,7 @@ class Bench:
         return self._processing_class
 
     def train_dataset(self, args: OrdMoETrainingArguments, seed: int) -> Any:
-        return _limited(self._split(self.options.dataset_train_split), self.options.train_limit, data_seed(args, seed))
+        return limited(self._split(self.options.dataset_train_split), self.options.train_limit, data_seed(args, seed))
 
     def _split(self, name: str) -> Any:
         if name not in self._splits:
@@ -248,10 +253,6 @@ class Bench:
         tqdm.write(line)
         if self.bar is not None:
             self.bar.update()
-
-
-def _limited(dataset: Any, limit: int | None, seed: int) -> Any:
-    return dataset if limit is None else dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
 
 
 def _remaining(ablation: Ablation) -> int:
@@ -299,10 +300,7 @@ def finish(results: dict[str, Any], options: AblateArguments, folder: Path) -> N
         os.replace(unfinished, path)
     print(f"Results in {paths[0]} and {paths[1]}")
     if options.report is not None:
-        from ..analysis.report import ablate_report
-
-        ablate_report(results, options.report)
-        print(f"Report in {options.report}")
+        print(f"Report: {ablate_report(results, options.report)}")
 
 
 def table_row(cell: dict[str, Any], metric: str) -> list[str]:

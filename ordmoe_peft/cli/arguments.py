@@ -1,5 +1,6 @@
 """Options that commands share, under TRL's names where TRL has them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,3 +82,22 @@ class AdapterArguments:
             advantages=self.advantages,
             tier_seed=self.tier_seed,
         )
+
+
+@dataclass(kw_only=True)
+class SampleArguments:
+    """Which samples a base or an adapter is run on."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str = field(default="test", metadata={"help": "Its split."})
+    limit: int | None = field(default=None, metadata={"help": "Use at most this many samples, drawn by seed 0."})
+    batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+
+
+def with_model_first(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments of `ordmoe <command> MODEL …` with the model's option spelled out."""
+    is_named = not arguments or arguments[0].startswith("-")
+    return arguments if is_named else ["--model_name_or_path", *arguments]

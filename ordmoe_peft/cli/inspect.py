@@ -1,16 +1,15 @@
 """`ordmoe inspect MODEL --dataset_name …`: whether a model's routing is fit for OrdMoE, layer by layer."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from trl import TrlParser
 
 from ..analysis.inspection import HealthReport, inspect_model
-from .arguments import ModelArguments
-from .loading import load_adapter, load_base, load_processing_class, load_split
-from .tables import print_table
+from ..analysis.report import inspect_report, require_matplotlib
+from .arguments import ModelArguments, SampleArguments, with_model_first
+from .loading import load_samples, load_subject
+from .tables import print_table, write_json
 
 
 # More reasons than this are for the JSON file: a cause often holds in every layer.
@@ -18,19 +17,14 @@ MAX_PRINTED_REASONS = 12
 _DRIFT_LEGEND = ";\noverlap, KL: experts in common with the router without its adapter, and divergence from it in nats"
 
 
-@dataclass
-class InspectArguments:
+@dataclass(kw_only=True)
+class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     split: str = field(default="train", metadata={"help": "Its split."})
-    limit: int = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
+    limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
     num_tiers: int = field(default=3, metadata={"help": "Tiers C to ask about."})
     grouping: str = field(default="uniform", metadata={"help": "How tiers are cut: uniform, high_only or random."})
-    batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
@@ -46,14 +40,11 @@ def build_parser() -> TrlParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model_name_or_path", *arguments]
-    model_options, options = build_parser().parse_args_and_config(arguments)
-    dataset = load_split(options.dataset_name, options.dataset_config, options.split)
-    processing_class = load_processing_class(model_options, options.trust_remote_code)
-    model = load_base(model_options, options.trust_remote_code)
-    if options.adapter is not None:
-        model = load_adapter(model, options.adapter)
+    model_options, options = build_parser().parse_args_and_config(with_model_first(arguments))
+    if options.report is not None:
+        require_matplotlib()
+    dataset = load_samples(options)
+    model, processing_class = load_subject(model_options, options)
     report = inspect_model(
         model,
         processing_class,
@@ -61,19 +52,12 @@ def main(arguments: Sequence[str]) -> None:
         num_tiers=options.num_tiers,
         grouping=options.grouping,
         batch_size=options.batch_size,
-        limit=options.limit,
     )
     print_health(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}", report)
     if options.output is not None:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        print(f"Results in {path}")
+        write_json(options.output, report.to_dict())
     if options.report is not None:
-        from ..analysis.report import inspect_report  # matplotlib is an extra
-
-        inspect_report(report.to_dict(), options.report)
-        print(f"Report in {options.report}")
+        print(f"Report: {inspect_report(report.to_dict(), options.report)}")
 
 
 def print_health(title: str, report: HealthReport) -> None:

@@ -7,8 +7,8 @@ from datasets import load_dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from ..errors import OrdMoEDataError
-from .arguments import ModelArguments
+from ..errors import OrdMoEConfigError, OrdMoEDataError
+from .arguments import ModelArguments, SampleArguments
 
 
 def load_base(options: ModelArguments, trust_remote_code: bool) -> PreTrainedModel:
@@ -42,3 +42,24 @@ def load_split(name: str | None, config: str | None, split: str, streaming: bool
     if name is None:
         raise OrdMoEDataError("No data set: give --dataset_name, a folder or a hub id.")
     return load_dataset(name, config, split=split, streaming=streaming)
+
+
+def load_samples(options: SampleArguments) -> Any:
+    """The samples that a command is asked to run on."""
+    return limited(load_split(options.dataset_name, options.dataset_config, options.split), options.limit)
+
+
+def limited(dataset: Any, limit: int | None, seed: int = 0) -> Any:
+    """At most `limit` samples, drawn by `seed`; all of them, in their order, without."""
+    if limit is None:
+        return dataset
+    if limit < 1:
+        raise OrdMoEConfigError(f"limit must be at least 1, got {limit}.")
+    return dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
+
+
+def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:
+    """The model that a command runs, with its adapter if there is one, and its processing class."""
+    processing_class = load_processing_class(model_options, options.trust_remote_code)
+    model = load_base(model_options, options.trust_remote_code)
+    return model if options.adapter is None else load_adapter(model, options.adapter), processing_class

@@ -9,28 +9,23 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from trl import TrlParser
 
-from ..errors import OrdMoEConfigError
 from ..preference_pairs import to_preference_pairs
 from ..rollouts import SETTINGS_FILE, rollout
 from ..shards import without_inner_bars
-from .arguments import ModelArguments
-from .loading import load_adapter, load_base, load_processing_class, load_split
+from .arguments import ModelArguments, SampleArguments
+from .loading import load_samples, load_subject
 from .tables import percent, print_table
 
 
 PAIRS_FOLDER = "preference_pairs"
 
 
-@dataclass
-class RolloutArguments:
+@dataclass(kw_only=True)
+class RolloutArguments(SampleArguments):
     """What to answer, how to sample, and where to write it."""
 
     output: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     split: str = field(default="train", metadata={"help": "Its split."})
-    limit: int | None = field(default=None, metadata={"help": "Use only this many samples, drawn by seed 0."})
     keep_columns: list[str] = field(
         default_factory=list, metadata={"help": "Columns to keep beside prompt, images and completion."}
     )
@@ -40,7 +35,6 @@ class RolloutArguments:
     scored_by: str = field(
         default="tier", metadata={"help": "Score under the tier that wrote (tier) or under tier 1 (policy)."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Prompts at a time."})
     rows_per_call: int | None = field(
         default=None, metadata={"help": "Most rows, prompts times tiers, to generate at once; all by default."}
     )
@@ -55,7 +49,6 @@ class RolloutArguments:
         default=False, metadata={"help": f"Also write tier 1 over the last tier, in TRL's format, to {PAIRS_FOLDER}/."}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to push the rollouts to."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
 
     def generation(self) -> dict:
         """The arguments of `generate` that were asked for."""
@@ -76,13 +69,8 @@ def build_parser() -> TrlParser:
 
 def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
-    dataset = load_split(options.dataset_name, options.dataset_config, options.split)
-    if options.limit is not None:
-        dataset = _limited(dataset, options.limit)
-    processing_class = load_processing_class(model_options, options.trust_remote_code)
-    model = load_base(model_options, options.trust_remote_code)
-    if options.adapter is not None:
-        model = load_adapter(model, options.adapter)
+    dataset = load_samples(options)
+    model, processing_class = load_subject(model_options, options)
     named = ("adapter", "dataset_name", "dataset_config", "split", "limit")
     rollouts = rollout(
         model,
@@ -107,12 +95,6 @@ def main(arguments: Sequence[str]) -> None:
         push(rollouts, Path(options.output), options.push_to_hub)
     if options.preference_pairs:
         write_pairs(rollouts, Path(options.output) / PAIRS_FOLDER)
-
-
-def _limited(dataset: Dataset, limit: int) -> Dataset:
-    if limit < 1:
-        raise OrdMoEConfigError(f"limit must be at least 1, got {limit}.")
-    return dataset.shuffle(seed=0).select(range(min(limit, len(dataset))))
 
 
 def print_tiers(rollouts: Dataset, scored_by: str) -> None:

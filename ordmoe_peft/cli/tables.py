@@ -1,8 +1,11 @@
-"""Results as tables for people."""
+"""Results as tables for people, and as JSON for programs."""
 
+import json
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,3 +32,10 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_json(path: str, results: Any) -> None:
+    """Write results to `path`, its folders made, and say so."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(results, indent=2) + "\n")
+    print(f"Results in {path}")

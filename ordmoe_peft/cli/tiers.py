@@ -1,22 +1,19 @@
 """`ordmoe tiers MODEL --dataset_name DATA`: are the tiers ordered by quality, and how different are their experts?"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from peft import PeftModel
-from torch import nn
 from trl import TrlParser
 
 from ..analysis.evaluation import OVERALL
 from ..analysis.quality import TierQuality, tier_quality
 from ..analysis.quality_reading import read_quality
-from ..config import OrdMoEConfig
-from ..errors import OrdMoEConfigError
-from .arguments import ModelArguments
-from .loading import load_adapter, load_base, load_processing_class, load_split
-from .tables import percent, print_table
+from ..analysis.report import require_matplotlib, tiers_report
+from ..monitoring.signatures import quality_findings
+from ..tiers.routing import adapter_config
+from .arguments import ModelArguments, SampleArguments, with_model_first
+from .loading import load_samples, load_subject
+from .tables import percent, print_table, write_json
 
 
 ORDERS = {
@@ -27,15 +24,11 @@ ORDERS = {
 }
 
 
-@dataclass
-class TiersArguments:
+@dataclass(kw_only=True)
+class TiersArguments(SampleArguments):
     """Whose tiers to measure, and on what."""
 
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="test", metadata={"help": "Its split."})
-    limit: int = field(default=512, metadata={"help": "Measure at most this many samples, drawn by seed 0."})
+    limit: int | None = field(default=512, metadata={"help": "Measure at most this many samples, drawn by seed 0."})
     num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
     grouping: str | None = field(
         default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
@@ -47,10 +40,8 @@ class TiersArguments:
     random_control: bool = field(default=True, metadata={"help": "Measure the order of random groups, too."})
     diversity_tokens: int = field(default=256, metadata={"help": "Tokens that expert outputs are compared on."})
     show: int = field(default=5, metadata={"help": "Samples whose answers are shown tier by tier."})
-    batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
     seed: int = field(default=0, metadata={"help": "What random groups are drawn from."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
@@ -66,17 +57,11 @@ def build_parser() -> TrlParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model_name_or_path", *arguments]
-    model_options, options = build_parser().parse_args_and_config(arguments)
-    if options.limit < 1:
-        raise OrdMoEConfigError(f"limit must be at least 1, got {options.limit}.")
-    dataset = load_split(options.dataset_name, options.dataset_config, options.split)
-    dataset = dataset.shuffle(seed=0).select(range(min(options.limit, len(dataset))))
-    processing_class = load_processing_class(model_options, options.trust_remote_code)
-    model = load_base(model_options, options.trust_remote_code)
-    if options.adapter is not None:
-        model = load_adapter(model, options.adapter)
+    model_options, options = build_parser().parse_args_and_config(with_model_first(arguments))
+    if options.report is not None:
+        require_matplotlib()
+    dataset = load_samples(options)
+    model, processing_class = load_subject(model_options, options)
     defaults = adapter_config(model)
     quality = tier_quality(
         model,
@@ -96,23 +81,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     print(f"{quality.model} on {quality.num_samples} samples of {options.split}, {quality.grouping} tiers")
     print_quality(quality)
+    results = quality.to_dict()
     if options.output is not None:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(quality.to_dict(), indent=2) + "\n")
-        print(f"Results in {path}")
+        write_json(options.output, results)
     if options.report is not None:
-        # Draws with matplotlib, which is an extra.
-        from ..analysis.report import tiers_report
-
-        tiers_report(quality.to_dict(), options.report)
-        print(f"Report in {options.report}")
-
-
-def adapter_config(model: nn.Module) -> OrdMoEConfig:
-    """The settings of the adapter on `model`, the defaults where it has none or a plain LoRA adapter."""
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    return config if isinstance(config, OrdMoEConfig) else OrdMoEConfig()
+        results["findings"] = [finding.to_dict() for finding in quality_findings(results)]
+        print(f"Report: {tiers_report(results, options.report)}")
 
 
 def print_quality(quality: TierQuality) -> None:

@@ -8,6 +8,7 @@ from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
 from ..analysis.report import require_matplotlib, train_report
+from ..monitoring.signatures import training_findings
 from ..targets import coverage_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
@@ -84,5 +85,10 @@ def main(arguments: Sequence[str]) -> None:
         # The trainer's own dictionary hides tokens.
         settings = {**asdict(model_options), **asdict(adapter_options), **asdict(script_options)}
         settings |= training_args.to_dict()
-        page = train_report([*trainer.state.log_history, metrics], settings, report_options.report)
-        print(f"Report in {page}")
+        history = trainer.state.log_history
+        vocab_size = model.config.get_text_config().vocab_size
+        findings = training_findings(history, vocab_size=vocab_size, erl_coef=training_args.erl_coef)
+        page = train_report(
+            [*history, metrics], settings, report_options.report, [finding.to_dict() for finding in findings]
+        )
+        print(f"Report: {page}")

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback
 
-from ..analysis.health import LayerHealth
-from ..analysis.router_meter import RouterMeter
+from ..monitoring.health import LayerHealth
+from ..monitoring.router_meter import RouterMeter
 
 
 # Logged name → (the figure of a layer, which of the layers' figures is the worst, if either end is bad).
@@ -27,7 +27,7 @@ METRICS: dict[str, tuple[str, Callable[[Sequence[float]], float] | None]] = {
 class RouterHealth(TrainerCallback):
     """Adds the routers' health since the last log to what a trainer logs.
 
-    Each figure of [`~ordmoe_peft.analysis.health.LayerHealth`] that is logged is a mean over layers, as
+    Each figure of [`~ordmoe_peft.monitoring.health.LayerHealth`] that is logged is a mean over layers, as
     `router/imbalance`, and where one end is bad that of the worst layer, as `router/imbalance_worst`. They are of all
     processes' training tokens on tier 1, without padding; evaluation and generation do not count. A log that covers
     few tokens finds experts dead that are only rare.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ordmoe_peft.analysis.health import LayerHealth
-from ordmoe_peft.analysis.router_meter import RouterMeter
+from ordmoe_peft.monitoring.health import LayerHealth
+from ordmoe_peft.monitoring.router_meter import RouterMeter
 from ordmoe_peft.training import RouterHealth
 from ordmoe_peft.training.router_health import METRICS, health_metrics
 from tests import text

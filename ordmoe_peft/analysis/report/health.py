@@ -14,8 +14,8 @@ def inspect_report(health: Mapping[str, Any], directory: "str | Path") -> Path:
     Args:
         health (`Mapping`): `model`, `num_tokens`, `num_tiers`, `grouping`, `is_fit`, `reasons` (texts), and `layers`,
             each with `layer`, `name`, `num_experts`, `top_k`, `utilisation` (a number per expert, 1 is the fair
-            share), `dead`, `imbalance`, `marginal_entropy` and `token_entropy` (nats), `score_std`, `gate_mass` and
-            `tier_probability` (a number per tier), `drift_overlap` and `drift_kl` (None without an adapter).
+            share), `dead`, `imbalance`, `marginal_entropy` and `token_entropy` (over ln E), `score_std`,
+            `gate_mass` and `tier_probability` (a number per tier), `drift_overlap` and `drift_kl` (None without an adapter).
         directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
 
     Returns:
@@ -99,7 +99,7 @@ def _entropies(layers: Sequence[Mapping[str, Any]]) -> Plot | None:
         _by_layer(layers, "token_entropy", "per token", 1),
     ]
     caption = "Low over all tokens: few experts get all the work. Low per token: the router is sure of each choice."
-    return line_plot("entropy", "Routing entropy", series, "entropy (nats)", "layer", caption)
+    return line_plot("entropy", "Routing entropy", series, "entropy (share of ln E)", "layer", caption)
 
 
 # Key, title, y axis, caption.

@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
-from ordmoe_peft.analysis.router_meter import RouterMeter
 from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.monitoring.router_meter import RouterMeter
 from tests import models
 
 

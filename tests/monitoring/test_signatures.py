@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ordmoe_peft.analysis.signatures import (
+from ordmoe_peft.monitoring.signatures import (
     Finding,
     ablation_findings,
     health_findings,

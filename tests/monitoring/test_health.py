@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ordmoe_peft.analysis.health import drift_columns, layer_health, routing_columns, tier_columns
+from ordmoe_peft.monitoring.health import drift_columns, layer_health, routing_columns, tier_columns
 
 
 def health(columns, num_experts, top_k, num_tiers=0, has_drift=False):

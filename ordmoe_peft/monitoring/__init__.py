@@ -1,0 +1,1 @@
+"""What is watched while a model runs or trains: its routers' statistics, and signs that training fails."""
