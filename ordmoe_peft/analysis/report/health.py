@@ -15,7 +15,7 @@ def inspect_report(health: Mapping[str, Any], directory: "str | Path") -> Path:
         health (`Mapping`): `model`, `num_tokens`, `num_tiers`, `grouping`, `is_fit`, `reasons` (texts), and `layers`,
             each with `layer`, `name`, `num_experts`, `top_k`, `utilisation` (a number per expert, 1 is the fair
             share), `dead`, `imbalance`, `marginal_entropy` and `token_entropy` (over ln E), `score_std`,
-            `gate_mass` and `tier_probability` (a number per tier), `drift_overlap` and `drift_kl` (None without an adapter).
+            `gate_mass` and `tier_probability` (a number per tier), `drift_overlap`, `drift_kl` (None without adapter).
         directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
 
     Returns:
