@@ -8,7 +8,7 @@ from peft.utils.peft_types import PeftType
 
 from .errors import OrdMoEConfigError
 from .objectives.advantages import ADVANTAGES, tier_rewards
-from .tiers.plan import LAYER_SCOPES
+from .tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from .tiers.ranking import GROUPINGS
 from .tiers.scope import TOKEN_SCOPES
 
@@ -34,6 +34,9 @@ class OrdMoEConfig(LoraConfig):
             `"deep"`, or indices.
         token_scope (`str`, defaults to `"sequence"`): positions of a row that follow its tier: `"sequence"`, all, or
             `"response"`, those that predict a token of the response, so that the prompt is common to all tiers.
+        tier_weights (`str`, defaults to `"router"`): weights of a tier's experts: `"router"`, the router's own rule on
+            their scores, or `"match"`, the same scaled so that a token's weights sum to what tier 1's would. Routers
+            that do not renormalise (OLMoE, DeepSeek-V2) give low tiers almost none otherwise.
         rewards (`list[float]`, *optional*): one per tier, descending; evenly spaced from 1 to 0 by default.
         advantages (`str`, defaults to `"zscore"`): what rewards become: `"zscore"`, `"center"` or `"none"`.
         tier_seed (`int`, defaults to 0): seed of `"random"` grouping.
@@ -56,6 +59,9 @@ class OrdMoEConfig(LoraConfig):
     token_scope: str = field(
         default="sequence", metadata={"help": f"Positions of a row that follow its tier: one of {TOKEN_SCOPES}."}
     )
+    tier_weights: str = field(
+        default="router", metadata={"help": f"Weights of a tier's experts: one of {TIER_WEIGHTS}."}
+    )
     rewards: list[float] | None = field(
         default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
     )
@@ -68,6 +74,7 @@ class OrdMoEConfig(LoraConfig):
         self.peft_type = PeftType[PEFT_METHOD.upper()]
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
         _check_choice("grouping", self.grouping, GROUPINGS)
+        _check_choice("tier_weights", self.tier_weights, TIER_WEIGHTS)
         _check_choice("token_scope", self.token_scope, TOKEN_SCOPES)
         _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
         if isinstance(self.layer_scope, str):

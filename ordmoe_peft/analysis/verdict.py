@@ -106,5 +106,5 @@ def _gate_mass(layer: LayerHealth) -> list[str]:
         return []
     return [
         f"its router gives low tiers almost no weight ({', '.join(low)}; tier 1 {layer.gate_mass[0]:.3f}), because it "
-        "does not renormalise the weights of the chosen experts."
+        "does not renormalise the weights of the chosen experts: set tier_weights='match'."
     ]

@@ -167,7 +167,7 @@ def check_cells(ablation: Ablation, settings: Settings, model: Any) -> None:
     for cell in ablation.rows:
         for option in ablation.options(cell):
             config, _ = settings.build({**cell.settings, **option})
-            make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, 0, None)
+            make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
 
 
 class Bench:

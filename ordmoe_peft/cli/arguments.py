@@ -60,6 +60,9 @@ class AdapterArguments:
     token_scope: str = field(
         default="sequence", metadata={"help": "Positions of a row that follow its tier: sequence or response."}
     )
+    tier_weights: str = field(
+        default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
+    )
     rewards: list[float] | None = field(
         default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
     )
@@ -78,6 +81,7 @@ class AdapterArguments:
             grouping=self.grouping,
             layer_scope=[int(part) for part in scope] if all(part.isdigit() for part in scope) else " ".join(scope),
             token_scope=self.token_scope,
+            tier_weights=self.tier_weights,
             rewards=self.rewards,
             advantages=self.advantages,
             tier_seed=self.tier_seed,

@@ -11,6 +11,7 @@ from .ranking import GROUPINGS, check_tiers_fit
 
 
 LAYER_SCOPES = ("all", "shallow", "deep")
+TIER_WEIGHTS = ("router", "match")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class TierPlan:
         grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
         seed (`int`), step (`int`): what `random` grouping draws from.
+        tier_weights (`str`): weights of the chosen experts: the `"router"`'s own, or these scaled to `"match"` what
+            tier 1's sum to.
         num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
             the same order for a sample's tiers; by default each row is a sample.
     """
@@ -36,6 +39,7 @@ class TierPlan:
     seed: int
     step: int
     num_samples: int | None = None
+    tier_weights: str = "router"
 
     @property
     def is_top(self) -> bool:
@@ -95,7 +99,8 @@ def make_plan(
     layer_scope: str | Sequence[int],
     seed: int,
     step: int,
-    num_samples: int | None,
+    num_samples: int | None = None,
+    tier_weights: str = "router",
 ) -> TierPlan:
     """Check a request against the model's MoE layers and make it a plan.
 
@@ -108,7 +113,9 @@ def make_plan(
         raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")
     if grouping not in GROUPINGS:
         raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
+    if tier_weights not in TIER_WEIGHTS:
+        raise OrdMoEConfigError(f"tier_weights must be one of {TIER_WEIGHTS}, got {tier_weights!r}.")
     scope = layers_in_scope(layer_scope, len(layers))
     for index in sorted(scope):
         check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
-    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples)
+    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights)

@@ -27,6 +27,9 @@ from .plan import TierPlan, make_plan
 from .ranking import random_order, rank_experts, tier_experts
 
 
+# Place of the chosen experts' weights in what transformers' routers return: logits, weights, indices.
+WEIGHTS = 1
+
 # Plans asked for by the `with` blocks of this thread: id of the text model → plan.
 _requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
 
@@ -61,6 +64,7 @@ def tier_routing(
     seed: int | None = None,
     step: int = 0,
     num_samples: int | None = None,
+    tier_weights: str | None = None,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -76,6 +80,7 @@ def tier_routing(
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
         seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
         num_samples (`int`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+        tier_weights (`str`, *optional*): `"router"` or `"match"`.
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
@@ -92,7 +97,11 @@ def tier_routing(
         seed=config.tier_seed if seed is None else seed,
         step=step,
         num_samples=num_samples,
+        tier_weights=config.tier_weights if tier_weights is None else tier_weights,
     )
+    if plan.tier_weights == "match":
+        for index in sorted(plan.layers):
+            check_weights(layers[index])
     token = _requested.set({**_requested.get(), id(text_model(model, layers)): plan})
     try:
         yield
@@ -142,7 +151,7 @@ def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
     for layer in missing:
         layer.router.tier_hook_handles = [
             layer.router.register_forward_pre_hook(_RouterEntry(layer)),
-            layer.router.register_forward_hook(_leave_router, always_call=True),
+            layer.router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
         ]
     decoder = text_model(model, layers)
     if not hasattr(decoder, "tier_hook_handles"):
@@ -190,6 +199,25 @@ def check_router(layer: MoELayer) -> None:
         )
 
 
+def check_weights(layer: MoELayer) -> None:
+    """See that the layer's router returns the weights of its choice, so that they can be scaled.
+
+    Raises:
+        [`OrdMoEModelError`]: it does not.
+    """
+    weight = layer.router.weight
+    if weight.device.type == "meta":
+        return
+    with torch.no_grad():
+        output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
+    weights = output[WEIGHTS] if isinstance(output, tuple) and len(output) > WEIGHTS else None
+    if not isinstance(weights, torch.Tensor) or weights.shape != (2, layer.top_k) or not weights.is_floating_point():
+        raise OrdMoEModelError(
+            f"{layer.router_name} ({type(layer.router).__name__}) does not return the weights of its chosen experts, "
+            "which tier_weights='match' scales: set tier_weights='router'."
+        )
+
+
 class _RouterEntry:
     """Forward pre-hook of a router: while it runs, its top-k is answered by tier."""
 
@@ -205,16 +233,28 @@ class _RouterEntry:
         _running.selection.__enter__()
 
 
-def _leave_router(module: nn.Module, args: tuple, output: Any) -> None:
+def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     selection, _running.selection = _running.selection, None
     if selection is None:
-        return
+        return None
     selection.__exit__(None, None, None)
     if selection.selections != 1:
         raise OrdMoERuntimeError(
             f"{selection.router.router_name} chose experts {selection.selections} times in one forward; its tiers "
             "would be wrong."
         )
+    if selection.forward.plan.tier_weights == "router":
+        return None
+    return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection.tier_T)
+
+
+def _matched(output: tuple, top_weights_TK: torch.Tensor, tier_T: torch.Tensor) -> tuple:
+    """A router's output with each token's weights scaled to the sum of those that its own choice would have."""
+    weights_TK = output[WEIGHTS]
+    tiny = torch.finfo(weights_TK.dtype).tiny
+    scale_T1 = top_weights_TK.sum(-1, keepdim=True) / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
+    weights_TK = torch.where((tier_T == 1).unsqueeze(1), weights_TK, weights_TK * scale_T1)
+    return (*output[:WEIGHTS], weights_TK, *output[WEIGHTS + 1 :])
 
 
 def _enter_text_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -260,6 +300,7 @@ class _TierSelection(TorchFunctionMode):
         super().__init__()
         self.router, self.forward = router, forward
         self.selections = 0
+        self.tier_T: torch.Tensor | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -280,6 +321,7 @@ class _TierSelection(TorchFunctionMode):
         tier_T = plan.tier_of_token(
             len(scores_TE), scores_TE.device, self.forward.sequence_length, self.forward.past_length
         )
+        self.tier_T = tier_T
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.tiers.routing import install_tier_hooks
 from tests import models, reference
 
 
@@ -334,3 +335,72 @@ def test_compiled_model_is_not_wrong():
     with tier_routing(model, 3):
         torch.testing.assert_close(logits(compiled, batch), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(compiled, batch), plain)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_matched_weights_sum_to_what_tier_1s_would(family, model, batch, grouping):
+    """In the first layer both tiers see the same tokens, so the sums can be compared; tier 1 is not touched."""
+    install_tier_hooks(model)  # first, so that what is watched is what the experts get
+    settings = {"grouping": grouping, "num_samples": 1}
+    with watched_routing(model) as plain:
+        untouched = logits(model, batch)
+    own_sum = plain[0]["weights"].sum(-1)
+    for tier in (2, 3):
+        with watched_routing(model) as router, tier_routing(model, tier, **settings):
+            logits(model, batch)
+        with watched_routing(model) as matched, tier_routing(model, tier, tier_weights="match", **settings):
+            logits(model, batch)
+        assert torch.equal(matched[0]["index"], router[0]["index"])
+        torch.testing.assert_close(matched[0]["weights"].sum(-1), own_sum)
+        proportions = router[0]["weights"] / router[0]["weights"].sum(-1, keepdim=True)
+        torch.testing.assert_close(matched[0]["weights"], proportions * own_sum[:, None])
+        if family == "olmoe":
+            assert (router[0]["weights"].sum(-1) < 0.9 * own_sum).all()
+    with tier_routing(model, 1, tier_weights="match"):
+        assert torch.equal(logits(model, batch), untouched)
+
+
+def test_matched_weights_have_a_gradient_through_both_choices():
+    """Against the same output put together by hand from the router's softmax."""
+    model = models.olmoe()
+    layer = find_moe_layers(model)[0]
+    weight = layer.router.weight
+    hidden = torch.randn(5, models.HIDDEN_SIZE)
+    probabilities = (hidden @ weight.T).softmax(-1)
+    ranked = probabilities.argsort(-1, descending=True)
+    own, low = (probabilities.gather(1, ranked[:, span]) for span in (slice(0, 2), slice(6, 8)))
+    wanted = torch.autograd.grad((low * own.sum(-1, keepdim=True) / low.sum(-1, keepdim=True)).square().sum(), weight)
+    gradient = []
+
+    def stop(module, args, output):
+        gradient.extend(torch.autograd.grad(output[1].square().sum(), weight))
+
+    install_tier_hooks(model)
+    layer.router.register_forward_hook(stop)
+    layer.router.register_forward_pre_hook(lambda module, args: (hidden,), prepend=True)
+    for other in find_moe_layers(model)[1:]:
+        other.router.register_forward_pre_hook(lambda module, args: None)
+    with tier_routing(model, 3, tier_weights="match", layer_scope=[0]):
+        model(torch.arange(5)[None])
+    torch.testing.assert_close(gradient[0], wanted[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_router_that_returns_no_weights_is_refused_for_matching():
+    class LogitsOnly(torch.nn.Module):
+        top_k = models.TOP_K
+
+        def __init__(self, router):
+            super().__init__()
+            self.weight = router.weight
+
+        def forward(self, hidden_states):
+            scores = hidden_states @ self.weight.T
+            torch.topk(scores, self.top_k)
+            return scores
+
+    model = models.qwen3_moe()
+    block = model.model.layers[0].mlp
+    block.gate = LogitsOnly(block.gate)
+    with pytest.raises(OrdMoEModelError, match=r"layers\.0\.mlp\.gate.*set tier_weights='router'"):
+        get_peft_model(model, OrdMoEConfig(r=4, tier_weights="match"))
+    assert not hasattr(block.gate, "tier_hook_handles")
