@@ -1,8 +1,8 @@
 """Questions of `reasoning-gym` as a `datasets.DatasetDict` in TRL's conversational prompt-completion format.
 
 The PyPI package `reasoning-gym` (Apache-2.0) draws questions with verifiable answers from a seed. Three of its tasks
-have answers of a few characters that a model of two million weights can learn in minutes, each by another skill: sums
-and differences of two numbers, words spelt backward, and greatest common divisors.
+have answers of a few characters and are of different difficulty for a model of two million weights: in minutes it
+learns to spell words backward, partly to find greatest common divisors, and hardly to add and subtract two numbers.
 
     python -m examples.reasoning.data --output outputs/reasoning/data
 
