@@ -1,9 +1,10 @@
 """OrdMoE as a PEFT method: preference training of 4-bit Mixture-of-Experts models from their own routing.
 
-Importing the package registers the method with peft and transformers. The trainer is imported on first use, so that
-loading an adapter needs neither trl nor datasets.
+Importing the package registers the method with peft and transformers. What trains or writes data is imported on first
+use, so that loading an adapter needs neither trl nor datasets.
 """
 
+import importlib
 from typing import Any
 
 from . import registration
@@ -24,16 +25,26 @@ __all__ = [
     "OrdMoEModel",
     "OrdMoETrainer",
     "OrdMoETrainingArguments",
+    "RouterHealth",
     "coverage_report",
+    "rollout",
     "tier_routing",
+    "to_preference_pairs",
 ]
+
+# Public name → module, for those that need trl or datasets.
+IMPORTED_ON_USE = {
+    "OrdMoETrainer": ".training",
+    "OrdMoETrainingArguments": ".training",
+    "RouterHealth": ".training",
+    "rollout": ".rollouts",
+    "to_preference_pairs": ".preference_pairs",
+}
 
 registration.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("OrdMoETrainer", "OrdMoETrainingArguments"):
-        from . import training
-
-        return getattr(training, name)
+    if name in IMPORTED_ON_USE:
+        return getattr(importlib.import_module(IMPORTED_ON_USE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,11 @@ PUBLIC = {
     "OrdMoEModel",
     "OrdMoETrainer",
     "OrdMoETrainingArguments",
+    "RouterHealth",
     "coverage_report",
+    "rollout",
     "tier_routing",
+    "to_preference_pairs",
 }
 
 
