@@ -28,6 +28,7 @@ COLUMNS = (
     *("", "chosen", "mean ± s.e.", "difference [95 %]", "verdict"),
     *("log-likelihood", "difference [95 %]", "verdict", "s/step"),
 )
+METRIC_COLUMNS, LIKELIHOOD_COLUMNS = (0, 1, 2, 3, 4, 8), (0, 5, 6, 7)
 
 
 @dataclass
@@ -287,9 +288,13 @@ def print_plan(ablation: Ablation) -> None:
 def finish(results: dict[str, Any], options: AblateArguments, folder: Path) -> None:
     """Print the table and write the results as JSON and Markdown, and the report on request."""
     rows = [table_row(cell, results["metric"]) for cell in results["cells"]]
-    title = f"{results['metric']} ({results['unit']}) and log-likelihood (nats per token) on {options.test_split}"
-    title += f", differences to {results['baseline']}"
-    print_table(title, COLUMNS, rows)
+    title = (
+        f"{results['metric']} ({results['unit']}) and log-likelihood (nats per token) on {options.test_split}, with "
+        f"differences to {results['baseline']}"
+    )
+    # Two tables, because one of all columns is wider than most terminals.
+    for heading, shown in ((title, METRIC_COLUMNS), ("Log-likelihood of the answers", LIKELIHOOD_COLUMNS)):
+        print_table(heading, [COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in rows])
     for note in results["notes"]:
         print(f"Note: {note}")
     paths = [folder / f"{options.results_name}{ending}" for ending in (".json", ".md")]
