@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_layers import find_moe_layers
-from ..tiers.routing import tier_routing
 from .correlation import RankCorrelation, rank_correlation
 from .diversity import expert_outputs, mean_pairwise_cosine
 from .evaluation import TierResult, evaluate_tiers, score_answers
@@ -262,8 +261,8 @@ def _random_likelihoods(
             of_tiers = []
             for tier in range(2, num_tiers + 1):
                 # Another step for each batch: rows at the same place would share their draws.
-                with tier_routing(model, tier, num_tiers=num_tiers, grouping="random", seed=seed, step=step):
-                    of_tiers.append(torch.stack(score_answers(model, processing_class, samples)).cpu())
+                groups = {"num_tiers": num_tiers, "grouping": "random", "seed": seed, "step": step}
+                of_tiers.append(torch.stack(score_answers(model, processing_class, samples, tier, **groups)).cpu())
             parts.append(torch.stack(of_tiers))
             bar.update(len(samples))
     lower = torch.cat(parts, dim=-1)
