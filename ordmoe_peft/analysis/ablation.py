@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import OrdMoEConfigError
+from ..files import write_whole
 from .paired import mean_and_error, paired_difference
 
 
@@ -109,12 +109,7 @@ class RunFiles:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def write(self, run: Run, key: dict[str, Any], record: dict[str, Any]) -> None:
-        """Leave the record whole or not at all, whenever the process is killed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(run, key)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"key": key, **record}, indent=1) + "\n")
-        os.replace(unfinished, path)
+        write_whole(self.path(run, key), json.dumps({"key": key, **record}, indent=1) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------- ablation
@@ -301,8 +296,8 @@ class Ablation:
         """What to say of cells that come to the same runs, as a reward sweep under `zscore` does."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.rows:
-            key = json.dumps(self.key(Run("final", cell.settings, self.seeds[0])), sort_keys=True)
-            groups.setdefault(key, []).append(cell)
+            candidates = [self.key(self.final_runs(cell, option)[0]) for option in self.options(cell)]
+            groups.setdefault(json.dumps(candidates, sort_keys=True), []).append(cell)
         notes = []
         for cells in groups.values():
             if len(cells) == 1:

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from ..config import OrdMoEConfig
 from ..moe_layers import find_moe_layers
+from ..tiers.routing import adapter_config
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
-from .evaluation import evaluate_tiers, score_answers
+from .evaluation import evaluate_tiers, evaluation_mode, score_answers
+from .samples import sample_batches
 
 
 HISTORY_ENTRIES = 5
@@ -115,7 +116,6 @@ def evaluate_run(
     }
 
 
-@torch.no_grad()
 def tier_likelihoods(
     model: nn.Module, processing_class: Any, dataset: Any, batch_size: int, top: list[float]
 ) -> list[float]:
@@ -123,20 +123,15 @@ def tier_likelihoods(
 
     A model of one tier, or without an adapter, is cut into three tiers, or as many as fit.
     """
-    config = getattr(model, "peft_config", {}).get("default")
-    routing = {}
-    if config is None or config.num_tiers == 1:
+    num_tiers = adapter_config(model).num_tiers
+    if num_tiers == 1 or not isinstance(model, PeftModel):
         fits = min(layer.num_experts // layer.top_k for layer in find_moe_layers(model))
-        routing["num_tiers"] = min(TIERS_TO_SCORE, fits)
-    num_tiers = routing.get("num_tiers") or config.num_tiers
+        num_tiers = min(TIERS_TO_SCORE, fits)
     count = min(len(dataset), SAMPLES_TO_SCORE)
     totals = [sum(top[:count])] + [0.0] * (num_tiers - 1)
-    was_training = model.training
-    model.eval()
-    for start in range(0, count, batch_size):
-        samples = [dataset[index] for index in range(start, min(start + batch_size, count))]
-        for tier in range(2, num_tiers + 1):
-            likelihood_B, _ = score_answers(model, processing_class, samples, tier, **routing)
-            totals[tier - 1] += likelihood_B.sum().item()
-    model.train(was_training)
+    with evaluation_mode(model):
+        for samples in sample_batches(dataset.select(range(count)), batch_size):
+            for tier in range(2, num_tiers + 1):
+                likelihood_B, _ = score_answers(model, processing_class, samples, tier, num_tiers=num_tiers)
+                totals[tier - 1] += likelihood_B.sum().item()
     return [total / count for total in totals]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,12 +10,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import OrdMoEDataError
 from ..objectives.expert_rank import mean_log_likelihood
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels, tiers_of_prompts
-from .samples import ProcessingClass, answer_text, check_prompt_completion, prompt_inputs, scoring_inputs
+from .samples import (
+    ProcessingClass,
+    answer_text,
+    check_counts,
+    check_samples,
+    prompt_inputs,
+    sample_batches,
+    scoring_inputs,
+)
 
 
 OVERALL = "overall"
@@ -84,33 +92,36 @@ def evaluate_tiers(
         routing: settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
 
     Raises:
-        [`OrdMoEDataError`]: the data set has no prompts, answers or `group_by` column.
+        [`OrdMoEConfigError`]: `batch_size` or `max_new_tokens` below 1, or tiers that do not fit the model.
+        [`OrdMoEDataError`]: the data set has no samples, prompts, answers or `group_by` column.
     """
-    check_prompt_completion(dataset.column_names)
-    if group_by is not None and group_by not in dataset.column_names:
-        raise OrdMoEDataError(f"group_by={group_by!r} is not a column; there are {sorted(dataset.column_names)}.")
-    was_training = model.training
-    model.eval()
+    check_samples(dataset, group_by)
+    check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     results = [_TierTally(tier) for tier in tiers]
-    try:
-        with torch.inference_mode(), tqdm(total=len(dataset) * len(tiers), desc="Evaluating", unit="sample") as bar:
-            for samples in _batches(dataset, batch_size):
-                groups = [str(sample[group_by]) for sample in samples] if group_by else None
-                for result in results:
-                    answers = generate_answers(
-                        model, processing_class, samples, max_new_tokens, tier=result.tier, **routing
-                    )
-                    likelihood, no_eos = score_answers(model, processing_class, samples, tier=result.tier, **routing)
-                    result.add(samples, answers, groups, likelihood, no_eos)
-                    bar.update(len(samples))
-    finally:
-        model.train(was_training)
+    total = len(dataset) * len(tiers)
+    with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="sample") as bar:
+        for samples in sample_batches(dataset, batch_size):
+            groups = [str(sample[group_by]) for sample in samples] if group_by else None
+            for result in results:
+                answers = generate_answers(
+                    model, processing_class, samples, max_new_tokens, tier=result.tier, **routing
+                )
+                likelihood, no_eos = score_answers(model, processing_class, samples, tier=result.tier, **routing)
+                result.add(samples, answers, groups, likelihood, no_eos)
+                bar.update(len(samples))
     return [result.finish() for result in results]
 
 
-def _batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(dataset), batch_size):
-        yield [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` is in evaluation mode and nothing is recorded for gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def generate_answers(
@@ -124,9 +135,12 @@ def generate_answers(
     """A tier's greedy answers to the samples' prompts, as plain text."""
     inputs = prompt_inputs(samples, processing_class).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
+    end_ids = end_of_sequence_ids(getattr(processing_class, "tokenizer", processing_class), model)
     tiers = torch.full((len(samples),), tier)
     with tier_routing(model, tiers_of_prompts(tiers, prompt_length, adapter_config(model).token_scope), **routing):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_ids.tolist() or None
+        )
     answers = processing_class.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
@@ -172,7 +186,7 @@ class _TierTally:
         self.items.log_likelihood_no_eos += no_eos_B.tolist()
 
     def finish(self) -> TierResult:
-        count = max(self.asked[OVERALL], 1)
+        count = self.asked[OVERALL]
         return TierResult(
             self.tier,
             accuracy={key: self.right[key] / self.asked[key] for key in sorted(self.asked)},

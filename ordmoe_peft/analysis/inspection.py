@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,7 +11,9 @@ from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..monitoring.health import LayerHealth
 from ..monitoring.router_meter import RouterMeter
 from ..tiers.ranking import GROUPINGS
-from .samples import ProcessingClass, prompt_inputs, scoring_inputs
+from ..tiers.routing import adapter_config
+from .evaluation import evaluation_mode
+from .samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from .verdict import reasons_against
 
 
@@ -50,7 +51,6 @@ def inspect_model(
     num_tiers: int = 3,
     grouping: str = "uniform",
     batch_size: int = 32,
-    limit: int | None = None,
     seed: int = 0,
 ) -> HealthReport:
     """Run `model` over samples and judge how its routers spread and rank their experts.
@@ -62,7 +62,6 @@ def inspect_model(
         num_tiers (`int`, defaults to 3): C that is asked about.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
         batch_size (`int`, defaults to 32): samples at a time.
-        limit (`int`, *optional*): only this many samples, drawn by seed 0.
         seed (`int`, defaults to 0): what `random` grouping draws from.
 
     Raises:
@@ -70,19 +69,20 @@ def inspect_model(
         [`OrdMoEDataError`]: the data set has no `prompt`, or no samples.
         [`OrdMoEModelError`]: the model has no MoE layers.
     """
-    _check(num_tiers, grouping, batch_size, limit)
+    if grouping not in GROUPINGS:
+        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
+    check_counts(num_tiers=num_tiers, batch_size=batch_size)
     if "prompt" not in dataset.column_names or len(dataset) == 0:
         raise OrdMoEDataError(
             f"Inspection needs samples with a `prompt`; the data set has {len(dataset)} samples with the columns "
             f"{sorted(dataset.column_names)}. Use TRL's prompt-completion format."
         )
-    if limit is not None:
-        dataset = dataset.shuffle(seed=0).select(range(min(limit, len(dataset))))
     meter = RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed)
     with meter:
         _run(model, processing_class, dataset, batch_size)
     layers = meter.report()
-    reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers)
+    tier_weights = adapter_config(model).tier_weights
+    reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
     return HealthReport(
         model=model.name_or_path,
         num_tokens=max((layer.num_tokens for layer in layers), default=0),
@@ -94,26 +94,13 @@ def inspect_model(
     )
 
 
-def _check(num_tiers: int, grouping: str, batch_size: int, limit: int | None) -> None:
-    if grouping not in GROUPINGS:
-        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
-    for name, value in (("num_tiers", num_tiers), ("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise OrdMoEConfigError(f"{name} must be at least 1, got {value}.")
-
-
-@torch.no_grad()
 def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batch_size: int) -> None:
     """Forward every sample through the model without its head, whose logits would be the largest tensor by far."""
     backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
-    was_training = model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(dataset), batch_size), desc="Inspecting", unit="batch"):
-            samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+    with evaluation_mode(model), tqdm(total=len(dataset), desc="Inspecting", unit="sample") as bar:
+        for samples in sample_batches(dataset, batch_size):
             backbone(**_inputs(samples, processing_class).to(model.device), use_cache=False)
-    finally:
-        model.train(was_training)
+            bar.update(len(samples))
 
 
 def _inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Any:

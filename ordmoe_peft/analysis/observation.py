@@ -15,10 +15,13 @@ from tqdm.auto import tqdm
 
 from ..errors import OrdMoEModelError
 from ..moe_layers import MoELayer, find_moe_layers
+from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
-from ..tiers.routing import tier_routing
+from ..tiers.routing import adapter_config, tier_routing
+from ..tiers.scope import tiers_of_labels
 from .correlation import routing_score
-from .samples import ProcessingClass, scoring_inputs
+from .evaluation import evaluation_mode
+from .samples import ProcessingClass, sample_batches, scoring_inputs
 
 
 @dataclass
@@ -58,24 +61,6 @@ class TierObservation:
 
     routing_scores_nL: torch.Tensor
     expert_tokens: list[ExpertTokens]
-
-
-def sample_batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """The samples of `dataset` in order, `batch_size` at a time."""
-    for start in range(0, len(dataset), batch_size):
-        yield [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is in evaluation mode and nothing is recorded for gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def outer_experts(model: nn.Module, layer: MoELayer) -> nn.Module:
@@ -128,37 +113,41 @@ def observe_tier(
         dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
         tier (`int`): the tier, from 1.
         batch_size (`int`, defaults to 32): samples at a time.
-        num_tokens (`int`, defaults to 256): tokens whose inputs to the experts are kept, padding apart.
+        num_tokens (`int`, defaults to 256): tokens whose inputs to the experts are kept, out of those on the tier:
+            all but padding, or with the adapter's `token_scope="response"` those that predict a response token.
         routing: settings for [`~ordmoe_peft.tier_routing`].
 
     Raises:
         [`OrdMoEModelError`]: experts or routers were not called once per layer with a row per token.
     """
     per_batch = math.ceil(num_tokens / math.ceil(len(dataset) / batch_size))
+    token_scope = adapter_config(model).token_scope
     scores, kept = [], []
     with evaluation_mode(model), tqdm(total=len(dataset), desc=f"Watching tier {tier}", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
             inputs = scoring_inputs(samples, processing_class).to(model.device)
             labels_BS = inputs.pop("labels")
-            token_N = spread(inputs["attention_mask"].reshape(-1).nonzero()[:, 0], per_batch)
+            # A position's routing makes the token after it.
+            predicts_BS = nn.functional.pad(labels_BS[:, 1:] != IGNORED_LABEL, (0, 1))
+            watched_BS = predicts_BS if token_scope == "response" else inputs["attention_mask"]
+            token_N = spread(watched_BS.reshape(-1).nonzero()[:, 0], per_batch)
+            tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, token_scope)
             with (
-                tier_routing(model, tier, **routing),
+                tier_routing(model, tiers, **routing),
                 recorded_router_logits(model) as logits,
                 recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
             _check_calls(model, logits, calls, labels_BS.numel())
-            scores.append(_routing_scores(logits, calls, labels_BS))
+            scores.append(_routing_scores(logits, calls, predicts_BS))
             kept.append([call.kept for call in calls])
             bar.update(len(samples))
     expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
     return TierObservation(torch.cat(scores), expert_tokens)
 
 
-def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], labels_BS: torch.Tensor) -> torch.Tensor:
+def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], predicts_BS: torch.Tensor) -> torch.Tensor:
     """Each sample's routing score in each layer (`torch.Tensor` of shape `(B, L)`)."""
-    # A position's routing makes the token after it.
-    predicts_BS = nn.functional.pad(labels_BS[:, 1:] != -100, (0, 1))
     layers = zip(logits, calls, strict=True)
     return torch.stack(
         [routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu() for logits_TE, call in layers], dim=1

@@ -5,7 +5,7 @@ ways have the same seeds, so the same data order, and the same items.
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isnan, sqrt
 from statistics import NormalDist
 
 import torch
@@ -38,7 +38,9 @@ class PairedDifference:
 
     @property
     def verdict(self) -> str:
-        """`"gain"` or `"loss"` only where 0 is outside the interval."""
+        """`"gain"` or `"loss"` only where 0 is outside the interval; `"undefined"` where a run gave no number."""
+        if isnan(self.mean):
+            return "undefined"
         if self.is_gain:
             return "gain"
         return "loss" if self.high < 0 else "no difference shown"

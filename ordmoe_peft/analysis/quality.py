@@ -12,9 +12,9 @@ from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_layers import find_moe_layers
 from .correlation import RankCorrelation, rank_correlation
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierResult, evaluate_tiers, score_answers
-from .observation import TierObservation, evaluation_mode, observe_tier, outer_experts, sample_batches
-from .samples import ProcessingClass, answer_text
+from .evaluation import TierResult, evaluate_tiers, evaluation_mode, score_answers
+from .observation import TierObservation, observe_tier, outer_experts
+from .samples import ProcessingClass, answer_text, check_counts, sample_batches
 
 
 @dataclass
@@ -145,9 +145,9 @@ def tier_quality(
         [`OrdMoEConfigError`]: `num_tiers` below 2 or too many for the model, or a size that is not positive.
         [`OrdMoEDataError`]: no samples, a missing column, or ratings that are not numbers.
     """
-    _check_sizes(num_tiers=(num_tiers, 2), batch_size=(batch_size, 1), diversity_tokens=(diversity_tokens, 1))
-    if len(dataset) == 0:
-        raise OrdMoEDataError("The data set has no samples, so there is nothing to measure.")
+    if num_tiers < 2:
+        raise OrdMoEConfigError(f"num_tiers must be at least 2 to compare tiers, got {num_tiers}.")
+    check_counts(diversity_tokens=diversity_tokens)
     ratings_n = None if rating_column is None else sample_ratings(dataset, rating_column)
     routing = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
     tiers = range(1, num_tiers + 1)
@@ -182,12 +182,6 @@ def tier_quality(
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
         texts=_texts(dataset, results, show),
     )
-
-
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    for name, (value, least) in sizes.items():
-        if value < least:
-            raise OrdMoEConfigError(f"{name} must be at least {least} to compare tiers, got {value}.")
 
 
 def sample_ratings(dataset: Any, column: str) -> torch.Tensor:

@@ -22,7 +22,11 @@ MIN_GATE_MASS = 0.2
 
 
 def reasons_against(
-    layers: list[LayerHealth], moe_layers: list[MoELayer], unsupported: dict[str, str], num_tiers: int
+    layers: list[LayerHealth],
+    moe_layers: list[MoELayer],
+    unsupported: dict[str, str],
+    num_tiers: int,
+    tier_weights: str = "router",
 ) -> list[str]:
     """What speaks against OrdMoE with `num_tiers` tiers, a sentence each; nothing where the model is fit.
 
@@ -31,6 +35,8 @@ def reasons_against(
         moe_layers (list of [`~ordmoe_peft.moe_layers.MoELayer`]): the model's layers.
         unsupported (`dict[str, str]`): layer name → why its router cannot be held to tiers.
         num_tiers (`int`): C.
+        tier_weights (`str`, defaults to `"router"`): with `"match"`, low tiers weigh what tier 1 does, whatever their
+            gate mass.
     """
     reasons = [
         f"Layer {layer.index}: {unsupported[layer.block_name]}" for layer in moe_layers if _in(layer, unsupported)
@@ -40,7 +46,8 @@ def reasons_against(
         if layer.index not in measured and not _in(layer, unsupported):
             reasons.append(f"Layer {layer.index} ({layer.block_name}): no token reached its router.")
     for layer in layers:
-        reasons += [f"Layer {layer.layer} ({layer.name}): {reason}" for reason in _layer_reasons(layer, num_tiers)]
+        found = _layer_reasons(layer, num_tiers) + (_gate_mass(layer) if tier_weights == "router" else [])
+        reasons += [f"Layer {layer.layer} ({layer.name}): {reason}" for reason in found]
     return reasons
 
 
@@ -51,7 +58,7 @@ def _in(layer: MoELayer, unsupported: dict[str, str]) -> bool:
 def _layer_reasons(layer: LayerHealth, num_tiers: int) -> list[str]:
     if not math.isfinite(layer.score_std):
         return ["its router logits are not finite."]
-    return [*_tiers_fit(layer, num_tiers), *_collapse(layer, num_tiers), *_flat_scores(layer), *_gate_mass(layer)]
+    return [*_tiers_fit(layer, num_tiers), *_collapse(layer, num_tiers), *_flat_scores(layer)]
 
 
 def _tiers_fit(layer: LayerHealth, num_tiers: int) -> list[str]:

@@ -1,7 +1,6 @@
 """`ordmoe ablate --config ablation.yaml`: compare settings with a baseline, fairly, over several seeds."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from ..analysis.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, de
 from ..analysis.ablation_run import data_seed, evaluate_run, train_run
 from ..analysis.ablation_settings import Settings
 from ..analysis.report import ablate_report, require_matplotlib
+from ..analysis.samples import check_counts, check_samples
 from ..errors import OrdMoEConfigError
+from ..files import write_whole
 from ..moe_layers import find_moe_layers
 from ..monitoring.signatures import ablation_findings
 from ..tiers.plan import make_plan
@@ -79,6 +80,8 @@ class AblateArguments:
         splits = (self.dataset_train_split, self.validation_split, self.test_split)
         if len(set(splits)) < 3:
             raise OrdMoEConfigError(f"Training, validation and test need a split each, got {splits}.")
+        counts = ("train_limit", "validation_limit", "test_limit", "max_new_tokens")
+        check_counts(**{name: getattr(self, name) for name in counts})
 
 
 def _from_json(name: str, value: Any, kind: type) -> Any:
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     if options.report is not None:
         require_matplotlib()
+    bench.check_data()
     check_cells(ablation, settings, bench.load_base())
     remaining = _remaining(ablation)
     with tqdm(total=remaining, desc="Ablation", unit="run") as bench.bar:
@@ -172,7 +176,7 @@ def check_cells(ablation: Ablation, settings: Settings, model: Any) -> None:
 
 
 class Bench:
-    """Executes runs on the base and data that the options name. Splits are read when a run first needs them."""
+    """Executes runs on the base and data that the options name."""
 
     def __init__(self, model_options: ModelArguments, options: AblateArguments, training_args: OrdMoETrainingArguments):
         self.model_options, self.options, self.training_args = model_options, options, training_args
@@ -222,6 +226,12 @@ class Bench:
         record = {"phase": run.phase, "seed": run.seed, **record, "evaluation": {"split": split, **results}}
         self._report(run, record)
         return record
+
+    def check_data(self) -> None:
+        """See that all splits are there, and that answers to two of them can be judged, before anything runs."""
+        self._split(self.options.dataset_train_split)
+        for name in (self.options.validation_split, self.options.test_split):
+            check_samples(self._split(name), self.options.group_by)
 
     def load_base(self) -> Any:
         return load_base(self.model_options, self.training_args.trust_remote_code)
@@ -300,9 +310,7 @@ def finish(results: dict[str, Any], options: AblateArguments, folder: Path) -> N
     paths = [folder / f"{options.results_name}{ending}" for ending in (".json", ".md")]
     texts = (json.dumps(results, indent=2) + "\n", markdown(title, rows, results["notes"]))
     for path, text in zip(paths, texts, strict=True):
-        unfinished = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+        write_whole(path, text)
     print(f"Results in {paths[0]} and {paths[1]}")
     if options.report is not None:
         print(f"Report: {ablate_report(results, options.report)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from ..analysis.evaluation import OVERALL, TierResult, evaluate_tiers
+from ..analysis.quality import TierMeans
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
 from .tables import percent, print_table, write_json
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str]) -> None:
         grouping=options.grouping,
     )
     print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.split}")
-    print_results("Exact match, and mean log-likelihood per answer token (nats)", results)
+    print_results(results)
     if options.output is not None:
         write_json(options.output, [result.to_dict() for result in results])
 
 
-def print_results(title: str, results: list[TierResult]) -> None:
+def print_results(results: Sequence[TierResult | TierMeans]) -> None:
     """A row per tier: accuracy per group and overall, mean log-likelihood in nats per token."""
     groups = [key for key in results[0].accuracy if key != OVERALL]
     columns = ["tier", *groups, OVERALL, "log-likelihood", "without end tokens"]
@@ -65,4 +66,4 @@ def print_results(title: str, results: list[TierResult]) -> None:
         ]
         for result in results
     ]
-    print_table(title, columns, rows)
+    print_table("Exact match, and mean log-likelihood per answer token (nats)", columns, rows)

@@ -7,6 +7,7 @@ from trl import TrlParser
 
 from ..analysis.inspection import HealthReport, inspect_model
 from ..analysis.report import inspect_report, require_matplotlib
+from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .loading import load_samples, load_subject
 from .tables import print_table, write_json
@@ -23,8 +24,10 @@ class InspectArguments(SampleArguments):
 
     split: str = field(default="train", metadata={"help": "Its split."})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
-    num_tiers: int = field(default=3, metadata={"help": "Tiers C to ask about."})
-    grouping: str = field(default="uniform", metadata={"help": "How tiers are cut: uniform, high_only or random."})
+    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
+    grouping: str | None = field(
+        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
+    )
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
@@ -45,12 +48,13 @@ def main(arguments: Sequence[str]) -> None:
         require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
+    defaults = adapter_config(model)
     report = inspect_model(
         model,
         processing_class,
         dataset,
-        num_tiers=options.num_tiers,
-        grouping=options.grouping,
+        num_tiers=defaults.num_tiers if options.num_tiers is None else options.num_tiers,
+        grouping=defaults.grouping if options.grouping is None else options.grouping,
         batch_size=options.batch_size,
     )
     print_health(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}", report)

@@ -4,12 +4,13 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from ..files import write_whole
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -36,6 +37,5 @@ def peak_memory() -> int:
 
 def write_json(path: str, results: Any) -> None:
     """Write results to `path`, its folders made, and say so."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(path, json.dumps(results, indent=2) + "\n")
     print(f"Results in {path}")

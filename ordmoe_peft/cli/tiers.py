@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from ..analysis.evaluation import OVERALL
 from ..analysis.quality import TierQuality, tier_quality
 from ..analysis.quality_reading import read_quality
 from ..analysis.report import require_matplotlib, tiers_report
 from ..monitoring.signatures import quality_findings
 from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
+from .evaluate import print_results
 from .loading import load_samples, load_subject
 from .tables import percent, print_table, write_json
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def print_quality(quality: TierQuality) -> None:
     """All figures as tables, then what they say."""
-    _print_tiers(quality)
+    print_results(quality.tiers)
     _print_order(quality)
     _print_layers(quality)
     if quality.texts:
@@ -100,21 +100,6 @@ def print_quality(quality: TierQuality) -> None:
         print_table("Answers side by side", columns, rows)
     for sentence in read_quality(quality):
         print(f"- {sentence}")
-
-
-def _print_tiers(quality: TierQuality) -> None:
-    groups = [key for key in quality.tiers[0].accuracy if key != OVERALL]
-    rows = [
-        (
-            str(tier.tier),
-            *(percent(tier.accuracy[key]) for key in [*groups, OVERALL]),
-            f"{tier.log_likelihood:.3f}",
-            f"{tier.log_likelihood_no_eos:.3f}",
-        )
-        for tier in quality.tiers
-    ]
-    columns = ("tier", *groups, OVERALL, "log-likelihood", "without end tokens")
-    print_table("Exact match, and mean log-likelihood per answer token (nats)", columns, rows)
 
 
 def _print_order(quality: TierQuality) -> None:

@@ -130,6 +130,12 @@ def test_below_the_base_is_said(tmp_path):
     assert note.startswith("OrdMoE: its best setting on validation (accuracy 40) is below the base as it is (50)")
 
 
+def test_only_cells_whose_every_candidate_is_equal_are_the_same_training(tmp_path):
+    """A cell that fixes what the other chooses from is another training, even where the common value is the same."""
+    same = ablation(tmp_path, Bench(), cells=[Cell("one"), Cell("two"), Cell("fixed", {"erl_coef": 0.1})]).same_runs()
+    assert same == ["one and two are the same training, so they share their runs."]
+
+
 def test_one_seed_is_said_to_cover_items_only(tmp_path):
     results = ablation(tmp_path, Bench(), seeds=[0]).run()
     assert "cover the choice of items only" in results["notes"][0]

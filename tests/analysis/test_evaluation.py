@@ -1,9 +1,13 @@
 import pytest
 import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import processors
 
-from ordmoe_peft import tier_routing
+from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.analysis.evaluation import evaluate_tiers, generate_answers
-from ordmoe_peft.errors import OrdMoEDataError
+from ordmoe_peft.analysis.samples import prompt_inputs, scoring_inputs
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
 from tests import models, text
 
 
@@ -68,3 +72,24 @@ def test_missing_columns_are_refused():
         evaluate_tiers(models.qwen3_moe(), TOKENIZER, dataset.remove_columns("completion"))
     with pytest.raises(OrdMoEDataError, match="group_by='color'"):
         evaluate_tiers(models.qwen3_moe(), TOKENIZER, dataset, group_by="color")
+    with pytest.raises(OrdMoEDataError, match="no samples"):
+        evaluate_tiers(models.qwen3_moe(), TOKENIZER, dataset.select([]))
+    with pytest.raises(OrdMoEConfigError, match="batch_size must be at least 1, got 0"):
+        evaluate_tiers(models.qwen3_moe(), TOKENIZER, dataset, batch_size=0)
+
+
+def test_plain_text_is_scored_with_the_tokens_that_the_trainer_adds(tmp_path):
+    """TRL ends a plain completion and lets the tokenizer begin the prompt."""
+    tokenizer = text.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "w5"})
+    begin = processors.TemplateProcessing(single="w5 $A", special_tokens=[("w5", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    dataset = Dataset.from_list([{"prompt": "w10 w11", "completion": " w12"}])
+    inputs = scoring_inputs(list(dataset), tokenizer)
+    args = OrdMoETrainingArguments(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    trainer = OrdMoETrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    (trained,) = trainer.get_train_dataloader()
+    for name in ("input_ids", "labels"):
+        assert inputs[name].tolist() == trained[name].tolist()
+    assert prompt_inputs(list(dataset), tokenizer)["input_ids"].tolist() == [inputs["input_ids"][0, :3].tolist()]

@@ -92,6 +92,8 @@ def test_flat_scores_are_named():
 def test_low_tiers_without_weight_are_named():
     report = inspected(models.olmoe())
     assert not report.is_fit
+    matched = get_peft_model(models.olmoe(), OrdMoEConfig(r=4, tier_weights="match"))
+    assert not any("weight" in reason for reason in inspected(matched).reasons)
     named = [reason for reason in report.reasons if "gives low tiers almost no weight (tier 2" in reason]
     assert len(named) == models.NUM_LAYERS
     assert not any("weight" in reason for reason in inspected(models.olmoe(norm_topk_prob=True)).reasons)
@@ -127,15 +129,22 @@ def test_scores_that_are_not_numbers_are_named():
     assert "its router logits are not finite" in inspected(model).reasons[0]
 
 
-def test_prompts_alone_will_do_and_limit_holds():
+def test_prompts_alone_will_do():
     dataset = text.conversations().remove_columns("completion")
-    whole, part = inspected(models.qwen3_moe(), dataset), inspected(models.qwen3_moe(), dataset, limit=3)
-    assert 0 < part.num_tokens < whole.num_tokens < rendered_tokens(text.conversations())
+    prompts = [
+        TOKENIZER.apply_chat_template(row, add_generation_prompt=True, tokenize=False) for row in dataset["prompt"]
+    ]
+    tokens = sum(len(TOKENIZER(prompt).input_ids) for prompt in prompts)
+    assert inspected(models.qwen3_moe(), dataset, batch_size=3).num_tokens == tokens
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"grouping": "best"}, "'best'"), ({"num_tiers": 0}, "num_tiers must be at least 1"), ({"limit": 0}, "limit")],
+    [
+        ({"grouping": "best"}, "'best'"),
+        ({"num_tiers": 0}, "num_tiers must be at least 1"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+    ],
 )
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(OrdMoEConfigError, match=message):

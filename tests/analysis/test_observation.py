@@ -6,6 +6,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.analysis.observation import observe_tier, spread
+from ordmoe_peft.analysis.samples import scoring_inputs
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_layers import find_moe_layers
 from tests import models, reference, text
@@ -73,6 +74,24 @@ def test_kept_tokens_are_spread_over_the_data_and_never_padding():
     places = torch.arange(3) * len(first_batch) // 3
     torch.testing.assert_close(observation.expert_tokens[0].hidden_states_NH[:3], first_batch[places])
     assert observation.expert_tokens[0].top_k_index_NK.shape == (5, models.TOP_K)
+
+
+def test_token_scope_keeps_the_prompt_and_its_tokens_out():
+    """With `response`, layer 0 routes prompts as ever; only what predicts the response is on tier 3, and kept."""
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, token_scope="response")).eval()
+    sample = DATASET.select([0])
+    (top, bottom), seen = [observe_tier(model, TOKENIZER, sample, tier) for tier in (1, 3)], []
+    router = find_moe_layers(model)[0].router
+    handle = router.register_forward_hook(lambda *call: seen.append(call[2][2]))
+    observe_tier(model, TOKENIZER, sample, 1)
+    observe_tier(model, TOKENIZER, sample, 3)
+    handle.remove()
+    is_lower_S = (seen[0] != seen[1]).any(1)
+    labels_S = scoring_inputs(list(sample), TOKENIZER)["labels"][0]
+    assert is_lower_S.tolist() == [*(labels_S[1:] != -100).tolist(), False]
+    for layer, (upper, lower) in enumerate(zip(top.expert_tokens, bottom.expert_tokens, strict=True)):
+        assert len(upper.top_k_index_NK) == len(lower.top_k_index_NK) == is_lower_S.sum(), layer
+    torch.testing.assert_close(bottom.expert_tokens[0].top_k_index_NK, seen[1][is_lower_S])
 
 
 def test_kept_experts_are_the_tiers():

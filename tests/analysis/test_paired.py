@@ -79,6 +79,11 @@ def test_a_baseline_without_seeds_is_compared_with_every_seed():
     assert paired_difference(values_SN, torch.zeros(1, 30)).mean == pytest.approx(values_SN.mean().item())
 
 
+def test_a_run_without_a_number_gives_no_verdict():
+    values_SN = torch.tensor([[1.0, float("nan")]])
+    assert paired_difference(values_SN, torch.zeros(1, 2)).verdict == "undefined"
+
+
 def test_unpaired_runs_are_refused():
     for shape in ((3, 30), (2, 29)):
         with pytest.raises(ValueError, match="not paired"):

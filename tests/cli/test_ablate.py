@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -140,6 +139,9 @@ def test_a_sweep_of_rewards_under_zscore_is_explained_and_run_once(inputs, tmp_p
         ({"tune": ["erl_coef"]}, "tune must be a mapping"),
         ({"test_split": "validation"}, "need a split each"),
         ({"metric": "bleu"}, "metric must be one of"),
+        ({"test_limit": -1}, "test_limit must be at least 1, got -1"),
+        ({"test_split": "tset"}, "tset"),
+        ({"group_by": "color"}, "group_by='color' is not a column"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -176,8 +178,7 @@ def test_the_training_samples_follow_the_seed_and_the_cells_share_them(inputs, t
 
 def test_the_report_is_drawn_from_the_results(inputs, tmp_path, monkeypatch):
     drawn = []
-    module = SimpleNamespace(ablate_report=lambda *arguments: drawn.append(arguments))
-    monkeypatch.setitem(sys.modules, "ordmoe_peft.analysis.report", module)
+    monkeypatch.setattr(ablate, "ablate_report", lambda *arguments: drawn.append(arguments))
     folder = tmp_path / "report"
     assert main([*recipe(tmp_path, inputs, tune=None, seeds=[0], max_steps=1), "--report", str(folder)]) == 0
     assert drawn == [(results(tmp_path), str(folder))]

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.main import main
-from ordmoe_peft.cli.tiers import adapter_config
 from tests import models, text
 
 
@@ -65,13 +64,6 @@ def test_options_override_the_adapters_settings(base, data, tmp_path, capsys):
     assert quality["spearman"]["quality"] == "rating"
     assert quality["order"]["full"]["random"] is None
     assert "side by side" not in capsys.readouterr().out
-
-
-def test_settings_come_from_an_ordmoe_adapter_alone():
-    adapted = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=2))
-    plain = get_peft_model(models.qwen3_moe(), LoraConfig(r=4, target_modules=["q_proj"]))
-    configs = [adapter_config(model) for model in (adapted, plain, models.qwen3_moe())]
-    assert [config.num_tiers for config in configs] == [2, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...files import write_whole
+
 
 NAME = "report.html"
 MISSING = "—"
@@ -62,7 +64,7 @@ def page(title: str, lead: str, *parts: str) -> str:
 
 def write_page(directory: Path, html: str) -> Path:
     path = directory / NAME
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, html)
     return path
 
 
