@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -176,8 +175,7 @@ def test_the_training_samples_follow_the_seed_and_the_cells_share_them(inputs, t
 
 def test_the_report_is_drawn_from_the_results(inputs, tmp_path, monkeypatch):
     drawn = []
-    module = SimpleNamespace(ablate_report=lambda *arguments: drawn.append(arguments))
-    monkeypatch.setitem(sys.modules, "ordmoe_peft.analysis.report", module)
+    monkeypatch.setattr(ablate, "ablate_report", lambda *arguments: drawn.append(arguments))
     folder = tmp_path / "report"
     assert main([*recipe(tmp_path, inputs, tune=None, seeds=[0], max_steps=1), "--report", str(folder)]) == 0
     assert drawn == [(results(tmp_path), str(folder))]
