@@ -48,8 +48,8 @@ def test_tier_1_falls_on_the_references_not_on_its_own_responses():
     """With generated responses tier 1's logged likelihood is of what it wrote, which may fall as it is sampled."""
     written = tier_log([-0.5] * 10 + [-2.0] * 2, [-2.0] * 6 + [-9.0] * 6)
     assert names(training_findings([row | {"ntp_loss": 0.4} for row in written])) == []
-    losses = [0.5] * 10 + [2.0] * 2
-    falling = [row | {"ntp_loss": loss} for row, loss in zip(tier_log([-0.5] * 12, [-2.0] * 12), losses, strict=True)]
+    steady = tier_log([-0.5] * 12, [-2.0] * 12)
+    falling = [row | {"ntp_loss": 0.5 if place < 10 else 2.0} for place, row in enumerate(steady)]
     assert names(training_findings(falling)) == ["tier_1_falling"]
 
 
