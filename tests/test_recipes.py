@@ -12,6 +12,7 @@ from tests import models, text
 
 
 RECIPES = sorted(Path("examples/recipes").glob("*.yaml"))
+ABLATIONS = [*sorted(Path("examples/easy_vqa/ablations").glob("*.yaml")), Path("examples/reasoning/ablation.yaml")]
 BASE = Path("examples/easy_vqa/base")
 STAND_INS = {"olmoe_1b_7b": models.olmoe, "gpt_oss_20b": models.gpt_oss, "reasoning": models.qwen3_moe}
 
@@ -45,6 +46,14 @@ def test_recipe_trains_a_stand_in(recipe, tmp_path):
     options = [str(part) for name, value in changes.items() for part in (f"--{name}", value)]
     assert main(["train", "--config", str(recipe), *options]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", ABLATIONS, ids=lambda recipe: f"{recipe.parent.name}-{recipe.stem}")
+def test_ablation_is_planned_without_a_note_on_its_settings(recipe, tmp_path, capsys):
+    assert main(["ablate", "--config", str(recipe), "--output_dir", str(tmp_path), "--dry_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "runs remain" in printed
+    assert "Note" not in printed
 
 
 def test_there_is_a_recipe_for_each_promised_model():

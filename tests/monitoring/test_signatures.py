@@ -44,6 +44,15 @@ def falling(start, end, count=12):
     return [start + (end - start) * index / (count - 1) for index in range(count)]
 
 
+def test_tier_1_falls_on_the_references_not_on_its_own_responses():
+    """With generated responses tier 1's logged likelihood is of what it wrote, which may fall as it is sampled."""
+    written = tier_log([-0.5] * 10 + [-2.0] * 2, [-2.0] * 6 + [-9.0] * 6)
+    assert names(training_findings([row | {"ntp_loss": 0.4} for row in written])) == []
+    steady = tier_log([-0.5] * 12, [-2.0] * 12)
+    falling = [row | {"ntp_loss": 0.5 if place < 10 else 2.0} for place, row in enumerate(steady)]
+    assert names(training_findings(falling)) == ["tier_1_falling"]
+
+
 def test_tier_1_falling_with_the_lowest_is_the_loss_pulling():
     """Medians of three: tier 1 is at −0.5 first at step 30, and at −2 in the end; tier 2 falls from −2 to −9."""
     log = tier_log([-0.5] * 10 + [-2.0] * 2, [-2.0] * 6 + [-9.0] * 6)

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 
 from examples.easy_vqa.data import load_easy_vqa
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, tier_routing
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, rollout, tier_routing
 from ordmoe_peft.analysis.evaluation import evaluate_tiers
 from ordmoe_peft.analysis.samples import scoring_inputs
 from tests import models
@@ -94,3 +94,33 @@ def test_the_shipped_base_answers(processor):
     questions = load_easy_vqa()["test"].shuffle(seed=1).select(range(100))
     (result,) = evaluate_tiers(model, processor, questions, group_by="kind", batch_size=50, max_new_tokens=4)
     assert result.accuracy["overall"] > 0.78
+
+
+@pytest.mark.parametrize("token_scope", ["sequence", "response"])
+def test_generated_responses_to_images_are_those_of_rollouts(tmp_path, dataset, processor, token_scope):
+    """Two ways to the same: from a collated batch in training, and from left-padded prompts in rollouts."""
+    model = get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(BASE), OrdMoEConfig(r=4, token_scope=token_scope)
+    )
+    models.randomize_adapter(model)
+    trainer = trainer_for(
+        OrdMoETrainer,
+        tmp_path / "run",
+        model,
+        dataset,
+        processor,
+        responses="generated",
+        temperature=0.0,
+        max_completion_length=4,
+        objective="plackett_luce",
+    )
+    samples = dataset.select(range(6))
+    with torch.no_grad():
+        trainer.compute_loss(model.eval(), dict(scoring_inputs(list(samples), processor)))
+    logged = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    written = rollout(model, processor, samples, tmp_path / "rollouts", do_sample=False, max_new_tokens=4)
+    for tier in (1, 2, 3):
+        likelihoods = [row[tier - 1] for row in written["log_likelihood"]]
+        assert logged[f"tier_{tier}/log_likelihood"] == pytest.approx(sum(likelihoods) / 6, abs=1e-5)
+        lengths = [row[tier - 1] for row in written["response_token_counts"]]
+        assert logged[f"tier_{tier}/response_length"] == pytest.approx(sum(lengths) / 6)
