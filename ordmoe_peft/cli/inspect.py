@@ -7,10 +7,11 @@ from trl import TrlParser
 
 from ..analysis.inspection import HealthReport, inspect_model
 from ..analysis.report import inspect_report, require_matplotlib
+from ..monitoring.signatures import health_findings
 from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .loading import load_samples, load_subject
-from .tables import print_table, write_json
+from .tables import print_findings, print_table, write_json
 
 
 # More reasons than this are for the JSON file: a cause often holds in every layer.
@@ -58,10 +59,14 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=options.batch_size,
     )
     print_health(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}", report)
+    results = report.to_dict()
+    findings = health_findings(results)
+    print_findings(findings)
     if options.output is not None:
-        write_json(options.output, report.to_dict())
+        write_json(options.output, results)
     if options.report is not None:
-        print(f"Report: {inspect_report(report.to_dict(), options.report)}")
+        results["findings"] = [finding.to_dict() for finding in findings]
+        print(f"Report: {inspect_report(results, options.report)}")
 
 
 def print_health(title: str, report: HealthReport) -> None:

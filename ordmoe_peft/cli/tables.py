@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_whole
+from ..monitoring.signatures import Finding
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -21,6 +22,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A line for each failure signature that shows."""
+    for finding in findings:
+        print(f"{finding.severity.capitalize()} ({finding.name.replace('_', ' ')}): {finding.message}")
 
 
 def percent(share: float) -> str:

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from ..analysis.quality import TierQuality, tier_quality
-from ..analysis.quality_reading import read_quality
 from ..analysis.report import require_matplotlib, tiers_report
 from ..monitoring.signatures import quality_findings
 from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .evaluate import print_results
 from .loading import load_samples, load_subject
-from .tables import percent, print_table, write_json
+from .tables import percent, print_findings, print_table, write_json
 
 
 ORDERS = {
@@ -82,15 +81,19 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{quality.model} on {quality.num_samples} samples of {options.split}, {quality.grouping} tiers")
     print_quality(quality)
     results = quality.to_dict()
+    findings = quality_findings(results)
+    print_findings(findings)
+    if not findings:
+        print("No known failure signature showed.")
     if options.output is not None:
         write_json(options.output, results)
     if options.report is not None:
-        results["findings"] = [finding.to_dict() for finding in quality_findings(results)]
+        results["findings"] = [finding.to_dict() for finding in findings]
         print(f"Report: {tiers_report(results, options.report)}")
 
 
 def print_quality(quality: TierQuality) -> None:
-    """All figures as tables, then what they say."""
+    """All figures as tables."""
     print_results(quality.tiers)
     _print_order(quality)
     _print_layers(quality)
@@ -98,8 +101,6 @@ def print_quality(quality: TierQuality) -> None:
         columns = ("prompt", "reference", *(f"tier {tier.tier}" for tier in quality.tiers))
         rows = [(text.prompt, text.reference, *text.answers) for text in quality.texts]
         print_table("Answers side by side", columns, rows)
-    for sentence in read_quality(quality):
-        print(f"- {sentence}")
 
 
 def _print_order(quality: TierQuality) -> None:
@@ -130,6 +131,10 @@ def _print_layers(quality: TierQuality) -> None:
     rows.append(("overall", *overall, *[""] * quality.num_tiers))
     title = f"Spearman's rho of routing scores with {found.quality}; cosine between the outputs of a tier's experts"
     print_table(title, columns, rows)
+    if found.within_top.stderr is not None:
+        print(f"Standard error of rho within tier 1, where it is 0: {found.within_top.stderr:.3f}")
+    if found.note is not None:
+        print(found.note)
 
 
 def _figure(value: float | None, spec: str) -> str:

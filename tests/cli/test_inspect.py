@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
 from ordmoe_peft.cli.main import main
+from ordmoe_peft.moe_layers import find_moe_layers
 from tests import models
 from tests.cli.test_main import base, data, error_of, save_base  # noqa: F401 (fixtures)
 
@@ -28,13 +30,26 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
     assert report["model"] == str(base)
     assert f"{report['num_tokens']} tokens of train" in output
 
-    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=2, grouping="high_only"))
     models.randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
     arguments = ("--adapter", tmp_path / "adapter", "--split", "test", "--output", results, "--load_in_4bit")
     assert run("--model_name_or_path", base, "--dataset_name", data, *arguments) == 0
     assert "overlap" in capsys.readouterr().out
-    assert json.loads(results.read_text())["layers"][0]["drift_kl"] > 0
+    report = json.loads(results.read_text())
+    assert report["layers"][0]["drift_kl"] > 0
+    assert (report["num_tiers"], report["grouping"]) == (2, "high_only")
+
+
+def test_dead_experts_are_named_in_the_log_and_the_report(data, tmp_path, capsys):  # noqa: F811
+    model = models.gpt_oss()
+    with torch.no_grad():
+        find_moe_layers(model)[1].router.bias[:2] = -100.0
+    folder, reports = save_base(model, tmp_path / "base"), tmp_path / "report"
+    assert run(folder, "--dataset_name", data, "--report", reports) == 0
+    named = "Dead experts (below 1% of an even share): 2 of 8 in layer 1"
+    assert f"Warning (experts collapsing): {named}" in capsys.readouterr().out
+    assert named in (reports / "report.html").read_text()
 
 
 def test_a_model_that_is_not_fit_is_a_result_not_an_error(data, tmp_path, capsys):  # noqa: F811

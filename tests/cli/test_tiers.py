@@ -7,6 +7,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.main import main
+from ordmoe_peft.monitoring.signatures import quality_findings
 from tests import models, text
 
 
@@ -50,8 +51,11 @@ def test_measures_an_adapter_on_a_4_bit_base(base, data, tmp_path, capsys):
     assert len(quality["texts"]) == 2
     assert "Texts side by side" in (reports / "report.html").read_text()
     printed = capsys.readouterr().out
-    for expected in ("even", "all tiers in order", "random groups", "cosine tier 4", "- Tier 1 is", str(output)):
+    for expected in ("even", "all tiers in order", "random groups", "cosine tier 4", "rho within tier 1", str(output)):
         assert expected in printed
+    findings = quality_findings(quality)
+    assert findings, "six samples and random weights show no order"
+    assert all(finding.message in printed for finding in findings)
 
 
 def test_options_override_the_adapters_settings(base, data, tmp_path, capsys):

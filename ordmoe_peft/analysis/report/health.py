@@ -15,7 +15,8 @@ def inspect_report(health: Mapping[str, Any], directory: "str | Path") -> Path:
         health (`Mapping`): `model`, `num_tokens`, `num_tiers`, `grouping`, `is_fit`, `reasons` (texts), and `layers`,
             each with `layer`, `name`, `num_experts`, `top_k`, `utilisation` (a number per expert, 1 is the fair
             share), `dead`, `imbalance`, `marginal_entropy` and `token_entropy` (over ln E), `score_std`,
-            `gate_mass` and `tier_probability` (a number per tier), `drift_overlap`, `drift_kl` (None without adapter).
+            `gate_mass` and `tier_probability` (a number per tier), `drift_overlap`, `drift_kl` (None without adapter);
+            optionally `findings`, as [`train_report`] takes them.
         directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
 
     Returns:
@@ -32,6 +33,7 @@ def inspect_report(health: Mapping[str, Any], directory: "str | Path") -> Path:
         f"{health['model']}: {len(layers)} MoE layers over {health['num_tokens']:,} tokens, "
         f"C = {health['num_tiers']} tiers, {health['grouping']} grouping.",
         _verdict(health),
+        page.findings(health.get("findings") or None),
         page.section("Utilisation", draw([_utilisation(layers)], directory)),
         page.section("By layer", draw([*plots, _drift(layers)], directory)),
         page.section("Numbers", _table(layers)),
