@@ -190,9 +190,13 @@ def embedded(page: Page) -> list[ElementTree.Element]:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_page_stands_alone_with_its_figures(name, tmp_path):
+def test_a_page_stands_alone_with_its_figures_and_leaves_no_state(name, tmp_path, monkeypatch):
+    """No pyplot, so no window system, no figure that stays open, and no setting of the caller's changed."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    before = matplotlib.rcParams.copy()
     write, figures = REPORTS[name]
     path = write(tmp_path / "deep" / "folder")
+    assert dict(matplotlib.rcParams.copy()) == dict(before)
     assert path == tmp_path / "deep" / "folder" / "report.html"
     page = Page(path)
     assert {file.stem for file in path.parent.glob("*.png")} == figures
@@ -402,15 +406,6 @@ def test_the_heat_map_is_centred_on_the_fair_share(tmp_path, drawn):
     assert dead.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
 
 
-def test_drawing_leaves_no_state(tmp_path, monkeypatch):
-    """No pyplot, so no window system, no figure that stays open, and no setting of the caller's changed."""
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    before = matplotlib.rcParams.copy()
-    for name, (write, _) in REPORTS.items():
-        write(tmp_path / name)
-    assert dict(matplotlib.rcParams.copy()) == dict(before)
-
-
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name, (write, _) in REPORTS.items():
@@ -425,7 +420,7 @@ def test_train_writes_a_report_when_asked(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "report"
     arguments = train_arguments(base, data, tmp_path / "out", report=folder, logging_steps=1, hub_token="hf_secret")
     assert main(arguments) == 0
-    assert f"Report in {folder / 'report.html'}" in capsys.readouterr().out
+    assert f"Report: {folder / 'report.html'}" in capsys.readouterr().out
     page = Page(folder / "report.html")
     assert "2 steps" in page.text
     assert "tier 3, without end tokens" in page.text
