@@ -99,7 +99,7 @@ def tier_routing(
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
     )
-    if plan.tier_weights == "match":
+    if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(layers[index])
     token = _requested.set({**_requested.get(), id(text_model(model, layers)): plan})
@@ -238,6 +238,8 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     if selection is None:
         return None
     selection.__exit__(None, None, None)
+    if output is None:  # the router failed, and says why itself
+        return None
     if selection.selections != 1:
         raise OrdMoERuntimeError(
             f"{selection.router.router_name} chose experts {selection.selections} times in one forward; its tiers "
@@ -258,6 +260,7 @@ def _matched(output: tuple, top_weights_TK: torch.Tensor, tier_T: torch.Tensor) 
 
 
 def _enter_text_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    _running.forward = None  # an interrupted forward leaves its own: its closing hooks do not run
     plan = _requested.get().get(id(module))
     if plan is None or plan.is_top:
         return
@@ -334,4 +337,6 @@ class _TierSelection(TorchFunctionMode):
         token_T = torch.arange(num_tokens, device=device)
         length, num_samples = self.forward.sequence_length, self.forward.plan.num_samples
         row_T = token_T // length
+        if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
+            row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
         return row_T % num_samples if num_samples else row_T, token_T % length + self.forward.past_length

@@ -135,6 +135,17 @@ class TestRandom:
         rows = len(batch["input_ids"])
         assert torch.equal(self.routing(model, twice, 2, num_samples=rows)[0][len(once) :], once)
 
+    def test_rows_that_generation_repeats_draw_the_same(self, model, batch):
+        """Beam search repeats each row of a tier in place: both copies are the sample that the row is of."""
+        rows = len(batch["input_ids"])
+        once = self.routing(model, batch, [2] * rows, num_samples=rows)[0].view(rows, -1, models.TOP_K)
+        repeated = {
+            name: value.view(rows, -1, *value.shape[1:]).repeat_interleave(2, 0).flatten(0, 1)
+            for name, value in batch.items()
+        }
+        beams = self.routing(model, repeated, [2] * rows, num_samples=rows)[0].view(2 * rows, -1, models.TOP_K)
+        assert torch.equal(beams, once.repeat_interleave(2, 0))
+
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -229,11 +240,15 @@ class TestBlocks:
                 assert torch.equal(logits(model, batch), base)
         assert torch.equal(logits(model, batch), base)
 
-    def test_an_error_inside_a_forward_leaves_nothing_behind(self, model, batch):
+    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+    def test_an_error_inside_a_forward_leaves_nothing_behind(self, model, batch, error):
+        def fail(*_):
+            raise error
+
         base = logits(model, batch)
         experts = find_moe_layers(model)[1].experts
-        handle = experts.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError), tier_routing(model, 3):
+        handle = experts.register_forward_pre_hook(fail)
+        with pytest.raises(error), tier_routing(model, 3):
             logits(model, batch)
         handle.remove()
         assert torch.equal(logits(model, batch), base)
@@ -313,11 +328,12 @@ class TestRouters:
         with pytest.raises(OrdMoEModelError, match=r"model\.layers\.1\.mlp\.gate .*0 calls of torch\.topk"):
             get_peft_model(model, OrdMoEConfig())
 
-    def test_a_layer_without_one_is_refused_by_name(self):
+    @pytest.mark.parametrize("tier_weights", ["router", "match"])
+    def test_a_layer_without_one_is_refused_by_name(self, tier_weights):
         model = models.qwen3_moe()
         model.model.layers[2].mlp.gate = torch.nn.Identity()
         with pytest.raises(OrdMoEModelError, match=r"model\.layers\.2\.mlp has experts but no router"):
-            get_peft_model(model, OrdMoEConfig(targets=["experts"]))
+            get_peft_model(model, OrdMoEConfig(targets=["experts"], tier_weights=tier_weights))
 
     def test_a_dense_model_is_refused(self):
         with pytest.raises(OrdMoEModelError, match="Qwen3ForCausalLM has no MoE layers"):
