@@ -22,6 +22,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from .health import DEAD_SHARE
+
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -40,12 +42,10 @@ RECENT = 4
 LEAD = 0.05
 # The mean lead without end-of-sequence tokens, over that with them, below which the tokens carried over 90 % of it.
 CONTENT_SHARE = 0.1
-# Utilisation relative to an even share, K/E, below which an expert is dead.
-DEAD_UTILISATION = 0.01
 # Mean number of dead experts a layer by which it must have risen: one more in every other layer.
 DEAD_RISE = 0.5
 # Dead experts of a layer, of all its experts, from which low tiers are short of experts that were trained.
-DEAD_SHARE = 0.1
+COLLAPSED_SHARE = 0.1
 # Two-sided 95 %, as in the tables.
 STANDARD_ERRORS = 2
 
@@ -171,7 +171,7 @@ def _experts_collapsing(log: Log) -> Finding | None:
         return None
     return Finding(
         "experts_collapsing",
-        f"Dead experts (below {DEAD_UTILISATION:.0%} of an even share) rose from {values[0]:.2f} to {values[-1]:.2f} a "
+        f"Dead experts (below {DEAD_SHARE:.0%} of an even share) rose from {values[0]:.2f} to {values[-1]:.2f} a "
         "layer. The router drops experts, and low tiers are made of those: raise balance_coef, lower erl_coef, or "
         "leave the router out of `targets`.",
     )
@@ -187,15 +187,15 @@ def health_findings(health: Mapping[str, Any]) -> list[Finding]:
     collapsed = []
     for index, layer in enumerate(health.get("layers") or []):
         utilisation = [value for value in layer.get("utilisation") or [] if _is_number(value)]
-        dead = sum(value < DEAD_UTILISATION for value in utilisation)
-        if dead and dead >= DEAD_SHARE * len(utilisation):
+        dead = sum(value < DEAD_SHARE for value in utilisation)
+        if dead and dead >= COLLAPSED_SHARE * len(utilisation):
             collapsed.append(f"{dead} of {len(utilisation)} in layer {layer.get('layer', index)}")
     if not collapsed:
         return []
     return [
         Finding(
             "experts_collapsing",
-            f"Dead experts (below {DEAD_UTILISATION:.0%} of an even share): {', '.join(collapsed)}. Low tiers are made "
+            f"Dead experts (below {DEAD_SHARE:.0%} of an even share): {', '.join(collapsed)}. Low tiers are made "
             "of experts that see no tokens, so what they say is noise: use fewer tiers, grouping='high_only', or a "
             "layer_scope without these layers; if training did it, raise balance_coef.",
         )
