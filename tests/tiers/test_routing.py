@@ -69,6 +69,30 @@ def test_chosen_experts_are_the_ranks_of_the_method_with_the_routers_own_weights
             )
 
 
+@pytest.mark.parametrize(("num_tiers", "ranks_within_groups"), [(2, True), (3, False)])
+def test_group_limited_routers_keep_their_groups_where_tiers_fit(num_tiers, ranks_within_groups):
+    """Two groups of two experts are kept, enough for two tiers of two; a third takes ranks of all experts."""
+    model, batch = models.deepseek_v3(), models.text_batch()
+    for layer in find_moe_layers(model):
+        layer.router.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, models.NUM_EXPERTS))
+    for tier in range(1, num_tiers + 1):
+        with watched_routing(model) as seen, tier_routing(model, tier, num_tiers=num_tiers):
+            logits(model, batch)
+        for record in seen:
+            scores_TE = record["logits"].sigmoid() + torch.linspace(-0.3, 0.3, models.NUM_EXPERTS)
+            for scores, logit, chosen, weights in zip(
+                scores_TE.tolist(), record["logits"], record["index"], record["weights"], strict=True
+            ):
+                groups = sorted(range(4), key=lambda group: -sum(scores[2 * group : 2 * group + 2]))[:2]
+                kept = sorted((e for g in groups for e in (2 * g, 2 * g + 1)), key=lambda e: -scores[e])
+                rest = sorted(set(range(8)) - set(kept[:2]), key=lambda e: -scores[e])
+                ranked = kept if ranks_within_groups else [*kept[:2], *rest]
+                first = {2: (0, 2), 3: (0, 3, 6)}[num_tiers][tier - 1]
+                assert set(chosen.tolist()) == set(ranked[first : first + 2])
+                own = logit[chosen].sigmoid()
+                torch.testing.assert_close(weights, own / own.sum() * model.config.routed_scaling_factor)
+
+
 def test_tier_1_is_the_model_to_the_bit(model, batch):
     base = logits(model, batch)
     with tier_routing(model, 1):
