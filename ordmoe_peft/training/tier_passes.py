@@ -126,7 +126,7 @@ class TierPasses:
             attention_mask_BS=rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
             router_logits=[logits[: len(logits) // len(groups)] for logits in router_logits],
         )
-        return self._first_rows(outputs, batch_size)
+        return _first_rows(outputs, batch_size)
 
     def _groups(self, inputs: dict[str, Any]) -> list["RowGroup"]:
         if self.responses is None:
@@ -157,10 +157,11 @@ class TierPasses:
         filler = torch.full_like(next(iter(scored.values()))[part], (0, IGNORED_LABEL)[part], requires_grad=False)
         return torch.stack([scored[tier][part] if tier in scored else filler for tier in range(1, self.num_tiers + 1)])
 
-    def _first_rows(self, outputs: Any, batch_size: int) -> Any:
-        per_row = {
-            field.name: value[:batch_size]
-            for field in fields(outputs)
-            if isinstance(value := getattr(outputs, field.name), torch.Tensor) and value.dim() > 0
-        }
-        return type(outputs)(**per_row)
+
+def _first_rows(outputs: Any, batch_size: int) -> Any:
+    per_row = {
+        field.name: value[:batch_size]
+        for field in fields(outputs)
+        if isinstance(value := getattr(outputs, field.name), torch.Tensor) and value.dim() > 0
+    }
+    return type(outputs)(**per_row)
