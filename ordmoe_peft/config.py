@@ -22,7 +22,8 @@ class OrdMoEConfig(LoraConfig):
     """Configuration of an OrdMoE adapter: LoRA on a MoE model's routers and experts, and how its tiers are cut.
 
     All fields of [`~peft.LoraConfig`] apply, but `lora_dropout` must be 0 and DoRA and biases are off where experts
-    or routers are adapted. `target_modules` and `target_parameters` are filled in from `targets`.
+    or routers are adapted. `target_modules` and `target_parameters` are filled in from `targets`, so what selects among
+    them does not apply (`exclude_modules`, `layers_to_transform`).
 
     Args:
         targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
@@ -85,6 +86,12 @@ class OrdMoEConfig(LoraConfig):
         if self.num_tiers < 1:
             raise OrdMoEConfigError(f"num_tiers must be at least 1, got {self.num_tiers}.")
         tier_rewards(self.rewards, self.num_tiers)
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if getattr(self, name):
+                raise OrdMoEConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect on the full names that targets={self.targets} "
+                    "stands for. Leave it unset."
+                )
         adapts_parameters = {"router", "experts"} & set(self.targets)
         if adapts_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.bias != "none"):
             raise OrdMoEConfigError(

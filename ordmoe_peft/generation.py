@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import OrdMoEConfigError
+from .responses import IGNORED_LABEL
 from .tiers.routing import adapter_config, tier_routing
 from .tiers.scope import tiers_of_prompts
 
@@ -32,6 +34,37 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     return {
         name: torch.cat([value] * times) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
+
+
+def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> dict[str, Any]:
+    """Left-padded prompts' inputs with responses appended, and labels: the responses' tokens.
+
+    Every token stays at the position where `generate` read or wrote it, which `random` grouping draws from. Marks of
+    token kinds say text.
+
+    Args:
+        prompts (`dict`): left-padded prompts, B rows.
+        ids_BS (`torch.Tensor` of shape `(B, S)`): the responses, right-padded.
+        mask_BS (`torch.Tensor` of shape `(B, S)`): where there is a token.
+    """
+    tails = {"input_ids": ids_BS, "attention_mask": mask_BS, "labels": ids_BS.where(mask_BS, IGNORED_LABEL)}
+    shape = prompts["input_ids"].shape
+    prompts = {**prompts, "labels": torch.full_like(prompts["input_ids"], IGNORED_LABEL)}
+    return {
+        name: torch.cat([value, tails.get(name, torch.zeros_like(ids_BS)).to(value.dtype)], 1)
+        if isinstance(value, torch.Tensor) and value.shape == shape
+        else value
+        for name, value in prompts.items()
+    }
+
+
+def check_one_response(generation: dict[str, Any]) -> None:
+    """Raise [`OrdMoEConfigError`] if these arguments of `generate` ask for several responses to a prompt."""
+    if generation.get("num_return_sequences", 1) != 1:
+        raise OrdMoEConfigError(
+            f"num_return_sequences={generation['num_return_sequences']}: each tier writes one response to a prompt. "
+            "Leave it at 1; another seed gives another response."
+        )
 
 
 @torch.no_grad()
@@ -66,7 +99,11 @@ def generate_by_tier(
         token_scope (`str`, *optional*): `"sequence"` or `"response"`, see [`~ordmoe_peft.tiers.scope`]; the active
             adapter's by default.
         generation: arguments of `generate`, e.g. `max_new_tokens`, `do_sample`, `temperature`.
+
+    Raises:
+        [`OrdMoEConfigError`]: several responses to a prompt were asked for.
     """
+    check_one_response(generation)
     batch_size, prompt_length = inputs["input_ids"].shape
     tiers_per_call = max(1, rows_per_call // batch_size) if rows_per_call else len(tiers)
     token_scope = token_scope or adapter_config(model).token_scope

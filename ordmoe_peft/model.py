@@ -14,7 +14,7 @@ from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_expert
 from .quantization.storage import is_packed
 from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
-from .tiers.routing import check_weights, install_tier_hooks, remove_tier_hooks
+from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,7 @@ class OrdMoEModel(LoraModel):
         targets = check_targets(config, model)
         if config.tier_weights == "match":
             for layer in layers:
+                check_router(layer)
                 check_weights(layer)
         install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
         config.base_moe = base_moe(model)

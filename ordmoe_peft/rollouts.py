@@ -5,8 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from torch import nn
 from tqdm.auto import tqdm
 
+from .analysis.observation import evaluation_mode
 from .analysis.samples import ProcessingClass, prompt_inputs
 from .errors import OrdMoEConfigError, OrdMoEDataError
-from .generation import generate_by_tier
+from .generation import check_one_response, generate_by_tier, with_responses
 from .moe_layers import MoELayer, find_moe_layers, unwrapped
 from .objectives.expert_rank import mean_log_likelihood
-from .responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from .responses import content_mask, end_of_sequence_ids
 from .shards import ShardFolder, claim_folder, without_inner_bars
 from .tiers.gate_mass import recorded_gate_mass
 from .tiers.plan import layers_in_scope
@@ -114,6 +114,7 @@ def rollout(
         "num_tiers": num_tiers,
         "grouping": config.grouping if grouping is None else grouping,
         "layer_scope": config.layer_scope,
+        "tier_weights": config.tier_weights,
         "seed": config.tier_seed,
     }
     writer = _TierWriter(
@@ -148,7 +149,7 @@ def _write_missing(
     missing = folder.missing()
     done = folder.num_samples - sum(len(folder.samples(index)) for index in missing)
     with (
-        _evaluating(writer.model),
+        evaluation_mode(writer.model),
         without_inner_bars(),
         tqdm(total=folder.num_samples, initial=done, desc="Rollouts", unit="sample") as bar,
     ):
@@ -161,17 +162,6 @@ def _write_missing(
             kept = dataset.select(samples).select_columns(columns)
             written = Dataset.from_list(rows, features=ROLLOUT_FEATURES)
             folder.write(index, concatenate_datasets([kept, written], axis=1))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _kept_columns(dataset: Dataset, keep_columns: Sequence[str]) -> list[str]:
@@ -193,11 +183,7 @@ def _kept_columns(dataset: Dataset, keep_columns: Sequence[str]) -> list[str]:
 def _check_options(scored_by: str, generation: dict[str, Any]) -> None:
     if scored_by not in SCORED_BY:
         raise OrdMoEConfigError(f"scored_by must be one of {SCORED_BY}, got {scored_by!r}.")
-    if generation.get("num_return_sequences", 1) != 1:
-        raise OrdMoEConfigError(
-            f"num_return_sequences={generation['num_return_sequences']}: each tier writes one response to a prompt. "
-            "Call rollout once per seed for more."
-        )
+    check_one_response(generation)
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -303,7 +289,7 @@ class _TierWriter:
         end_ids: torch.Tensor,
     ) -> dict[str, list]:
         """Likelihood and gate mass of one tier's responses, from their own tokens."""
-        full_inputs = _with_response(inputs, ids_BS, mask_BS)
+        full_inputs = with_responses(inputs, ids_BS, mask_BS)
         log_probs_BS, gate_mass_B = self._forward(full_inputs, ids_BS, mask_BS, tier, routing)
         if self.scored_by == "policy" and tier != 1:
             log_probs_BS, _ = self._forward(full_inputs, ids_BS, mask_BS, 1, routing)
@@ -350,23 +336,6 @@ class _TierWriter:
             return log_probs_BS, None
         mass_BS = torch.stack(masses).mean(0).view(batch_size, -1)[:, -length - 1 : -1]
         return log_probs_BS, (mass_BS * mask_BS).sum(1) / mask_BS.sum(1)
-
-
-def _with_response(inputs: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> dict[str, Any]:
-    """The prompts' inputs and labels with responses appended; marks of token kinds say text."""
-    tails = {
-        "input_ids": ids_BS,
-        "attention_mask": mask_BS,
-        "labels": ids_BS.where(mask_BS, IGNORED_LABEL),
-    }
-    shape = inputs["input_ids"].shape
-    inputs = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED_LABEL)}
-    return {
-        name: torch.cat([value, tails.get(name, torch.zeros_like(ids_BS)).to(value.dtype)], 1)
-        if isinstance(value, torch.Tensor) and value.shape == shape
-        else value
-        for name, value in inputs.items()
-    }
 
 
 def _batch_seed(seed: int, first_sample: int) -> int:

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -61,6 +63,25 @@ def qwen2_moe(**changes) -> PreTrainedModel:
     """The family with shared experts."""
     own = {"shared_expert_intermediate_size": 40, "intermediate_size": 40}
     return _build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**(MOE | own | changes)))
+
+
+def deepseek_v3(**changes) -> PreTrainedModel:
+    """A family whose router chooses within half of its four groups of two experts."""
+    own = {
+        "n_routed_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "intermediate_size": 40,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+    return _build(DeepseekV3ForCausalLM, DeepseekV3Config(**(TEXT | {"num_key_value_heads": 4} | own | changes)))
 
 
 def qwen3_dense() -> PreTrainedModel:

@@ -29,6 +29,8 @@ def test_defaults_are_the_methods():
         ({"rewards": [0, 0.5, 1]}, "not rise"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
         ({"use_dora": True}, "use_dora=True"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] has no effect"),
+        ({"exclude_modules": ["gate"]}, "exclude_modules={'gate'} has no effect"),
     ],
 )
 def test_bad_values_are_refused_with_the_value(arguments, message):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ordmoe_peft import tier_routing
-from ordmoe_peft.generation import generate_by_tier
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.generation import generate_by_tier, with_responses
 from tests import models
 
 
@@ -62,3 +63,25 @@ def test_the_model_is_left_in_its_mode():
     model = models.qwen3_moe().train()
     by_tier(model, [1], **GREEDY)
     assert model.training
+
+
+def test_several_responses_to_a_prompt_are_refused():
+    with pytest.raises(OrdMoEConfigError, match="num_return_sequences=2: each tier writes one"):
+        by_tier(models.qwen3_moe(), [1], num_return_sequences=2, **SAMPLED)
+
+
+def test_responses_follow_their_prompts():
+    """Where they were written, after the left-padded prompts; what follows a response is padding."""
+    prompts = {
+        "input_ids": torch.tensor([[0, 1, 2], [1, 2, 3]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "token_type_ids": torch.tensor([[0, 9, 8], [9, 8, 7]]),
+        "pixel_values": torch.arange(6.0).view(3, 2),
+    }
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rows = with_responses(prompts, torch.tensor([[11, 12, 13], [14, 0, 0]]), mask)
+    assert rows["input_ids"].tolist() == [[0, 1, 2, 11, 12, 13], [1, 2, 3, 14, 0, 0]]
+    assert rows["labels"].tolist() == [[-100] * 3 + [11, 12, 13], [-100] * 3 + [14, -100, -100]]
+    assert rows["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert rows["token_type_ids"].tolist() == [[0, 9, 8, 0, 0, 0], [9, 8, 7, 0, 0, 0]]
+    assert torch.equal(rows["pixel_values"], prompts["pixel_values"])

@@ -142,6 +142,7 @@ class RouterMeter:
 
     # --------------------------------------------------------------------------------------------------------- hooks
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._forward = None  # an interrupted forward leaves its own: its closing hook does not run
         if self.training_only and not (module.training and torch.is_grad_enabled()):
             return
         inputs = kwargs.get("inputs_embeds")

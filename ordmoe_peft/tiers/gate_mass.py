@@ -21,7 +21,8 @@ def recorded_gate_mass(layers: Sequence[MoELayer]) -> Iterator[list[torch.Tensor
         list of `torch.Tensor` of shape `(T,)`; `None` where the router returns no weights of shape `(T, K)`.
     """
     records: list[torch.Tensor | None] = []
-    handles = [layer.router.register_forward_hook(_recorder(layer.top_k, records)) for layer in layers]
+    # Ahead of the hook that scales weights under tier_weights="match".
+    handles = [layer.router.register_forward_hook(_recorder(layer.top_k, records), prepend=True) for layer in layers]
     try:
         yield records
     finally:

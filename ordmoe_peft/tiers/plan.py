@@ -57,38 +57,47 @@ class TierPlan:
             sequence_length (`int`): positions in each row of this forward.
             past_length (`int`): positions before them, in a cache.
         """
-        if num_tokens % len(self.tiers):
-            raise OrdMoERuntimeError(
-                f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_tokens} tokens, which "
-                "do not divide into that many rows. Give one tier for all rows, or one for each."
-            )
+        rows_each = self.rows_per_tier(num_tokens, sequence_length)
         if self.tiers.dim() == 1:
-            return self.tiers.to(device).repeat_interleave(num_tokens // len(self.tiers))
+            return self.tiers.to(device).repeat_interleave(rows_each * sequence_length)
         columns = torch.arange(past_length, past_length + sequence_length).clamp(max=self.tiers.shape[1] - 1)
-        rows_each = num_tokens // sequence_length // len(self.tiers)
         return self.tiers[:, columns].repeat_interleave(rows_each, dim=0).reshape(-1).to(device)
+
+    def rows_per_tier(self, num_tokens: int, sequence_length: int) -> int:
+        """Number of consecutive rows of a forward that each of the tiers given is for.
+
+        Raises:
+            [`OrdMoERuntimeError`]: the tokens are no whole rows, or these cannot be shared out over the tiers.
+        """
+        num_rows, rest = divmod(num_tokens, sequence_length)
+        if rest or num_rows % len(self.tiers):
+            raise OrdMoERuntimeError(
+                f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_tokens} tokens in rows "
+                f"of {sequence_length}. Give one tier for all rows, or one for each."
+            )
+        return num_rows // len(self.tiers)
 
 
 def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozenset[int]:
     """The indices of the MoE layers that `layer_scope` names.
 
     Raises:
-        [`OrdMoEConfigError`]: an unknown name, or an index that the model does not have.
+        [`OrdMoEConfigError`]: an unknown name, an index that the model does not have, or no layer at all.
     """
     half = num_layers // 2
-    if isinstance(layer_scope, str):
-        scopes = {"all": range(num_layers), "shallow": range(half), "deep": range(half, num_layers)}
-        if layer_scope not in scopes:
-            raise OrdMoEConfigError(
-                f"layer_scope must be one of {LAYER_SCOPES} or a list of MoE layer indices, got {layer_scope!r}."
-            )
-        return frozenset(scopes[layer_scope])
-    outside = [index for index in layer_scope if not 0 <= index < num_layers]
-    if outside:
+    scopes = {"all": range(num_layers), "shallow": range(half), "deep": range(half, num_layers)}
+    if isinstance(layer_scope, str) and layer_scope not in scopes:
         raise OrdMoEConfigError(
-            f"layer_scope names the MoE layers {outside}, but the model has {num_layers}, from 0 to {num_layers - 1}."
+            f"layer_scope must be one of {LAYER_SCOPES} or a list of MoE layer indices, got {layer_scope!r}."
         )
-    return frozenset(layer_scope)
+    layers = frozenset(scopes[layer_scope] if isinstance(layer_scope, str) else layer_scope)
+    outside = sorted(layers - {*range(num_layers)})
+    if outside or not layers:
+        raise OrdMoEConfigError(
+            f"layer_scope={layer_scope!r} names {f'the MoE layers {outside}' if outside else 'no MoE layer'}, but the "
+            f"model has {num_layers}, from 0 to {num_layers - 1}."
+        )
+    return layers
 
 
 def make_plan(

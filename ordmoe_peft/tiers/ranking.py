@@ -31,17 +31,32 @@ def first_rank(tier: int, num_tiers: int, num_experts: int, top_k: int, grouping
     return (tier - 1) * top_k + 1
 
 
-def rank_experts(scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
+def rank_experts(
+    scores_TE: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    left_out_TE: torch.Tensor | None = None,
+    num_needed: int = 0,
+) -> torch.Tensor:
     """Experts of each token from rank 1 to rank E (`torch.Tensor` of shape `(T, E)`).
 
     The first K are the router's own choice, whatever it did with ties, so that no lower tier shares an expert with
-    tier 1; the others follow by score, ties by index.
+    tier 1; the others follow by score, ties by index. Where a group-limited router left experts out, the ranks end with
+    those that it kept, if these are enough for the tiers; else its groups are ignored.
+
+    Args:
+        scores_TE (`torch.Tensor` of shape `(T, E)`): routing scores of all experts.
+        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the router's choice.
+        left_out_TE (`torch.Tensor` of shape `(T, E)`, *optional*): experts that were not to choose from.
+        num_needed (`int`): C·K.
     """
+    num_ranked = scores_TE.shape[1]
+    if left_out_TE is not None and (num_kept := int((~left_out_TE).sum(1).min())) >= num_needed:
+        scores_TE, num_ranked = scores_TE.masked_fill(left_out_TE, float("-inf")), num_kept
     chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, top_k_index_TK, True)
     by_score_TE = torch.sort(scores_TE, dim=1, descending=True, stable=True).indices
     # A stable sort by "not chosen" keeps the order by score within the chosen and within the rest.
     chosen_first_TE = torch.sort((~chosen_TE).gather(1, by_score_TE).to(torch.uint8), dim=1, stable=True).indices
-    return by_score_TE.gather(1, chosen_first_TE)
+    return by_score_TE.gather(1, chosen_first_TE)[:, :num_ranked]
 
 
 def random_order(

@@ -17,7 +17,7 @@ def recorded_router_logits(model: nn.Module, enabled: bool = True) -> Iterator[l
     They keep their graph. With `enabled=False` nothing is recorded.
 
     Raises:
-        [`OrdMoEModelError`]: a router gives no logits, or gradient checkpointing has cut them from the graph.
+        [`OrdMoEModelError`]: a router gives no logits, or none of them has a gradient in training.
     """
     records: list[torch.Tensor] = []
     handles = [
@@ -29,10 +29,12 @@ def recorded_router_logits(model: nn.Module, enabled: bool = True) -> Iterator[l
     finally:
         for handle in handles:
             handle.remove()
-    if model.training and torch.is_grad_enabled() and any(not logits.requires_grad for logits in records):
+    # The first layer's alone may have none: where only experts are adapted, nothing trains below its router.
+    if records and model.training and torch.is_grad_enabled() and not any(logits.requires_grad for logits in records):
         raise OrdMoEModelError(
-            "Router logits have no gradient under reentrant gradient checkpointing, so the balance loss would do "
-            "nothing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or balance_coef=0."
+            "Router logits have no gradient, so the balance loss would do nothing: reentrant gradient checkpointing "
+            "cuts them off, or nothing is trained at or below a router. Set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or balance_coef=0."
         )
 
 

@@ -99,7 +99,7 @@ def tier_routing(
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
     )
-    if plan.tier_weights == "match":
+    if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(layers[index])
     token = _requested.set({**_requested.get(), id(text_model(model, layers)): plan})
@@ -238,6 +238,8 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     if selection is None:
         return None
     selection.__exit__(None, None, None)
+    if output is None:  # the router failed, and says why itself
+        return None
     if selection.selections != 1:
         raise OrdMoERuntimeError(
             f"{selection.router.router_name} chose experts {selection.selections} times in one forward; its tiers "
@@ -258,6 +260,7 @@ def _matched(output: tuple, top_weights_TK: torch.Tensor, tier_T: torch.Tensor) 
 
 
 def _enter_text_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    _running.forward = None  # an interrupted forward leaves its own: its closing hooks do not run
     plan = _requested.get().get(id(module))
     if plan is None or plan.is_top:
         return
@@ -301,28 +304,36 @@ class _TierSelection(TorchFunctionMode):
         self.router, self.forward = router, forward
         self.selections = 0
         self.tier_T: torch.Tensor | None = None
+        # What a group-limited router chooses from, the same before it left groups out, and which experts it left out.
+        self.limited: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.masked_fill and len(args) > 1 and args[1].shape == args[0].shape == result.shape:
+            self.limited = (result, args[0], args[1])
         if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs or {}):
             return result
         self.selections += 1
         scores_TE = args[0] if args else kwargs["input"]
-        index_TK = self._choose(scores_TE, result.indices)
-        return torch.return_types.topk((scores_TE.gather(1, index_TK), index_TK))
+        is_limited = self.limited is not None and self.limited[0] is scores_TE
+        _, all_scores_TE, left_out_TE = self.limited if is_limited else (None, scores_TE, None)
+        index_TK = self._choose(all_scores_TE, left_out_TE, result.indices)
+        return torch.return_types.topk((all_scores_TE.gather(1, index_TK), index_TK))
 
     def _is_selection(self, index_TK, input, k, dim=-1, largest=True, sorted=True) -> bool:
         # Group-limited routers also rank groups, on 3-D tensors; only the choice among all experts is the tier's.
         is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
         return is_over_experts and largest and k == self.router.top_k
 
-    def _choose(self, scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
+    def _choose(
+        self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
+    ) -> torch.Tensor:
         plan, top_k = self.forward.plan, self.router.top_k
         tier_T = plan.tier_of_token(
             len(scores_TE), scores_TE.device, self.forward.sequence_length, self.forward.past_length
         )
         self.tier_T = tier_T
-        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK)
+        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)
             ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.router.index)
@@ -334,4 +345,6 @@ class _TierSelection(TorchFunctionMode):
         token_T = torch.arange(num_tokens, device=device)
         length, num_samples = self.forward.sequence_length, self.forward.plan.num_samples
         row_T = token_T // length
+        if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
+            row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
         return row_T % num_samples if num_samples else row_T, token_T % length + self.forward.past_length

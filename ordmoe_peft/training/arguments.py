@@ -1,18 +1,31 @@
 """Arguments of the trainer."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers.utils import logging
 from trl import SFTConfig
 
 from ..errors import OrdMoEConfigError
+from ..generation import check_one_response
 from .objectives import OBJECTIVES
 
+
+logger = logging.get_logger(__name__)
 
 CHOICES = {
     "objective": tuple(OBJECTIVES),
     "responses": ("reference", "generated"),
     "scored_by": ("tier", "policy"),
+}
+# (option, value) → options that have an effect only where it has that value.
+ACT_ONLY_WITH = {
+    ("objective", "simpo"): ("simpo_gamma",),
+    ("responses", "generated"): (
+        *("max_completion_length", "generation_batch_size", "generation_kwargs", "temperature", "top_p", "top_k"),
+        *("min_p", "repetition_penalty"),
+    ),
 }
 
 
@@ -123,7 +136,20 @@ class OrdMoETrainingArguments(SFTConfig):
         for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("max_completion_length", "generation_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()
+        check_one_response(self.generation_kwargs or {})
+        self._warn_of_idle_options()
+
+    def _warn_of_idle_options(self) -> None:
+        defaults = {item.name: item.default for item in fields(self)}
+        for (name, value), dependents in ACT_ONLY_WITH.items():
+            idle = [option for option in dependents if getattr(self, option) != defaults[option]]
+            if idle and getattr(self, name) != value:
+                given = ", ".join(f"{option}={getattr(self, option)!r}" for option in idle)
+                logger.warning(f"{given}: no effect with {name}={getattr(self, name)!r}, only with {value!r}.")
 
     def _check_objective(self) -> None:
         if self.objective_beta is not None and (self.objective == "erl" or self.objective_beta <= 0):
@@ -143,9 +169,9 @@ class OrdMoETrainingArguments(SFTConfig):
                 raise OrdMoEConfigError(
                     f"lower_tier_floor must be a log-probability or 'uniform', got {self.lower_tier_floor!r}."
                 ) from error
-            if self.lower_tier_floor > 0:
+            if not -math.inf < self.lower_tier_floor <= 0:
                 raise OrdMoEConfigError(
-                    f"lower_tier_floor is a log-probability, so at most 0, got {self.lower_tier_floor}."
+                    f"lower_tier_floor is a finite log-probability, so at most 0, got {self.lower_tier_floor}."
                 )
 
     @property
@@ -154,6 +180,7 @@ class OrdMoETrainingArguments(SFTConfig):
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         drawn |= {} if self.min_p is None else {"min_p": self.min_p}
         return {
+            "use_cache": True,
             "max_new_tokens": self.max_completion_length,
             "repetition_penalty": self.repetition_penalty,
             "do_sample": self.temperature > 0,

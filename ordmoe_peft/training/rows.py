@@ -1,4 +1,4 @@
-"""Rows of a collated batch: their prompts, responses in place of their own, and several batches in one."""
+"""Rows of a collated batch: their prompts, and several batches in one."""
 
 from typing import Any
 
@@ -37,37 +37,6 @@ def left_padded_prompts(inputs: dict[str, Any], pad_token_id: int) -> dict[str, 
         for name, value in inputs.items()
         if name not in ("labels", "fused_lm_head")
     }
-
-
-def with_responses(inputs: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor, pad_token_id: int) -> dict:
-    """The rows with other responses after their prompts, right-padded; labels are those responses' tokens.
-
-    Args:
-        inputs (`dict`): a collated batch of B rows, right-padded.
-        ids_BS (`torch.Tensor` of shape `(B, S)`): the responses, right-padded.
-        mask_BS (`torch.Tensor` of shape `(B, S)`): where there is a token.
-        pad_token_id (`int`): fills rows that are shorter than others.
-    """
-    lengths_B1 = prompt_lengths(inputs).unsqueeze(1)
-    width = int((lengths_B1 + mask_BS.sum(1, keepdim=True)).max())
-    place_BW = torch.arange(width, device=ids_BS.device).expand(len(ids_BS), -1)
-    from_response_BW = (place_BW - lengths_B1).clamp(min=0, max=ids_BS.shape[1] - 1)
-    is_response_BW = (
-        (place_BW >= lengths_B1) & mask_BS.gather(1, from_response_BW) & (place_BW - lengths_B1 < ids_BS.shape[1])
-    )
-    is_prompt_BW = place_BW < lengths_B1
-    rows = {}
-    for name, value in inputs.items():
-        if not _is_per_token(value, inputs):
-            rows[name] = value
-            continue
-        prompts_BW = value.gather(1, place_BW.clamp(max=value.shape[1] - 1))
-        rows[name] = prompts_BW.where(is_prompt_BW, _filler(name, pad_token_id))
-    response_BW = ids_BS.gather(1, from_response_BW)
-    rows["input_ids"] = response_BW.where(is_response_BW, rows["input_ids"])
-    rows["labels"] = response_BW.where(is_response_BW, IGNORED_LABEL)
-    rows["attention_mask"] = (is_prompt_BW | is_response_BW).to(inputs["attention_mask"].dtype)
-    return rows
 
 
 def stack_rows(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

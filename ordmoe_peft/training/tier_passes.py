@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..generation import TierResponses
+from ..generation import TierResponses, with_responses
 from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
-from .rows import stack_rows, with_responses
+from .rows import left_padded_prompts, stack_rows
 
 
 # The place of the batch's own rows where tiers have responses of their own.
@@ -122,18 +122,20 @@ class TierPasses:
             reference_CBS=None if reference is None else self._stack(reference, 0),
             ntp_loss=-outputs.log_probs[:batch_size].sum() / outputs.label_mask[:batch_size].sum().clamp(min=1),
             tiers=sorted(tier for tier in scored if tier != UNRANKED),
-            attention_mask_BS=rows["attention_mask"][:batch_size],
+            # Padding-free rows have no mask, and no padding.
+            attention_mask_BS=rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
             router_logits=[logits[: len(logits) // len(groups)] for logits in router_logits],
         )
-        return self._first_rows(outputs, batch_size)
+        return _first_rows(outputs, batch_size)
 
     def _groups(self, inputs: dict[str, Any]) -> list["RowGroup"]:
         if self.responses is None:
             return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in self.active if tier != 1))]
         groups = [RowGroup(UNRANKED, 1, inputs)]
+        prompts = left_padded_prompts(inputs, self.pad_token_id)
         for tier, ids_BS, mask_BS in zip(self.active, self.responses.ids_CBS, self.responses.mask_CBS, strict=True):
-            rows = with_responses(inputs, ids_BS, mask_BS, self.pad_token_id)
-            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, rows))
+            routed_by = tier if self.scored_by == "tier" else 1
+            groups.append(RowGroup(tier, routed_by, with_responses(prompts, ids_BS, mask_BS)))
         return groups
 
     def _run(
@@ -146,17 +148,20 @@ class TierPasses:
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
         with tier_routing(self.moe_model, tiers, step=self.step, num_samples=batch_size):
             outputs = self.model(**rows)
-        log_probs, labels = outputs.log_probs.split(batch_size), rows["labels"][:, 1:].split(batch_size)
+        # With a model split over devices the head may be on another one than its inputs.
+        labels_BS = rows["labels"][:, 1:].to(outputs.log_probs.device)
+        log_probs, labels = outputs.log_probs.split(batch_size), labels_BS.split(batch_size)
         return outputs, rows, {group.tier: (log_probs[i], labels[i]) for i, group in enumerate(groups)}
 
     def _stack(self, scored: dict[int, tuple[torch.Tensor, torch.Tensor]], part: int) -> torch.Tensor:
         filler = torch.full_like(next(iter(scored.values()))[part], (0, IGNORED_LABEL)[part], requires_grad=False)
         return torch.stack([scored[tier][part] if tier in scored else filler for tier in range(1, self.num_tiers + 1)])
 
-    def _first_rows(self, outputs: Any, batch_size: int) -> Any:
-        per_row = {
-            field.name: value[:batch_size]
-            for field in fields(outputs)
-            if isinstance(value := getattr(outputs, field.name), torch.Tensor) and value.dim() > 0
-        }
-        return type(outputs)(**per_row)
+
+def _first_rows(outputs: Any, batch_size: int) -> Any:
+    per_row = {
+        field.name: value[:batch_size]
+        for field in fields(outputs)
+        if isinstance(value := getattr(outputs, field.name), torch.Tensor) and value.dim() > 0
+    }
+    return type(outputs)(**per_row)

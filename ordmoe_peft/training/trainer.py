@@ -51,7 +51,7 @@ class OrdMoETrainer(SFTTrainer):
         kwargs: all other arguments of [`~trl.SFTTrainer`].
 
     Raises:
-        [`OrdMoEConfigError`]: no OrdMoE adapter is active, or batches are padding-free with more than one tier.
+        [`OrdMoEConfigError`]: no OrdMoE adapter is active, or settings that have no effect or cannot work together.
         [`OrdMoEDataError`]: the data set has no answers.
     """
 
@@ -80,8 +80,8 @@ class OrdMoETrainer(SFTTrainer):
             )
         config = self._adapter_config()
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
-        self._check_settings(config)
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
+        self._check_settings(config)
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
@@ -93,25 +93,60 @@ class OrdMoETrainer(SFTTrainer):
 
     def _check_settings(self, config: OrdMoEConfig) -> None:
         args = self.args
-        if self.num_tiers > 1 and self.padding_free:
+        if self.num_tiers == 1:
+            self._check_one_tier()
+            return
+        if self.padding_free:
             raise OrdMoEConfigError(
                 f"Padding-free batches and packing put several samples into one row, which num_tiers={self.num_tiers} "
                 "would repeat as one. Set padding_free=False and packing=False."
             )
-        if self.num_tiers > 1 and (args.label_smoothing_factor or self.compute_loss_func is not None):
+        self._check_loss_is_ours("num_tiers=1")
+        if args.objective == "erl":
+            self._check_advantages(config)
+        elif config.rewards is not None or config.advantages != "zscore":
             raise OrdMoEConfigError(
-                f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func make TRL take the loss "
-                "from another forward, in which tiers are not run. Leave them unset with num_tiers > 1."
-            )
-        if self.num_tiers > 1 and config.rewards is not None and args.objective != "erl":
-            raise OrdMoEConfigError(
-                f"rewards={config.rewards} has no effect on objective={args.objective!r}, which takes the order of the "
-                "tiers alone. Leave rewards unset, or set objective='erl'."
+                f"rewards={config.rewards} and advantages={config.advantages!r} have no effect on "
+                f"objective={args.objective!r}, which takes the order of the tiers alone. Leave both unset, or set "
+                "objective='erl'."
             )
         if args.ntp_coef == 0:
             logger.warning(
                 "ntp_coef=0: no supervised loss holds tier 1 in place. In experiments with easy-VQA accuracy collapsed "
                 "to 0-10 % without it."
+            )
+
+    def _check_one_tier(self) -> None:
+        args = self.args
+        if args.ntp_coef == 0:
+            raise OrdMoEConfigError("ntp_coef=0 with num_tiers=1 leaves nothing to learn from: set one of them higher.")
+        if args.balance_coef > 0 or args.ntp_coef != 1:
+            self._check_loss_is_ours("balance_coef=0 and ntp_coef=1")
+        if args.responses == "generated" or args.objective != "erl" or args.lower_tier_floor is not None:
+            logger.warning(
+                f"responses={args.responses!r}, objective={args.objective!r} and "
+                f"lower_tier_floor={args.lower_tier_floor!r} have no effect with num_tiers=1, which is supervised "
+                "fine-tuning."
+            )
+
+    def _check_loss_is_ours(self, instead: str) -> None:
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise OrdMoEConfigError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} and compute_loss_func make TRL take the "
+                f"loss from another forward, which OrdMoE's further losses have no part in. Leave them unset, or set "
+                f"{instead}."
+            )
+
+    def _check_advantages(self, config: OrdMoEConfig) -> None:
+        if not self.advantages.any():
+            raise OrdMoEConfigError(
+                f"rewards={config.rewards} under advantages={config.advantages!r} are all 0, so L_ERL has no gradient. "
+                "Give rewards that fall from tier to tier."
+            )
+        if self.args.lower_tier_floor is not None and not (self.advantages < 0).any():
+            logger.warning(
+                f"lower_tier_floor={self.args.lower_tier_floor!r} has no effect: the advantages "
+                f"{self.advantages.tolist()} push no tier down."
             )
 
     def _adapter_config(self) -> OrdMoEConfig:
@@ -132,7 +167,7 @@ class OrdMoETrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of tier 1, and the two further losses from the same forward."""
-        if self.num_tiers == 1 and self.args.balance_coef == 0:
+        if self.num_tiers == 1 and self.args.balance_coef == 0 and self.args.ntp_coef == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         passes = self._tier_passes(model, inputs)
         result = super().compute_loss(passes, inputs, return_outputs, num_items_in_batch)
@@ -171,7 +206,6 @@ class OrdMoETrainer(SFTTrainer):
             pad_token_id=self._pad_token_id,
             rows_per_call=self.args.generation_batch_size,
             routing={"step": self.state.global_step},
-            use_cache=True,
             **self.args.sampling,
         )
 
@@ -215,30 +249,31 @@ class OrdMoETrainer(SFTTrainer):
         losses = [
             balance_loss(logits_TE, self.top_k, mask_T.to(logits_TE.device)) for logits_TE in scores.router_logits
         ]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        return torch.stack([loss.to(scores.log_probs_CBS.device) for loss in losses]).mean()
 
     @torch.no_grad()
     def _log_losses(self, scores: TierScores, erl: torch.Tensor, balance: torch.Tensor) -> None:
-        """Append this batch's losses and tier likelihoods, averaged over processes, to TRL's metrics."""
-        log_probs_CBS, mask_CBS, ntp = scores.log_probs_CBS.detach(), scores.mask_CBS, scores.ntp_loss.detach()
-        content_CBS = torch.stack(
-            [
-                content_mask(labels_BS, mask_BS, self.end_of_sequence_ids)
-                for labels_BS, mask_BS in zip(scores.labels_CBS, mask_CBS, strict=True)
-            ]
-        )
-        likelihood_C = mean_log_likelihood(log_probs_CBS, mask_CBS).mean(-1)
-        content_likelihood_C = mean_log_likelihood(log_probs_CBS, content_CBS).mean(-1)
-        values = {"ntp_loss": ntp, "erl_loss": erl, "balance_loss": balance.to(ntp.device)}
+        """Append this batch's losses and tier likelihoods, over all processes, to TRL's metrics."""
+        # Each a sum and how many it is over: a row without tokens has no likelihood, and must not count as one of 0.
+        sums = {"ntp_loss": (scores.ntp_loss, 1), "erl_loss": (erl, 1), "balance_loss": (balance, 1)}
         for tier in scores.tiers:
-            values[f"tier_{tier}/log_likelihood"] = likelihood_C[tier - 1]
-            values[f"tier_{tier}/log_likelihood_no_eos"] = content_likelihood_C[tier - 1]
-            if self.args.responses == "generated":
-                values[f"tier_{tier}/response_length"] = mask_CBS[tier - 1].sum(-1).float().mean()
-        gathered = self.accelerator.gather_for_metrics(torch.stack(list(values.values())).unsqueeze(0)).mean(0)
+            log_probs_BS, labels_BS, mask_BS = (
+                part_CBS[tier - 1] for part_CBS in (scores.log_probs_CBS, scores.labels_CBS, scores.mask_CBS)
+            )
+            content_BS = content_mask(labels_BS, mask_BS, self.end_of_sequence_ids)
+            for name, counted_BS in (("log_likelihood", mask_BS), ("log_likelihood_no_eos", content_BS)):
+                means_B = mean_log_likelihood(log_probs_BS, counted_BS)
+                sums[f"tier_{tier}/{name}"] = (means_B.sum(), counted_BS.any(-1).sum())
+            if self.args.responses == "generated" and self.num_tiers > 1:
+                sums[f"tier_{tier}/response_length"] = (mask_BS.sum(), len(mask_BS))
+        device = scores.log_probs_CBS.device
+        parts = [torch.as_tensor(part, dtype=torch.float32, device=device) for pair in sums.values() for part in pair]
+        local_n2 = torch.stack(parts).view(-1, 2)
+        summed_n2 = self.accelerator.gather_for_metrics(local_n2.unsqueeze(0)).sum(0)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in zip(values, gathered.tolist(), strict=True):
-            metrics[name].append(value)
+        for name, (total, count) in zip(sums, summed_n2.tolist(), strict=True):
+            if count:
+                metrics[name].append(total / count)
 
 
 def _columns(dataset: Any) -> set[str]:

@@ -222,3 +222,20 @@ def test_masks_that_do_not_show_padding_are_refused():
     mask = torch.ones(3, 1, 7, 7, dtype=torch.bool)
     with RouterMeter(model), pytest.raises(OrdMoERuntimeError, match=r"got \(3, 1, 7, 7\)"):
         model(input_ids=models.text_batch()["input_ids"], attention_mask=mask)
+
+
+def test_an_interrupted_training_forward_does_not_count_later_ones():
+    """Its closing hook does not run, and the meter must not take the next forward for a part of it."""
+    model, batch = models.qwen3_moe().train(), models.text_batch()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with RouterMeter(model, training_only=True) as meter:
+        handle = find_moe_layers(model)[0].router.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        handle.remove()
+        with torch.no_grad():
+            model.eval()(**batch)
+    assert meter.report() == []

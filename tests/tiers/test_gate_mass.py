@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ordmoe_peft import tier_routing
 from ordmoe_peft.moe_layers import find_moe_layers
 from ordmoe_peft.tiers.gate_mass import recorded_gate_mass
 from tests import models
@@ -39,3 +40,16 @@ def test_other_outputs_have_no_mass(router):
     with recorded_gate_mass([SimpleNamespace(router=router, top_k=2)]) as masses:
         router(torch.zeros(3, 4))
     assert masses == [None]
+
+
+def test_weights_that_are_scaled_to_match_are_recorded_as_the_router_gave_them():
+    model, masses = models.olmoe(), {}
+    for tier_weights in ("router", "match"):
+        with (
+            tier_routing(model, 3, tier_weights=tier_weights, layer_scope=[0]),
+            recorded_gate_mass(find_moe_layers(model)[:1]) as masses[tier_weights],
+            torch.no_grad(),
+        ):
+            model(**models.text_batch())
+    assert torch.equal(masses["match"][0], masses["router"][0])
+    assert (masses["match"][0] < 0.5).all()

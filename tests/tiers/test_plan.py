@@ -36,6 +36,7 @@ def test_layer_scopes():
         ({"tier": 1, "grouping": "best"}, "grouping must be one of"),
         ({"tier": 1, "layer_scope": "middle"}, "layer_scope must be one of"),
         ({"tier": 1, "layer_scope": [0, 3]}, r"\[3\], but the model has 3"),
+        ({"tier": 1, "layer_scope": []}, "names no MoE layer, but the model has 3"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message):
@@ -46,8 +47,20 @@ def test_bad_requests_are_refused(arguments, message):
 def test_a_tier_per_row_covers_the_rows_tokens_in_order():
     per_row = plan([1, 3])
     assert per_row.tier_of_token(6, torch.device("cpu"), 3).tolist() == [1, 1, 1, 3, 3, 3]
-    with pytest.raises(OrdMoERuntimeError, match="2 tiers.*7 tokens"):
+    with pytest.raises(OrdMoERuntimeError, match="2 tiers.*7 tokens in rows of 7"):
         per_row.tier_of_token(7, torch.device("cpu"), 7)
+
+
+@pytest.mark.parametrize("tiers", [[1, 2, 3, 1], [[1] * 8] * 4], ids=["per row", "per position"])
+def test_more_tiers_than_rows_are_refused_where_tokens_could_be_shared_out(tiers):
+    """Two rows of eight tokens would give each of four tiers half a row."""
+    with pytest.raises(OrdMoERuntimeError, match="4 tiers.*16 tokens in rows of 8"):
+        plan(tiers).tier_of_token(16, torch.device("cpu"), 8)
+
+
+def test_a_half_without_layers_is_refused():
+    with pytest.raises(OrdMoEConfigError, match="layer_scope='shallow' names no MoE layer, but the model has 1"):
+        layers_in_scope("shallow", 1)
 
 
 def test_only_tier_1_is_the_top():

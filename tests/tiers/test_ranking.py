@@ -46,6 +46,14 @@ def test_ranking_is_by_score_after_the_routers_own_choice():
     assert rank_experts(scores, chosen).tolist() == [[1, 3, 2, 0], [0, 3, 1, 2]]
 
 
+def test_ranks_end_with_the_groups_that_were_kept_where_these_are_enough():
+    scores = torch.tensor([[0.9, 0.1, 0.8, 0.2, 0.3, 0.7]])
+    left_out = torch.tensor([[False, False, True, True, False, False]])
+    chosen = torch.tensor([[0]])
+    assert rank_experts(scores, chosen, left_out, num_needed=4).tolist() == [[0, 5, 4, 1]]
+    assert rank_experts(scores, chosen, left_out, num_needed=5).tolist() == [[0, 2, 5, 4, 3, 1]]
+
+
 def test_tier_experts_picks_each_tokens_own_tier():
     ranked = torch.tensor([[4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
     assert tier_experts(ranked, torch.tensor([1, 3]), 3, 1, "uniform").tolist() == [[4], [4]]

@@ -69,6 +69,30 @@ def test_chosen_experts_are_the_ranks_of_the_method_with_the_routers_own_weights
             )
 
 
+@pytest.mark.parametrize(("num_tiers", "ranks_within_groups"), [(2, True), (3, False)])
+def test_group_limited_routers_keep_their_groups_where_tiers_fit(num_tiers, ranks_within_groups):
+    """Two groups of two experts are kept, enough for two tiers of two; a third takes ranks of all experts."""
+    model, batch = models.deepseek_v3(), models.text_batch()
+    for layer in find_moe_layers(model):
+        layer.router.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, models.NUM_EXPERTS))
+    for tier in range(1, num_tiers + 1):
+        with watched_routing(model) as seen, tier_routing(model, tier, num_tiers=num_tiers):
+            logits(model, batch)
+        for record in seen:
+            scores_TE = record["logits"].sigmoid() + torch.linspace(-0.3, 0.3, models.NUM_EXPERTS)
+            for scores, logit, chosen, weights in zip(
+                scores_TE.tolist(), record["logits"], record["index"], record["weights"], strict=True
+            ):
+                groups = sorted(range(4), key=lambda group: -sum(scores[2 * group : 2 * group + 2]))[:2]
+                kept = sorted((e for g in groups for e in (2 * g, 2 * g + 1)), key=lambda e: -scores[e])
+                rest = sorted(set(range(8)) - set(kept[:2]), key=lambda e: -scores[e])
+                ranked = kept if ranks_within_groups else [*kept[:2], *rest]
+                first = {2: (0, 2), 3: (0, 3, 6)}[num_tiers][tier - 1]
+                assert set(chosen.tolist()) == set(ranked[first : first + 2])
+                own = logit[chosen].sigmoid()
+                torch.testing.assert_close(weights, own / own.sum() * model.config.routed_scaling_factor)
+
+
 def test_tier_1_is_the_model_to_the_bit(model, batch):
     base = logits(model, batch)
     with tier_routing(model, 1):
@@ -134,6 +158,17 @@ class TestRandom:
         twice = {name: torch.cat([value, value]) for name, value in batch.items()}
         rows = len(batch["input_ids"])
         assert torch.equal(self.routing(model, twice, 2, num_samples=rows)[0][len(once) :], once)
+
+    def test_rows_that_generation_repeats_draw_the_same(self, model, batch):
+        """Beam search repeats each row of a tier in place: both copies are the sample that the row is of."""
+        rows = len(batch["input_ids"])
+        once = self.routing(model, batch, [2] * rows, num_samples=rows)[0].view(rows, -1, models.TOP_K)
+        repeated = {
+            name: value.view(rows, -1, *value.shape[1:]).repeat_interleave(2, 0).flatten(0, 1)
+            for name, value in batch.items()
+        }
+        beams = self.routing(model, repeated, [2] * rows, num_samples=rows)[0].view(2 * rows, -1, models.TOP_K)
+        assert torch.equal(beams, once.repeat_interleave(2, 0))
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -229,11 +264,15 @@ class TestBlocks:
                 assert torch.equal(logits(model, batch), base)
         assert torch.equal(logits(model, batch), base)
 
-    def test_an_error_inside_a_forward_leaves_nothing_behind(self, model, batch):
+    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+    def test_an_error_inside_a_forward_leaves_nothing_behind(self, model, batch, error):
+        def fail(*_):
+            raise error
+
         base = logits(model, batch)
         experts = find_moe_layers(model)[1].experts
-        handle = experts.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError), tier_routing(model, 3):
+        handle = experts.register_forward_pre_hook(fail)
+        with pytest.raises(error), tier_routing(model, 3):
             logits(model, batch)
         handle.remove()
         assert torch.equal(logits(model, batch), base)
@@ -313,11 +352,12 @@ class TestRouters:
         with pytest.raises(OrdMoEModelError, match=r"model\.layers\.1\.mlp\.gate .*0 calls of torch\.topk"):
             get_peft_model(model, OrdMoEConfig())
 
-    def test_a_layer_without_one_is_refused_by_name(self):
+    @pytest.mark.parametrize("tier_weights", ["router", "match"])
+    def test_a_layer_without_one_is_refused_by_name(self, tier_weights):
         model = models.qwen3_moe()
         model.model.layers[2].mlp.gate = torch.nn.Identity()
         with pytest.raises(OrdMoEModelError, match=r"model\.layers\.2\.mlp has experts but no router"):
-            get_peft_model(model, OrdMoEConfig(targets=["experts"]))
+            get_peft_model(model, OrdMoEConfig(targets=["experts"], tier_weights=tier_weights))
 
     def test_a_dense_model_is_refused(self):
         with pytest.raises(OrdMoEModelError, match="Qwen3ForCausalLM has no MoE layers"):

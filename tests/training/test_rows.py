@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEDataError
-from ordmoe_peft.training.rows import left_padded_prompts, stack_rows, with_responses
+from ordmoe_peft.generation import with_responses
+from ordmoe_peft.training.rows import left_padded_prompts, stack_rows
 
 
 def batch():
@@ -37,22 +38,16 @@ def test_a_row_that_is_all_response_is_refused():
         left_padded_prompts(rows, 0)
 
 
-def test_responses_follow_their_prompts():
-    """The first response is longer than the reference, the second is one token; what follows a response is padding."""
-    ids = torch.tensor([[11, 12, 13], [14, 0, 0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    rows = with_responses(batch(), ids, mask, pad_token_id=0)
-    assert rows["input_ids"].tolist() == [[1, 2, 11, 12, 13], [1, 2, 3, 14, 0]]
-    assert rows["labels"].tolist() == [[-100, -100, 11, 12, 13], [-100, -100, -100, 14, -100]]
-    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert rows["token_type_ids"].tolist() == [[9, 8, 0, 0, 0], [9, 8, 7, 0, 0]]
-
-
 def test_batches_stack_to_the_widest():
-    wide = with_responses(batch(), torch.tensor([[11, 12, 13]] * 2), torch.ones(2, 3, dtype=torch.bool), 0)
+    prompts = left_padded_prompts(batch(), pad_token_id=0)
+    wide = with_responses(prompts, torch.tensor([[11, 12, 13]] * 2), torch.ones(2, 3, dtype=torch.bool))
     rows = stack_rows([batch(), wide], pad_token_id=0)
-    assert rows["input_ids"].shape == (4, 6)
-    assert rows["input_ids"][0].tolist() == [1, 2, 5, 6, 0, 0]
+    assert rows["input_ids"].tolist() == [
+        [1, 2, 5, 6, 0, 0],
+        [1, 2, 3, 7, 0, 0],
+        [0, 1, 2, 11, 12, 13],
+        [1, 2, 3, 11, 12, 13],
+    ]
     assert rows["labels"][1].tolist() == [-100, -100, -100, 7, -100, -100]
     assert rows["attention_mask"].sum(1).tolist() == [4, 4, 5, 6]
     assert torch.equal(rows["pixel_values"], torch.cat([batch()["pixel_values"]] * 2))

@@ -7,6 +7,7 @@ from ordmoe_peft import tier_routing
 from ordmoe_peft.objectives import preference
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.tiers.scope import tiers_of_labels
+from ordmoe_peft.training.rows import left_padded_prompts
 from tests import models, text
 from tests.training.test_trainer import adapted, one_batch, trainer_for
 
@@ -163,6 +164,27 @@ def test_generated_responses_are_each_tiers_own(tmp_path, scored_by, token_scope
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert logged["tier_2/log_likelihood"] == pytest.approx(likelihood[:, 1].mean().item(), abs=1e-5)
     assert 1 <= logged["tier_2/response_length"] <= 4
+
+
+def test_random_groups_are_drawn_alike_in_writing_and_scoring(tmp_path):
+    """Greedy decoding says itself what it gave each token; prompts differ in length, so they are padded in writing."""
+    model = adapted(grouping="random")
+    settings = {"responses": "generated", "temperature": 0.0, "max_completion_length": 4}
+    trainer = trainer_for(tmp_path, model, **settings)
+    batch = one_batch(trainer)
+    prompts = left_padded_prompts(batch, models.PAD)
+    assert (prompts["attention_mask"] == 0).any()
+    trainer.state.global_step = 7
+    model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(model, dict(batch))
+        with tier_routing(model, [3] * len(prompts["input_ids"]), step=7, num_samples=len(prompts["input_ids"])):
+            output = model.generate(
+                **prompts, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
+            )
+    values = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    assert not (output.sequences[:, prompts["input_ids"].shape[1] :] == models.EOS).any()
+    assert trainer._metrics["eval"]["tier_3/log_likelihood"][-1] == pytest.approx(values.mean().item(), abs=1e-4)
 
 
 def test_token_scope_leaves_prompts_on_tier_1(tmp_path):

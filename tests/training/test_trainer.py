@@ -9,6 +9,8 @@ from trl import SFTTrainer
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from ordmoe_peft.objectives.advantages import tier_advantages
+from ordmoe_peft.training import arguments as arguments_module
+from ordmoe_peft.training import trainer as trainer_module
 from tests import models, reference, text
 
 
@@ -155,6 +157,59 @@ def test_balance_under_reentrant_checkpointing_is_refused(tmp_path):
         trainer.train()
 
 
+def test_balance_where_only_experts_are_adapted(tmp_path):
+    """Below the first router nothing trains, so its logits alone have no gradient; above the last layer is none."""
+    model = adapted(targets=["experts"])
+    trainer = trainer_for(tmp_path, model, erl_coef=0.0, ntp_coef=0.0, balance_coef=1.0)
+    trainer.compute_loss(model.train(), one_batch(trainer)).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for layer, has_gradient in enumerate([True, True, False]):
+        largest = max(g.abs().max().item() for name, g in gradients.items() if f"layers.{layer}." in name)
+        assert (largest > 0) == has_gradient
+
+
+def test_one_tier_takes_padding_free_batches(tmp_path):
+    trainer = trainer_for(tmp_path, adapted(num_tiers=1), padding_free=True, max_length=None)
+    trainer.train()
+    assert 0.5 < trainer.state.log_history[0]["balance_loss"] < models.NUM_EXPERTS
+
+
+def test_one_tier_keeps_its_weight(tmp_path):
+    losses = [
+        trainer.compute_loss(trainer.model.train(), one_batch(trainer)).item()
+        for coef in (1.0, 0.5)
+        for trainer in [trainer_for(tmp_path, adapted(num_tiers=1), balance_coef=0.0, ntp_coef=coef)]
+    ]
+    assert losses[1] == pytest.approx(0.5 * losses[0], rel=1e-5)
+
+
+def test_rows_without_tokens_do_not_count_in_likelihoods(tmp_path):
+    """Two rows have no response, one has a word and an end, one an end alone."""
+    model = adapted()
+    trainer = trainer_for(tmp_path, model)
+    batch = one_batch(trainer)
+    labels = torch.full_like(batch["labels"], -100)
+    ends = (batch["attention_mask"].sum(1) - 1).tolist()
+    batch["input_ids"][[0, 1], ends[:2]] = models.EOS
+    labels[[0, 1], ends[:2]] = models.EOS
+    labels[0, ends[0] - 1] = batch["input_ids"][0, ends[0] - 1]
+    batch["labels"] = labels
+    model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(model, dict(batch))
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    tokens = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    word, first_end, second_end = tokens[0, ends[0] - 2], tokens[0, ends[0] - 1], tokens[1, ends[1] - 1]
+    metrics = trainer._metrics["eval"]
+    wanted = ((word + first_end) / 2 + second_end) / 2
+    assert metrics["tier_1/log_likelihood"] == [pytest.approx(wanted.item(), abs=1e-5)]
+    assert metrics["tier_1/log_likelihood_no_eos"] == [pytest.approx(word.item(), abs=1e-5)]
+    batch["labels"] = torch.full_like(labels, -100)
+    with torch.no_grad():
+        trainer.compute_loss(model, dict(batch))
+    assert len(metrics["tier_1/log_likelihood"]) == 1
+
+
 def test_lower_tier_floor_stops_low_tiers_from_falling(tmp_path):
     """With a huge coefficient the bottom tier runs away; with the floor above all its tokens it is left alone."""
     last = {}
@@ -222,9 +277,23 @@ class TestRefusals:
         with pytest.raises(OrdMoEConfigError, match="no effect on objective='logistic'"):
             trainer_for(tmp_path, adapted(rewards=[1, 0.9, 0]), objective="logistic")
 
-    def test_label_smoothing_with_tiers(self, tmp_path):
+    def test_advantages_for_such_an_objective(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="advantages='center' have no effect on objective='dpo'"):
+            trainer_for(tmp_path, adapted(advantages="center"), objective="dpo")
+
+    def test_rewards_that_are_all_the_same(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match=r"rewards=\[1, 1, 1\] .*L_ERL has no gradient"):
+            trainer_for(tmp_path, adapted(rewards=[1, 1, 1]))
+
+    @pytest.mark.parametrize("num_tiers", [1, 3])
+    def test_label_smoothing_with_further_losses(self, tmp_path, num_tiers):
+        """TRL would run the forward that balance comes from without gradient."""
         with pytest.raises(OrdMoEConfigError, match="label_smoothing_factor=0.1"):
-            trainer_for(tmp_path, label_smoothing_factor=0.1)
+            trainer_for(tmp_path, adapted(num_tiers=num_tiers), label_smoothing_factor=0.1)
+
+    def test_one_tier_without_a_supervised_loss(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="ntp_coef=0 with num_tiers=1 leaves nothing to learn"):
+            trainer_for(tmp_path, adapted(num_tiers=1), ntp_coef=0.0)
 
     def test_padding_free_batches(self, tmp_path):
         with pytest.raises(OrdMoEConfigError, match="num_tiers=3 would repeat"):
@@ -244,11 +313,42 @@ class TestRefusals:
             ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
             ({"lower_tier_floor": "low"}, "'uniform', got 'low'"),
             ({"lower_tier_floor": "1.5"}, "at most 0, got 1.5"),
+            ({"lower_tier_floor": "nan"}, "at most 0, got nan"),
+            ({"generation_batch_size": 0}, "generation_batch_size must be at least 1, got 0"),
+            ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+            ({"generation_kwargs": '{"num_return_sequences": 2}'}, "each tier writes one response"),
         ],
     )
     def test_bad_arguments(self, tmp_path, changes, message):
         with pytest.raises(OrdMoEConfigError, match=message):
             arguments(tmp_path, **changes)
+
+
+class TestWarnings:
+    """Options that change nothing say so."""
+
+    @pytest.fixture
+    def warnings(self, monkeypatch):
+        messages = []
+        for module in (arguments_module, trainer_module):
+            monkeypatch.setattr(module.logger, "warning", messages.append)
+        return messages
+
+    def test_options_of_another_mode(self, tmp_path, warnings):
+        arguments(tmp_path, temperature=0.5, simpo_gamma=1.0)
+        assert "simpo_gamma=1.0: no effect with objective='erl', only with 'simpo'." in warnings
+        assert "temperature=0.5: no effect with responses='reference', only with 'generated'." in warnings
+        warnings.clear()
+        arguments(tmp_path, temperature=0.5, responses="generated", simpo_gamma=1.0, objective="simpo")
+        assert warnings == []
+
+    def test_one_tier(self, tmp_path, warnings):
+        trainer_for(tmp_path, adapted(num_tiers=1), responses="generated", objective="dpo")
+        assert any("responses='generated', objective='dpo' and" in message for message in warnings)
+
+    def test_a_floor_that_no_tier_can_reach(self, tmp_path, warnings):
+        trainer_for(tmp_path, adapted(advantages="none"), lower_tier_floor="uniform")
+        assert any("lower_tier_floor='uniform' has no effect" in message for message in warnings)
 
 
 def test_plain_text_data_sets_work(tmp_path):
