@@ -1,5 +1,6 @@
 """Responses written under tiers: one `generate` call for all of them, one row per tier and prompt."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,16 @@ def check_one_response(generation: dict[str, Any]) -> None:
         )
 
 
+def placeholder_ids(model: nn.Module) -> list[int]:
+    """Ids of the tokens that stand for images, video or sound in `model`'s inputs, as its configuration names them.
+
+    A response must not hold any: as an input it would ask for an image that is not there.
+    """
+    named = model.config.to_dict().items()
+    pattern = r"(image|video|audio|vision)\w*_token_(id|index)"
+    return sorted({value for name, value in named if re.fullmatch(pattern, name) and isinstance(value, int)})
+
+
 @torch.no_grad()
 def generate_by_tier(
     model: nn.Module,
@@ -82,6 +93,8 @@ def generate_by_tier(
     **generation: Any,
 ) -> TierResponses:
     """Let each of `tiers` write a response to each prompt, prefill and every decoding step held to it.
+
+    Tokens that stand for images, video or sound are not written: low tiers would, now and then.
 
     Sampling draws from a generator state of its own, set from `seed`: the same call gives the same responses,
     whatever ran before it, and the global state is left as it was. With `rows_per_call` it also depends on how tiers
@@ -107,6 +120,8 @@ def generate_by_tier(
     batch_size, prompt_length = inputs["input_ids"].shape
     tiers_per_call = max(1, rows_per_call // batch_size) if rows_per_call else len(tiers)
     token_scope = token_scope or adapter_config(model).token_scope
+    own = generation.pop("suppress_tokens", None) or model.generation_config.suppress_tokens or []
+    suppressed = sorted({*own, *placeholder_ids(model)})
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
@@ -122,6 +137,7 @@ def generate_by_tier(
                         **repeat_rows(inputs, len(part)),
                         eos_token_id=end_ids.tolist() or None,
                         pad_token_id=pad_token_id,
+                        suppress_tokens=suppressed or None,
                         **generation,
                     )
                 parts.append(output[:, prompt_length:])

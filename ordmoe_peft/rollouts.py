@@ -16,13 +16,13 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from torch import nn
 from tqdm.auto import tqdm
 
-from .analysis.observation import evaluation_mode
-from .analysis.samples import ProcessingClass, prompt_inputs
+from .analysis.evaluation import evaluation_mode
 from .errors import OrdMoEConfigError, OrdMoEDataError
 from .generation import check_one_response, generate_by_tier, with_responses
 from .moe_layers import MoELayer, find_moe_layers, unwrapped
 from .objectives.expert_rank import mean_log_likelihood
 from .responses import content_mask, end_of_sequence_ids
+from .samples import ProcessingClass, check_counts, prompt_inputs
 from .shards import ShardFolder, claim_folder, without_inner_bars
 from .tiers.gate_mass import recorded_gate_mass
 from .tiers.plan import layers_in_scope
@@ -107,7 +107,7 @@ def rollout(
     """
     columns = _kept_columns(dataset, keep_columns)
     _check_options(scored_by, generation)
-    _check_counts(batch_size=batch_size, samples_per_shard=samples_per_shard, rows_per_call=rows_per_call)
+    check_counts(batch_size=batch_size, samples_per_shard=samples_per_shard, rows_per_call=rows_per_call)
     config = adapter_config(model)
     num_tiers = config.num_tiers if num_tiers is None else num_tiers
     routing = {
@@ -184,12 +184,6 @@ def _check_options(scored_by: str, generation: dict[str, Any]) -> None:
     if scored_by not in SCORED_BY:
         raise OrdMoEConfigError(f"scored_by must be one of {SCORED_BY}, got {scored_by!r}.")
     check_one_response(generation)
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise OrdMoEConfigError(f"{name} must be at least 1, got {count}.")
 
 
 def _check_tiers(model: nn.Module, tiers: list[int], routing: dict[str, Any]) -> list[int]:

@@ -3,7 +3,7 @@ import torch
 
 from ordmoe_peft import tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.generation import generate_by_tier, with_responses
+from ordmoe_peft.generation import generate_by_tier, placeholder_ids, with_responses
 from tests import models
 
 
@@ -85,3 +85,21 @@ def test_responses_follow_their_prompts():
     assert rows["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     assert rows["token_type_ids"].tolist() == [[0, 9, 8, 0, 0, 0], [9, 8, 7, 0, 0, 0]]
     assert torch.equal(rows["pixel_values"], prompts["pixel_values"])
+
+
+def test_tokens_that_stand_for_images_are_not_written():
+    """A head that likes nothing better than image tokens: without suppression each response would be of them."""
+    model = models.qwen3_vl_moe()
+    with torch.no_grad():
+        model.lm_head.weight[models.IMAGE_TOKEN] = 100 * model.lm_head.weight.abs().sum(0)
+        hidden = model.model.language_model.norm
+        hidden.weight.copy_(hidden.weight.abs())
+    placeholders = torch.tensor(placeholder_ids(model))
+    assert {models.IMAGE_TOKEN, models.VIDEO_TOKEN, models.VISION_START, models.VISION_END} == set(
+        placeholders.tolist()
+    )
+    for extra in ({}, {"suppress_tokens": [7]}):
+        responses = by_tier(model, [1, 3], **SAMPLED, **extra)
+        written = responses.ids_CBS[responses.mask_CBS]
+        assert not torch.isin(written, placeholders).any()
+    assert not (written == 7).any()

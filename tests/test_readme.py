@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.data import load_easy_vqa
-from ordmoe_peft.analysis.samples import prompt_inputs
+from ordmoe_peft.samples import prompt_inputs
 
 
 BASE = str(Path("examples/easy_vqa/base").resolve())

@@ -7,9 +7,9 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
-from ordmoe_peft.analysis.samples import prompt_inputs
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
 from ordmoe_peft.rollouts import ROLLOUT_FEATURES, rollout
+from ordmoe_peft.samples import prompt_inputs
 from ordmoe_peft.tiers.records import recorded_router_logits
 from tests import models, text
 

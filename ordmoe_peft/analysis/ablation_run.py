@@ -12,10 +12,10 @@ from transformers import PrinterCallback, set_seed
 
 from ..config import OrdMoEConfig
 from ..moe_layers import find_moe_layers
+from ..samples import sample_batches
 from ..tiers.routing import adapter_config
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from .evaluation import evaluate_tiers, evaluation_mode, score_answers
-from .samples import sample_batches
 
 
 HISTORY_ENTRIES = 5

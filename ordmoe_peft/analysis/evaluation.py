@@ -12,9 +12,7 @@ from tqdm.auto import tqdm
 
 from ..objectives.expert_rank import mean_log_likelihood
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
-from ..tiers.routing import adapter_config, tier_routing
-from ..tiers.scope import tiers_of_labels, tiers_of_prompts
-from .samples import (
+from ..samples import (
     ProcessingClass,
     answer_text,
     check_counts,
@@ -23,6 +21,8 @@ from .samples import (
     sample_batches,
     scoring_inputs,
 )
+from ..tiers.routing import adapter_config, tier_routing
+from ..tiers.scope import tiers_of_labels, tiers_of_prompts
 
 
 OVERALL = "overall"

@@ -13,11 +13,11 @@ from ..analysis.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, de
 from ..analysis.ablation_run import data_seed, evaluate_run, train_run
 from ..analysis.ablation_settings import Settings
 from ..analysis.report import ablate_report, require_matplotlib
-from ..analysis.samples import check_counts, check_samples
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
 from ..moe_layers import find_moe_layers
 from ..monitoring.signatures import ablation_findings
+from ..samples import check_counts, check_samples
 from ..tiers.plan import make_plan
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments

@@ -10,6 +10,7 @@ ablation results) and returns a [`Finding`] for each signature that shows in it:
 | `order_from_end_of_sequence` | a tier is above the next one by its end-of-sequence tokens, not by what it says |
 | `experts_collapsing` | experts are no longer routed to, so low tiers are made of what the router dropped |
 | `random_level_order` | tiers are in order no more often than random groups: routing says nothing about quality |
+| `means_against_order` | below tier 1, a lower tier is likelier on average than a higher one |
 | `top_tier_not_best` | tier 1 is no better than the lowest tier: there is nothing to learn from |
 | `random_level_results` | training on ranked tiers gives what training on random ones gives |
 """
@@ -211,18 +212,24 @@ def quality_findings(quality: Mapping[str, Any]) -> list[Finding]:
         quality (mapping): `tiers`, with each tier's likelihoods and accuracy, and `order`, with the shares of samples
             whose tiers are in order.
     """
-    tiers, order = quality.get("tiers") or [], quality.get("order") or {}
-    found = [_random_level_order(order)]
+    tiers = quality.get("tiers") or []
+    found = [_random_level_order(quality)]
     if len(tiers) > 1:
-        found += [_top_tier_not_best(tiers[0], tiers[-1]), _measured_order_from_end_of_sequence(tiers)]
+        found += [
+            _top_tier_not_best(tiers[0], tiers[-1]),
+            _means_against_order(tiers),
+            _measured_order_from_end_of_sequence(tiers),
+        ]
     return [finding for finding in found if finding is not None]
 
 
-def _random_level_order(order: Mapping[str, Mapping[str, Any]]) -> Finding | None:
-    full = order.get("full") or {}
+def _random_level_order(quality: Mapping[str, Any]) -> Finding | None:
+    full = (quality.get("order") or {}).get("full") or {}
     share, level, error, what = full.get("share"), full.get("random"), full.get("random_stderr") or 0, "random groups'"
     if not _is_number(level):
-        level, error, what = full.get("chance"), 0, "chance's"
+        # Tier 1 leads random groups, too, since it stays the top K: only the tiers below it can come in any order.
+        num_tiers = quality.get("num_tiers")
+        level, error, what = 1 / math.factorial(num_tiers - 1) if num_tiers else None, 0, "chance's"
     if not _are_numbers((share, level)):
         return None
     margin = STANDARD_ERRORS * math.hypot(full.get("stderr") or 0, error)
@@ -251,6 +258,24 @@ def _top_tier_not_best(top: Mapping[str, Any], bottom: Mapping[str, Any]) -> Fin
         "top_tier_not_best",
         f"Tier 1 is not better than tier {bottom.get('tier', 'C')}: {', '.join(worse)}. The premise of OrdMoE does not "
         "hold for this model and data: check prompt format and data first, then use supervised fine-tuning.",
+    )
+
+
+def _means_against_order(tiers: Sequence[Mapping[str, Any]]) -> Finding | None:
+    names = {"log_likelihood": "", "log_likelihood_no_eos": " without end-of-sequence tokens"}
+    shown = [
+        f"tier {lower['tier']} is above tier {higher['tier']}{name} ({lower[key]:.3f} against {higher[key]:.3f})"
+        for key, name in names.items()
+        for higher, lower in pairwise(tiers[1:])
+        if _are_numbers((higher.get(key), lower.get(key))) and lower[key] > higher[key]
+    ]
+    if not shown:
+        return None
+    return Finding(
+        "means_against_order",
+        f"Mean likelihoods run against the order: {'; '.join(shown)}, in nats a token. Between these tiers the "
+        "router's ranking is no order of quality; fewer tiers, or an objective over the ends alone, do not rest on it.",
+        severity="note",
     )
 
 

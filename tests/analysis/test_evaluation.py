@@ -6,8 +6,8 @@ from tokenizers import processors
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.analysis.evaluation import evaluate_tiers, generate_answers
-from ordmoe_peft.analysis.samples import prompt_inputs, scoring_inputs
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
+from ordmoe_peft.samples import prompt_inputs, scoring_inputs
 from tests import models, text
 
 

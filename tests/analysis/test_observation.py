@@ -6,9 +6,9 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.analysis.observation import observe_tier, spread
-from ordmoe_peft.analysis.samples import scoring_inputs
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.samples import scoring_inputs
 from tests import models, reference, text
 
 

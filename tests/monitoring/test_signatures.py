@@ -214,15 +214,25 @@ def test_tiers_in_order_are_silent():
         ({"share": 0.51}, []),
         ({"share": 0.51, "stderr": 0.03}, ["random_level_order"]),
         ({"share": 0.3}, ["random_level_order"]),
-        ({"share": 0.2, "random": None, "random_stderr": None}, ["random_level_order"]),
-        ({"share": 0.21, "random": None, "random_stderr": None}, []),
+        ({"share": 0.53, "random": None, "random_stderr": None}, ["random_level_order"]),
+        ({"share": 0.55, "random": None, "random_stderr": None}, []),
         ({"share": 0.99, "random": 0.99}, []),
         ({"share": None}, []),
     ],
 )
 def test_order_at_the_level_of_random_groups(full, shown):
-    """2√(0.02² + 0.02²) = 0.057 above 0.45 is 0.507; with 0.03, 0.522. Against chance, 1/6 + 2 · 0.02 = 0.207."""
+    """2√(0.02² + 0.02²) = 0.057 above 0.45 is 0.507; with 0.03, 0.522. Without them, tier 1 leads anyway and
+    tiers 2 and 3 come in either order: 1/2 + 2 · 0.02 = 0.54."""
     assert names(quality_findings(quality(full))) == shown
+
+
+def test_means_against_the_order_below_tier_1():
+    """With end tokens tiers 2 and 3 are in order, without them tier 3 leads."""
+    findings = quality_findings(quality(content=(-0.2, -1.3, -1.1)))
+    assert names(findings) == ["means_against_order", "order_from_end_of_sequence"]
+    finding = findings[0]
+    assert "tier 3 is above tier 2 without end-of-sequence tokens (-1.100 against -1.300)" in finding.message
+    assert "tier 3 is above tier 2 (" not in finding.message
 
 
 def test_order_at_the_level_of_random_groups_names_the_shares():
@@ -233,7 +243,7 @@ def test_order_at_the_level_of_random_groups_names_the_shares():
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
-        ({"likelihood": (-0.9, -0.5, -0.4), "content": (-0.9, -0.5, -0.4)}, "likelihood -0.900 against -0.400"),
+        ({"likelihood": (-0.9, -0.3, -0.4), "content": (-0.9, -0.3, -0.4)}, "likelihood -0.900 against -0.400"),
         ({"accuracy": (0.4, 0.5, 0.4)}, "exact match 40.0% against 40.0%"),
     ],
 )

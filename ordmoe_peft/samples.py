@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..errors import OrdMoEConfigError, OrdMoEDataError
+from .errors import OrdMoEConfigError, OrdMoEDataError
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
