@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import datasets
 from datasets import Dataset
 
 from .errors import OrdMoEConfigError
+from .files import whole_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,8 @@ class ShardFolder:
 
     def write(self, index: int, rows: Dataset) -> None:
         """Write shard `index` under a name that no reader looks at, and rename it when it is complete."""
-        path = self.path(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
-        rows.to_parquet(partial)
-        os.replace(partial, path)
+        with whole_file(self.path(index)) as unfinished:
+            rows.to_parquet(unfinished)
 
 
 @contextmanager
@@ -91,14 +88,7 @@ def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> 
             "continued. Choose another output folder."
         )
     # Settings that no shard was written with, such as those of a run that ran out of memory, bind nobody.
-    folder.mkdir(parents=True, exist_ok=True)
-    _partial(path).write_text(text)
-    os.replace(_partial(path), path)
-
-
-def _partial(path: Path) -> Path:
-    # A leading dot keeps `load_dataset` from taking what a killed run left for data.
-    return path.with_name(f".{path.name}.partial")
+    write_whole(path, text)
 
 
 def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:

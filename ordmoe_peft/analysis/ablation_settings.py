@@ -26,7 +26,7 @@ WITHOUT_EFFECT = NOT_VARIED | {
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "local_rank"),
 }
 # The fields of OrdMoE's own that also work without lower tiers. All others are about tiers.
-FIELDS_FOR_ONE_TIER = {"targets", "num_tiers", "base_moe", "balance_coef", "ntp_coef", "router_learning_rate"}
+FIELDS_FOR_ONE_TIER = {"targets", "num_tiers", "base_moe", "balance_coef", "ntp_coef"}
 # Field → what another field must be for it to have an effect.
 GENERATES = ("responses", ("generated",))
 ACTS_ONLY_WITH = {
