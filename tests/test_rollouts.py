@@ -126,11 +126,12 @@ def test_a_folder_goes_on_where_it_stopped(tmp_path):
     lost = tmp_path / "part/data/train-00001-of-00003.parquet"
     kept = lost.with_name("train-00000-of-00003.parquet")
     written_at = kept.stat().st_mtime_ns
-    lost.rename(lost.with_name(f".{lost.name}.partial"))
+    left_by_a_kill = lost.rename(lost.with_name(f".{lost.name}.123.partial"))
     torch.rand(3)
     again = roll(tmp_path / "part")
     assert again[:] == whole[:]
     assert kept.stat().st_mtime_ns == written_at
+    left_by_a_kill.unlink()
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
 
 
