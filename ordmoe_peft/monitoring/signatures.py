@@ -299,7 +299,8 @@ def ablation_findings(results: Mapping[str, Any]) -> list[Finding]:
         results (mapping): `cells`, each with `name`, `settings` and `difference` (`mean`, `low` and `high` of a 95 %
             interval; higher is better; `None` for the baseline), and `unit`.
     """
-    cells = [cell for cell in results.get("cells") or [] if _are_numbers(_interval(cell))]
+    # The base as it is has no tiers; a cell without `grouping` has the default's, uniform.
+    cells = [cell for cell in results.get("cells") or [] if cell["name"] != "base" and _are_numbers(_interval(cell))]
     pairs = [
         (ranked, random)
         for ranked in cells

@@ -140,7 +140,7 @@ def results(num_cells: int = 4) -> dict:
             "stderr": 0.4,
             "per_seed": [74.1, 75.3],
             "difference": difference,
-            "log_likelihood": difference,
+            "log_likelihood": {"mean": -0.25, "stderr": 0.01, "difference": difference},
             "tier_log_likelihood": [-0.05, -7.2],
             "seconds_per_step": 0.45,
         }

@@ -296,6 +296,11 @@ def test_results_name_cells_and_numbers():
     assert "The lead of +0.25 is not above its margin, 0.559" in finding.message
 
 
+def test_the_base_is_no_cell_of_tiers():
+    cells = [cell("base", -9.0, 1.0), BASELINE, cell("random", 0.0, 0.8, grouping="random")]
+    assert ablation_findings({"cells": cells}) == []
+
+
 def test_only_cells_with_the_same_other_settings_are_compared():
     cells = [
         cell("uniform, λ 0.1", 0.1, 0.5, grouping="uniform", erl_coef=0.1),

@@ -1,5 +1,6 @@
 """The report of what `ordmoe ablate` measured: paired differences with their intervals, and what a step costs."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -21,9 +22,9 @@ def ablate_report(results: Mapping[str, Any], directory: "str | Path") -> Path:
 
     Args:
         results (`Mapping`): `baseline` (a cell's name), `metric`, `unit`, `notes` (texts), and `cells`, each with
-            `name`, `settings`, `chosen`, `mean`, `stderr`, `per_seed`, `difference` and `log_likelihood` (each None,
-            or `mean`, `low`, `high`, `is_gain` and `verdict` against the baseline), `tier_log_likelihood` (nats per
-            token by tier, or None) and `seconds_per_step`.
+            `name`, `settings`, `chosen`, `mean`, `stderr`, `per_seed`, `difference` (None, or `mean`, `low`, `high`,
+            `is_gain` and `verdict` against the baseline), `log_likelihood` (None, or its `mean`, `stderr` and
+            `difference`), `tier_log_likelihood` (nats per token by tier, or None) and `seconds_per_step`.
         directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
 
     Returns:
@@ -51,7 +52,8 @@ def ablate_report(results: Mapping[str, Any], directory: "str | Path") -> Path:
 
 
 def _differences(results: Mapping[str, Any], key: str, what: str) -> Plot | None:
-    cells = [cell for cell in results["cells"] if page.is_number((cell.get(key) or {}).get("mean"))]
+    measured = [(cell, _difference(cell, key)) for cell in results["cells"]]
+    cells = [(cell["name"], difference) for cell, difference in measured if page.is_number(difference.get("mean"))]
     if not cells:
         return None
     caption = (
@@ -59,21 +61,23 @@ def _differences(results: Mapping[str, Any], key: str, what: str) -> Plot | None
         "a gain nor a loss."
     )
     alt = f"Difference in {what} from {results['baseline']}: " + "; ".join(
-        f"{cell['name']} {page.number(cell[key]['mean'], signed=True)}" for cell in cells
+        f"{name} {page.number(difference['mean'], signed=True)}" for name, difference in cells
     )
-    return Plot(
-        key, alt, caption, lambda figure: _draw_differences(figure, cells, key, what, results["baseline"]), True
-    )
+    return Plot(key, alt, caption, lambda figure: _draw_differences(figure, cells, what, results["baseline"]), True)
 
 
-def _draw_differences(figure: Any, cells: Sequence[Mapping[str, Any]], key: str, what: str, baseline: str) -> None:
+def _difference(cell: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A cell's difference from the baseline, in the metric or in `log_likelihood`; empty where there is none."""
+    return (cell if key == "difference" else cell.get(key) or {}).get("difference") or {}
+
+
+def _draw_differences(figure: Any, cells: Sequence[tuple[str, Mapping[str, Any]]], what: str, baseline: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes, rows = _rows(figure, cells)
+    axes, rows = _rows(figure, [name for name, _ in cells])
     for kind in (GAIN, OPEN, LOSS):
         label, marker, color, is_filled = kind
-        for row, cell in zip(rows, cells, strict=True):
-            difference = cell[key]
+        for row, (_, difference) in zip(rows, cells, strict=True):
             if _kind(difference) is not kind:
                 continue
             mean, low, high = (difference[part] for part in ("mean", "low", "high"))
@@ -97,10 +101,10 @@ def _kind(difference: Mapping[str, Any]) -> tuple:
     return LOSS if difference["high"] < 0 else OPEN
 
 
-def _rows(figure: Any, cells: Sequence[Mapping[str, Any]]) -> tuple[Any, list[float]]:
+def _rows(figure: Any, names: Sequence[str]) -> tuple[Any, list[float]]:
     """Axes with a row for each cell, its wrapped name to the left, and the rows' places, counted in lines of text."""
     width = 40 if figure.get_figwidth() == WIDE else 24
-    names = [_wrap(cell["name"], width) for cell in cells]
+    names = [_wrap(name, width) for name in names]
     heights = [name.count("\n") + 1.7 for name in names]
     ends = list(accumulate(heights))
     rows = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
@@ -114,7 +118,7 @@ def _rows(figure: Any, cells: Sequence[Mapping[str, Any]]) -> tuple[Any, list[fl
 
 def _wrap(text: str, width: int) -> str:
     """Text in lines, broken at spaces and after commas, which part the settings in a cell's name."""
-    return "\n".join(textwrap.wrap(text.replace(",", ", "), width, break_on_hyphens=False)) or text
+    return "\n".join(textwrap.wrap(re.sub(r",\s*", ", ", text), width, break_on_hyphens=False)) or text
 
 
 def _cost(cells: Sequence[Mapping[str, Any]]) -> Plot | None:
@@ -129,7 +133,7 @@ def _cost(cells: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 
 def _draw_cost(figure: Any, cells: Sequence[Mapping[str, Any]]) -> None:
-    axes, rows = _rows(figure, cells)
+    axes, rows = _rows(figure, [cell["name"] for cell in cells])
     seconds = [cell["seconds_per_step"] for cell in cells]
     bars = axes.barh(rows, seconds, color=BLUE, height=0.9)
     axes.bar_label(bars, [page.number(value, 2) for value in seconds], padding=4)
@@ -138,8 +142,14 @@ def _draw_cost(figure: Any, cells: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    columns = ("cell", f"{results['metric']} ({results['unit']})", "difference", "verdict", "log-likelihood (nats)")
-    columns += ("tiers' log-likelihood (nats)", "seconds per step", "per seed")
+    columns = ("cell", f"{results['metric']} ({results['unit']})", "difference", "verdict")
+    columns += (
+        "log-likelihood (nats)",
+        "its difference",
+        "tiers' log-likelihood (nats)",
+        "seconds per step",
+        "per seed",
+    )
     return page.table(columns, [_row(cell, results["baseline"]) for cell in results["cells"]])
 
 
@@ -151,7 +161,8 @@ def _row(cell: Mapping[str, Any], baseline: str) -> tuple[str, ...]:
         f"{page.number(cell.get('mean'))} ± {page.number(cell.get('stderr'))}",
         _interval(cell.get("difference")),
         verdict,
-        _interval(cell.get("log_likelihood")),
+        page.number((cell.get("log_likelihood") or {}).get("mean")),
+        _interval(_difference(cell, "log_likelihood")),
         " / ".join(page.number(value, 2) for value in cell.get("tier_log_likelihood") or ()) or page.MISSING,
         page.number(cell.get("seconds_per_step"), 2),
         " / ".join(page.number(value) for value in cell.get("per_seed") or ()) or page.MISSING,
