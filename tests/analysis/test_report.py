@@ -266,7 +266,7 @@ def test_tiers_page_has_numbers_and_texts(tmp_path, undrawn):
 def test_ablation_page_has_every_cell_and_calls_the_baseline_so(tmp_path, undrawn):
     words = Page(ablate_report(results(), tmp_path)).text
     assert "Note. A sweep under zscore is blind." in words
-    assert "sft 74.700 ± 0.400 — baseline — — 0.45 74.100 / 75.300" in words
+    assert "sft 74.700 ± 0.400 — baseline — — — 0.45 74.100 / 75.300" in words
     assert "erl_coef=0 73.700 ± 0.400 -1.000 [-1.500, -0.500] so" in words
     assert "chosen on validation" in words
 
