@@ -1,7 +1,8 @@
 """Responses written under tiers: one `generate` call for all of them, one row per tier and prompt."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,28 @@ def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch
         else value
         for name, value in prompts.items()
     }
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, `model` is in evaluation mode and nothing is recorded for gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def sampling_arguments(
+    max_completion_length: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float
+) -> dict[str, Any]:
+    """The arguments of `generate` for options named as in TRL; temperature 0 is greedy."""
+    shared = {"max_new_tokens": max_completion_length, "repetition_penalty": repetition_penalty}
+    if temperature == 0:
+        return shared | {"do_sample": False}
+    return shared | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
 def check_one_response(generation: dict[str, Any]) -> None:

@@ -16,11 +16,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from torch import nn
 from tqdm.auto import tqdm
 
-from .analysis.evaluation import evaluation_mode
 from .errors import OrdMoEConfigError, OrdMoEDataError
-from .generation import check_one_response, generate_by_tier, with_responses
+from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses
 from .moe_layers import MoELayer, find_moe_layers, unwrapped
-from .objectives.expert_rank import mean_log_likelihood
+from .objectives.expert_rank import label_log_probs, mean_log_likelihood
 from .responses import content_mask, end_of_sequence_ids
 from .samples import ProcessingClass, check_counts, prompt_inputs
 from .shards import ShardFolder, claim_folder, without_inner_bars
@@ -319,13 +318,7 @@ class _TierWriter:
             recorded_gate_mass(in_scope) as masses,
         ):
             logits = self.model(**full_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        # Row by row: all rows' logits in float32 at once may be more than the model itself.
-        log_probs_BS = torch.stack(
-            [
-                row.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-                for row, ids in zip(logits, ids_BS, strict=True)
-            ]
-        )
+        log_probs_BS = label_log_probs(logits, ids_BS)
         if not masses or any(mass is None for mass in masses):
             return log_probs_BS, None
         mass_BS = torch.stack(masses).mean(0).view(batch_size, -1)[:, -length - 1 : -1]

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from ..config import OrdMoEConfig
+from ..generation import evaluation_mode
 from ..moe_layers import find_moe_layers
 from ..samples import sample_batches
 from ..tiers.routing import adapter_config
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
-from .evaluation import evaluate_tiers, evaluation_mode, score_answers
+from .evaluation import evaluate_tiers, score_answers
 
 
 HISTORY_ENTRIES = 5

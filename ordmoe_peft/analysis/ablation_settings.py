@@ -15,6 +15,7 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..objectives.advantages import tier_advantages
 from ..training import OrdMoETrainingArguments
+from ..training.arguments import ACT_ONLY_WITH
 
 
 # Varied by the ablation itself, or without a place in it.
@@ -27,14 +28,13 @@ WITHOUT_EFFECT = NOT_VARIED | {
 }
 # The fields of OrdMoE's own that also work without lower tiers. All others are about tiers.
 FIELDS_FOR_ONE_TIER = {"targets", "num_tiers", "base_moe", "balance_coef", "ntp_coef"}
-# Field → what another field must be for it to have an effect.
-GENERATES = ("responses", ("generated",))
+# Field → what another field must be for it to have an effect: what the trainer warns of, and what it refuses.
 ACTS_ONLY_WITH = {
+    **{option: (name, (value,)) for (name, value), options in ACT_ONLY_WITH.items() for option in options},
     **dict.fromkeys(("rewards", "advantages", "lower_tier_floor"), ("objective", ("erl",))),
     "objective_beta": ("objective", ("logistic", "plackett_luce", "dpo", "ipo", "simpo")),
-    "simpo_gamma": ("objective", ("simpo",)),
     "tier_seed": ("grouping", ("random",)),
-    **dict.fromkeys(("scored_by", "max_completion_length", "temperature", "top_p", "top_k", "min_p"), GENERATES),
+    "scored_by": ("responses", ("generated",)),
 }
 LIBRARIES = ("ordmoe-peft", "torch", "transformers", "peft", "trl")
 

@@ -1,8 +1,7 @@
 """Accuracy and likelihood on held-out samples, tier by tier."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..objectives.expert_rank import mean_log_likelihood
+from ..generation import evaluation_mode
+from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from ..samples import (
     ProcessingClass,
@@ -112,18 +112,6 @@ def evaluate_tiers(
     return [result.finish() for result in results]
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is in evaluation mode and nothing is recorded for gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def generate_answers(
     model: nn.Module,
     processing_class: ProcessingClass,
@@ -158,9 +146,8 @@ def score_answers(
     tiers = tiers_of_labels(tiers, inputs["labels"], adapter_config(model).token_scope)
     labels_BS = inputs.pop("labels")[:, 1:]
     with tier_routing(model, tiers, **routing):
-        logits = model(**inputs).logits[:, :-1].float()
+        log_probs_BS = label_log_probs(model(**inputs).logits[:, :-1], labels_BS)
     mask_BS = labels_BS != IGNORED_LABEL
-    log_probs_BS = logits.log_softmax(-1).gather(-1, labels_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer, model))
     return mean_log_likelihood(log_probs_BS, mask_BS), mean_log_likelihood(log_probs_BS, content_BS)

@@ -8,12 +8,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..generation import evaluation_mode
 from ..monitoring.health import LayerHealth
 from ..monitoring.router_meter import RouterMeter
 from ..samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ..tiers.ranking import GROUPINGS
 from ..tiers.routing import adapter_config
-from .evaluation import evaluation_mode
 from .verdict import reasons_against
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import OrdMoEModelError
+from ..generation import evaluation_mode
 from ..moe_layers import MoELayer, find_moe_layers
 from ..responses import IGNORED_LABEL
 from ..samples import ProcessingClass, sample_batches, scoring_inputs
@@ -21,7 +22,6 @@ from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .correlation import routing_score
-from .evaluation import evaluation_mode
 
 
 @dataclass

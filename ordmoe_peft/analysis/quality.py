@@ -9,11 +9,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..generation import evaluation_mode
 from ..moe_layers import find_moe_layers
 from ..samples import ProcessingClass, answer_text, check_counts, sample_batches
 from .correlation import RankCorrelation, rank_correlation
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierResult, evaluate_tiers, evaluation_mode, score_answers
+from .evaluation import TierResult, evaluate_tiers, score_answers
 from .observation import TierObservation, observe_tier, outer_experts
 
 

@@ -97,6 +97,10 @@ class SampleArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     split: str = field(default="test", metadata={"help": "Its split."})
     limit: int | None = field(default=None, metadata={"help": "Use at most this many samples, drawn by seed 0."})
+    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
+    grouping: str | None = field(
+        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
 

@@ -17,8 +17,6 @@ class EvaluateArguments(SampleArguments):
     """What to evaluate, and on what."""
 
     tiers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Tiers to evaluate; 1 is the top."})
-    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C to cut; the adapter's by default."})
-    grouping: str | None = field(default=None, metadata={"help": "How tiers are cut; the adapter's by default."})
     group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})

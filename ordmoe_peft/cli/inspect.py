@@ -8,9 +8,8 @@ from trl import TrlParser
 from ..analysis.inspection import HealthReport, inspect_model
 from ..analysis.report import inspect_report, require_matplotlib
 from ..monitoring.signatures import health_findings
-from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
-from .loading import load_samples, load_subject
+from .loading import load_samples, load_subject, tier_cut
 from .tables import print_findings, print_table, write_json
 
 
@@ -25,10 +24,6 @@ class InspectArguments(SampleArguments):
 
     split: str = field(default="train", metadata={"help": "Its split."})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
-    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
-    grouping: str | None = field(
-        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
-    )
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
@@ -49,13 +44,11 @@ def main(arguments: Sequence[str]) -> None:
         require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    defaults = adapter_config(model)
     report = inspect_model(
         model,
         processing_class,
         dataset,
-        num_tiers=defaults.num_tiers if options.num_tiers is None else options.num_tiers,
-        grouping=defaults.grouping if options.grouping is None else options.grouping,
+        **tier_cut(model, options),
         batch_size=options.batch_size,
     )
     print_health(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}", report)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments
 
 
@@ -63,3 +64,12 @@ def load_subject(model_options: ModelArguments, options: SampleArguments) -> tup
     processing_class = load_processing_class(model_options, options.trust_remote_code)
     model = load_base(model_options, options.trust_remote_code)
     return model if options.adapter is None else load_adapter(model, options.adapter), processing_class
+
+
+def tier_cut(model: Any, options: SampleArguments) -> dict[str, Any]:
+    """`num_tiers` and `grouping` as asked for, else the adapter's."""
+    config = adapter_config(model)
+    return {
+        "num_tiers": config.num_tiers if options.num_tiers is None else options.num_tiers,
+        "grouping": config.grouping if options.grouping is None else options.grouping,
+    }

@@ -9,6 +9,8 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from trl import TrlParser
 
+from ..files import whole_file
+from ..generation import sampling_arguments
 from ..preference_pairs import to_preference_pairs
 from ..rollouts import SETTINGS_FILE, rollout
 from ..shards import without_inner_bars
@@ -30,8 +32,6 @@ class RolloutArguments(SampleArguments):
         default_factory=list, metadata={"help": "Columns to keep beside prompt, images and completion."}
     )
     tiers: list[int] | None = field(default=None, metadata={"help": "Tiers that write, 1 is the top; all by default."})
-    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C to cut; the adapter's by default."})
-    grouping: str | None = field(default=None, metadata={"help": "How tiers are cut; the adapter's by default."})
     scored_by: str = field(
         default="tier", metadata={"help": "Score under the tier that wrote (tier) or under tier 1 (policy)."}
     )
@@ -52,11 +52,9 @@ class RolloutArguments(SampleArguments):
 
     def generation(self) -> dict:
         """The arguments of `generate` that were asked for."""
-        shared = {"max_new_tokens": self.max_completion_length, "repetition_penalty": self.repetition_penalty}
-        if self.temperature == 0:
-            return shared | {"do_sample": False}
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return shared | {"do_sample": True} | sampling
+        return sampling_arguments(
+            self.max_completion_length, self.temperature, self.top_p, self.top_k, self.repetition_penalty
+        )
 
 
 def build_parser() -> TrlParser:
@@ -142,8 +140,6 @@ def push(rollouts: Dataset, folder: Path, repository: str) -> None:
 def write_pairs(rollouts: Dataset, folder: Path) -> None:
     """Write the preference pairs of `rollouts` as a data set of their own."""
     pairs = to_preference_pairs(rollouts)
-    path = folder / "data" / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with without_inner_bars():
-        pairs.to_parquet(path)
+    with without_inner_bars(), whole_file(folder / "data" / "train-00000-of-00001.parquet") as unfinished:
+        pairs.to_parquet(unfinished)
     print(f"{len(pairs)} preference pairs in {folder} ({len(rollouts) - len(pairs)} left out: equal texts)")

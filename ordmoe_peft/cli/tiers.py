@@ -8,10 +8,9 @@ from trl import TrlParser
 from ..analysis.quality import TierQuality, tier_quality
 from ..analysis.report import require_matplotlib, tiers_report
 from ..monitoring.signatures import quality_findings
-from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .evaluate import print_results
-from .loading import load_samples, load_subject
+from .loading import load_samples, load_subject, tier_cut
 from .tables import percent, print_findings, print_table, write_json
 
 
@@ -28,10 +27,6 @@ class TiersArguments(SampleArguments):
     """Whose tiers to measure, and on what."""
 
     limit: int | None = field(default=512, metadata={"help": "Measure at most this many samples, drawn by seed 0."})
-    num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
-    grouping: str | None = field(
-        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
-    )
     group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
     rating_column: str | None = field(
         default=None, metadata={"help": "Column of numbers to correlate routing with; exact match by default."}
@@ -61,13 +56,11 @@ def main(arguments: Sequence[str]) -> None:
         require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    defaults = adapter_config(model)
     quality = tier_quality(
         model,
         processing_class,
         dataset,
-        num_tiers=defaults.num_tiers if options.num_tiers is None else options.num_tiers,
-        grouping=defaults.grouping if options.grouping is None else options.grouping,
+        **tier_cut(model, options),
         group_by=options.group_by,
         rating_column=options.rating_column,
         batch_size=options.batch_size,

@@ -5,6 +5,15 @@ import math
 import torch
 
 
+def label_log_probs(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each label, in float32 (`torch.Tensor` of shape `(B, S)`); any number where it is negative.
+
+    Row by row: all rows' logits in float32 at once may be more than the model itself.
+    """
+    rows = zip(logits_BSV, labels_BS.clamp(min=0).unsqueeze(-1), strict=True)
+    return torch.stack([row.float().log_softmax(-1).gather(-1, label).squeeze(-1) for row, label in rows])
+
+
 def mean_log_likelihood(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean log-probability per token where `mask` holds, L̄ (`torch.Tensor` of shape `(...,)` from `(..., S)`).
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe_layers import MoELayer
+from ..moe_layers import MoELayer, router_weights
 
 
 @contextmanager
@@ -32,14 +32,7 @@ def recorded_gate_mass(layers: Sequence[MoELayer]) -> Iterator[list[torch.Tensor
 
 def _recorder(top_k: int, records: list[torch.Tensor | None]):
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        # Routers of transformers return logits, weights, indices; older ones logits alone.
-        weights_TK = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        is_weights = (
-            isinstance(weights_TK, torch.Tensor)
-            and weights_TK.is_floating_point()
-            and weights_TK.dim() == 2
-            and weights_TK.shape[1] == top_k
-        )
-        records.append(weights_TK.float().sum(-1) if is_weights else None)
+        weights_TK = router_weights(output, top_k)
+        records.append(None if weights_TK is None else weights_TK.float().sum(-1))
 
     return record

@@ -22,13 +22,10 @@ from torch.overrides import TorchFunctionMode
 from .._compat import wrap_checkpointing
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
-from ..moe_layers import MoELayer, find_moe_layers, text_model
+from ..moe_layers import WEIGHTS, MoELayer, find_moe_layers, router_weights, text_model
 from .plan import TierPlan, make_plan
 from .ranking import random_order, rank_experts, tier_experts
 
-
-# Place of the chosen experts' weights in what transformers' routers return: logits, weights, indices.
-WEIGHTS = 1
 
 # Plans asked for by the `with` blocks of this thread: id of the text model → plan.
 _requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
@@ -210,8 +207,8 @@ def check_weights(layer: MoELayer) -> None:
         return
     with torch.no_grad():
         output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
-    weights = output[WEIGHTS] if isinstance(output, tuple) and len(output) > WEIGHTS else None
-    if not isinstance(weights, torch.Tensor) or weights.shape != (2, layer.top_k) or not weights.is_floating_point():
+    weights_TK = router_weights(output, layer.top_k)
+    if weights_TK is None or len(weights_TK) != 2:
         raise OrdMoEModelError(
             f"{layer.router_name} ({type(layer.router).__name__}) does not return the weights of its chosen experts, "
             "which tier_weights='match' scales: set tier_weights='router'."

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..errors import OrdMoEConfigError
-from ..generation import check_one_response
+from ..generation import check_one_response, sampling_arguments
 from .objectives import OBJECTIVES
 
 
@@ -177,13 +177,8 @@ class OrdMoETrainingArguments(SFTConfig):
     @property
     def sampling(self) -> dict[str, Any]:
         """The arguments of `generate` for responses."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        drawn |= {} if self.min_p is None else {"min_p": self.min_p}
-        return {
-            "use_cache": True,
-            "max_new_tokens": self.max_completion_length,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-            **(drawn if self.temperature > 0 else {}),
-            **(self.generation_kwargs or {}),
-        }
+        shared = sampling_arguments(
+            self.max_completion_length, self.temperature, self.top_p, self.top_k, self.repetition_penalty
+        )
+        least = {"min_p": self.min_p} if self.temperature > 0 and self.min_p is not None else {}
+        return {"use_cache": True, **shared, **least, **(self.generation_kwargs or {})}

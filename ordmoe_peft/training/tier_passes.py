@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..generation import TierResponses, with_responses
 from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
-from .rows import left_padded_prompts, stack_rows
+from .rows import stack_rows
 
 
 # The place of the batch's own rows where tiers have responses of their own.
@@ -74,7 +73,8 @@ class TierPasses:
         active (sequence of `int`): tiers that the objective has a gradient for.
         pad_token_id (`int`): fills rows that are shorter than others.
         watched (sequence of `int`): further tiers, run without gradient on reference responses, to log them.
-        responses ([`TierResponses`], *optional*): what the active tiers wrote; the batch's own responses by default.
+        written (list of `dict`, *optional*): for each active tier the batch's prompts with what it wrote, as rows; by
+            default all tiers score the batch's own responses.
         scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's router logits are needed.
@@ -90,7 +90,7 @@ class TierPasses:
         active: Sequence[int],
         pad_token_id: int,
         watched: Sequence[int] = (),
-        responses: TierResponses | None = None,
+        written: Sequence[dict[str, Any]] | None = None,
         scored_by: str = "tier",
         needs_reference: bool = False,
         records_routing: bool = False,
@@ -98,7 +98,7 @@ class TierPasses:
     ):
         self.model, self.moe_model = model, moe_model
         self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
-        self.responses, self.scored_by, self.pad_token_id = responses, scored_by, pad_token_id
+        self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
         self.needs_reference, self.records_routing, self.step = needs_reference, records_routing, step
         self.scores: TierScores | None = None
 
@@ -129,13 +129,11 @@ class TierPasses:
         return _first_rows(outputs, batch_size)
 
     def _groups(self, inputs: dict[str, Any]) -> list["RowGroup"]:
-        if self.responses is None:
+        if self.written is None:
             return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in self.active if tier != 1))]
         groups = [RowGroup(UNRANKED, 1, inputs)]
-        prompts = left_padded_prompts(inputs, self.pad_token_id)
-        for tier, ids_BS, mask_BS in zip(self.active, self.responses.ids_CBS, self.responses.mask_CBS, strict=True):
-            routed_by = tier if self.scored_by == "tier" else 1
-            groups.append(RowGroup(tier, routed_by, with_responses(prompts, ids_BS, mask_BS)))
+        for tier, rows in zip(self.active, self.written, strict=True):
+            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, rows))
         return groups
 
     def _run(

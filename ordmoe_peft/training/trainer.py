@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
-from ..generation import TierResponses, generate_by_tier
+from ..generation import generate_by_tier, with_responses
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
@@ -189,17 +189,19 @@ class OrdMoETrainer(SFTTrainer):
             active=active,
             pad_token_id=self._pad_token_id,
             watched=[tier for tier in range(2, self.num_tiers + 1) if tier not in active] if is_watched else [],
-            responses=self._generate(inputs, active) if is_generated else None,
+            written=self._written_rows(inputs, active) if is_generated else None,
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
             step=step,
         )
 
-    def _generate(self, inputs: dict[str, Any], tiers: list[int]) -> TierResponses:
-        return generate_by_tier(
+    def _written_rows(self, inputs: dict[str, Any], tiers: list[int]) -> list[dict[str, Any]]:
+        """The batch's prompts with what each of `tiers` writes to them."""
+        prompts = left_padded_prompts(inputs, self._pad_token_id)
+        written = generate_by_tier(
             self.model,
-            left_padded_prompts(inputs, self._pad_token_id),
+            prompts,
             tiers,
             seed=self._draw_seed(),
             end_ids=self.end_of_sequence_ids,
@@ -208,6 +210,7 @@ class OrdMoETrainer(SFTTrainer):
             routing={"step": self.state.global_step},
             **self.args.sampling,
         )
+        return [with_responses(prompts, *response) for response in zip(written.ids_CBS, written.mask_CBS, strict=True)]
 
     def _draw_seed(self) -> int:
         """A seed for this micro-batch of this step and process, the same when the step is run again."""
