@@ -3,8 +3,8 @@
 With reference responses a tier's rows are the batch itself; with generated ones they are the batch's prompts, each with
 what that tier wrote. The first rows are always the batch itself on tier 1, which supervised fine-tuning learns from.
 
-Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first, then of each that
-[`TierPasses.run_pass`] runs, and drops its graph. Passes without gradient come before, so that they are not on top of a graph.
+Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first and drops the graph, then
+of each that [`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
 """
 
 from collections.abc import Callable, Sequence
