@@ -11,6 +11,7 @@ from . import registration
 from .config import OrdMoEConfig
 from .errors import OrdMoEError
 from .model import OrdMoEModel
+from .quantization.census import quantization_census
 from .quantization.config import MoeBitsAndBytesConfig
 from .targets import coverage_report
 from .tiers.routing import tier_routing
@@ -27,6 +28,7 @@ __all__ = [
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

@@ -13,6 +13,7 @@ PUBLIC = {
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
     "rollout",
     "tier_routing",
     "to_preference_pairs",
