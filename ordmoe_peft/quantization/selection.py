@@ -36,7 +36,8 @@ def check_all_experts_found(model: nn.Module, layers: list[MoELayer], skip_modul
         if should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"{name} ({type(module).__name__}) cannot be loaded in 4 bits: its class does not use transformers' "
-                f"experts interface. Add {name.rpartition('.')[2]!r} to `llm_int8_skip_modules` to leave it in its dtype."
+                "experts interface. "
+                f"Add {name.rpartition('.')[2]!r} to `llm_int8_skip_modules` to leave it in its dtype."
             )
 
 
