@@ -19,7 +19,7 @@ from ..moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers
 from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
 from .file_pages import release_file_pages
-from .selection import check_all_experts_found, expert_stacks, linear_block_size, unquantised_linears
+from .selection import check_experts_interface, expert_stacks, linear_block_size, unquantised_linears
 from .storage import Matrices, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
 
@@ -66,9 +66,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map, checkpoint_files=None, **kwargs):
         config, self.checkpoint_files = self.quantization_config, checkpoint_files or []
-        layers = find_moe_layers(model)
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
-        check_all_experts_found(model, layers, config.llm_int8_skip_modules)
+        check_experts_interface(model, config.llm_int8_skip_modules)
+        layers = find_moe_layers(model)
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
         config.llm_int8_skip_modules = sorted(
             {*(config.llm_int8_skip_modules or []), *unquantised_linears(model, layers)}

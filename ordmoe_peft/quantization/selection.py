@@ -23,11 +23,12 @@ def expert_stacks(layers: list[MoELayer], skip_modules: list[str] | None) -> set
     }
 
 
-def check_all_experts_found(model: nn.Module, layers: list[MoELayer], skip_modules: list[str] | None) -> None:
+def check_experts_interface(model: nn.Module, skip_modules: list[str] | None) -> None:
     """See that no experts would stay unquantised because nothing knows how to run them packed.
 
     Raises:
-        [`OrdMoEModelError`]: a module looks like fused experts but does not use transformers' experts interface.
+        [`OrdMoEModelError`]: a module, not named by `skip_modules`, holds fused experts but does not use transformers'
+            experts interface.
     """
     for name, module in model.named_modules():
         stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
@@ -36,8 +37,8 @@ def check_all_experts_found(model: nn.Module, layers: list[MoELayer], skip_modul
         if should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"{name} ({type(module).__name__}) cannot be loaded in 4 bits: its class does not use transformers' "
-                "experts interface. "
-                f"Add {name.rpartition('.')[2]!r} to `llm_int8_skip_modules` to leave it in its dtype."
+                "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
+                "and leaves its experts in their dtype."
             )
 
 
