@@ -12,6 +12,7 @@ from .config import OrdMoEConfig
 from .errors import OrdMoEError
 from .model import OrdMoEModel
 from .quantization.config import MoeBitsAndBytesConfig
+from .quantization.in_place import quantize_experts_
 from .targets import coverage_report
 from .tiers.routing import tier_routing
 
@@ -27,6 +28,7 @@ __all__ = [
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

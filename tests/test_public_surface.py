@@ -13,6 +13,7 @@ PUBLIC = {
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

@@ -1,11 +1,14 @@
 """The configuration that `from_pretrained(quantization_config=…)` takes for 4-bit experts."""
 
+from typing import Any
+
 from transformers import BitsAndBytesConfig
 
 from ..errors import OrdMoEConfigError
 
 
-QUANT_METHOD = "moe_bitsandbytes"
+# The name of the package, for where it is not imported: transformers then names the method that it does not know.
+QUANT_METHOD = "ordmoe_peft"
 
 
 class MoeBitsAndBytesConfig(BitsAndBytesConfig):
@@ -34,3 +37,11 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             raise OrdMoEConfigError(f"bnb_4bit_quant_type must be 'nf4' or 'fp4', got {bnb_4bit_quant_type!r}.")
         super().__init__(load_in_4bit=load_in_4bit, bnb_4bit_quant_type=bnb_4bit_quant_type, **kwargs)
         self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as `config.json` has them.
+
+        Without `load_in_4bit`, which is always on: transformers takes any dictionary with it for the stock class's,
+        whatever its `quant_method` (`AutoQuantizationConfig.from_dict` in `transformers/quantizers/auto.py`).
+        """
+        return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in_")}
