@@ -11,6 +11,7 @@ from . import registration
 from .config import OrdMoEConfig
 from .errors import OrdMoEError
 from .model import OrdMoEModel
+from .quantization.census import quantization_census
 from .quantization.config import MoeBitsAndBytesConfig
 from .quantization.in_place import quantize_experts_
 from .targets import coverage_report
@@ -28,6 +29,7 @@ __all__ = [
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
     "quantize_experts_",
     "rollout",
     "tier_routing",

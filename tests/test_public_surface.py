@@ -13,6 +13,7 @@ PUBLIC = {
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
     "quantize_experts_",
     "rollout",
     "tier_routing",

@@ -1,6 +1,5 @@
 """4-bit experts for a model that is in memory already."""
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -9,11 +8,7 @@ from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_layers import check_no_adapter
 from .config import MoeBitsAndBytesConfig
 from .quantizer import MoeBnb4BitHfQuantizer
-from .storage import is_packed
-
-
-# What bitsandbytes packs (`bitsandbytes/functional.py`).
-PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .storage import PACKABLE_DTYPES
 
 
 def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | None = None) -> PreTrainedModel:
@@ -34,21 +29,21 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
 
     Raises:
         [`OrdMoEConfigError`]: `config` is of another class.
-        [`OrdMoEModelError`]: `model` is not of transformers, has no fused experts, is quantised already, has an adapter,
-            is not in memory as a whole, or shares a stack between layers. It is left as it was.
+        [`OrdMoEModelError`]: `model` is not of transformers, has no fused experts, is quantised already, has an
+            adapter, is not in memory as a whole, or shares a stack between layers. It is left as it was.
     """
     config = MoeBitsAndBytesConfig() if config is None else config
     if not isinstance(config, MoeBitsAndBytesConfig):
         raise OrdMoEConfigError(f"quantize_experts_ takes a MoeBitsAndBytesConfig, got {type(config).__name__}.")
     _check_dense(model)
     quantizer = MoeBnb4BitHfQuantizer(config, pre_quantized=False)
-    quantizer.select_expert_stacks(model)
+    # By their last two names: a list of all would take transformers long to go through at every loading.
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantizer.select(model, {".".join(name.split(".")[-2:]) for name in linears})
     _check_stacks(model, quantizer.expert_stacks)
-    # Nothing but experts: said in the configuration, so that it holds for the saved model too.
-    quantizer.skip_modules(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     for name in sorted(quantizer.expert_stacks):
         module, parameter_name = get_module_from_name(model, name)
-        setattr(module, parameter_name, quantizer.pack(name, getattr(module, parameter_name).data))
+        setattr(module, parameter_name, quantizer.pack(getattr(module, parameter_name).data, name))
     quantizer.adopt(model)
     return model
 

@@ -1,7 +1,7 @@
 """Packed weights on disk: what is written beside their bytes, and how they are put together again.
 
-A packed weight is saved as bitsandbytes saves that of a linear layer: its bytes under its own name, its scales, code book
-and sizes under that name with an ending. Source of the seam on loading: `Bnb4bitDeserialize` in
+A packed weight is saved as bitsandbytes saves that of a linear layer: its bytes under its own name, its scales, code
+book and sizes under that name with an ending. Source of the seam on loading: `Bnb4bitDeserialize` in
 `transformers/integrations/bitsandbytes.py`, which knows linear layers alone.
 """
 
@@ -77,8 +77,8 @@ class PutTogether(ConversionOps):
 def packed_weight_conversions(names: list[str], base_model_prefix: str, hf_quantizer) -> list[WeightConverter]:
     """What puts the packed weights `names` together from a checkpoint in the model's own names.
 
-    One by name for each, without the prefix that a headless model lacks: every other tensor of the checkpoint is left to
-    transformers, which loads it in the dtype that was asked for.
+    One by name for each, without the prefix that a model without a head lacks: every other tensor of the checkpoint is
+    left to transformers, which loads it in the dtype that was asked for.
     """
     stems = [name.removeprefix(f"{base_model_prefix}.") for name in names]
     return [
