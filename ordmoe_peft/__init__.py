@@ -13,6 +13,7 @@ from .errors import OrdMoEError
 from .model import OrdMoEModel
 from .quantization.census import quantization_census
 from .quantization.config import MoeBitsAndBytesConfig
+from .quantization.in_place import quantize_experts_
 from .targets import coverage_report
 from .tiers.routing import tier_routing
 
@@ -29,6 +30,7 @@ __all__ = [
     "RouterHealth",
     "coverage_report",
     "quantization_census",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

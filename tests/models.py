@@ -8,8 +8,12 @@ from transformers import (
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OpenAIPrivacyFilterConfig,
+    OpenAIPrivacyFilterForTokenClassification,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -41,28 +45,49 @@ MOE = TEXT | {"head_dim": 16, "num_experts": NUM_EXPERTS, "moe_intermediate_size
 
 
 def qwen3_moe(**changes) -> PreTrainedModel:
-    return build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(MOE | {"norm_topk_prob": True} | changes)))
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(MOE | {"norm_topk_prob": True} | changes)))
 
 
 def olmoe(**changes) -> PreTrainedModel:
     own = {"num_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH}
-    return build(OlmoeForCausalLM, OlmoeConfig(**(TEXT | own | changes)))
+    return _build(OlmoeForCausalLM, OlmoeConfig(**(TEXT | own | changes)))
 
 
 def mixtral(**changes) -> PreTrainedModel:
     own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "sliding_window": None}
-    return build(MixtralForCausalLM, MixtralConfig(**(TEXT | own | changes)))
+    return _build(MixtralForCausalLM, MixtralConfig(**(TEXT | own | changes)))
 
 
 def gpt_oss(**changes) -> PreTrainedModel:
     own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 16, "sliding_window": 16}
-    return build(GptOssForCausalLM, GptOssConfig(**(TEXT | own | changes)))
+    return _build(GptOssForCausalLM, GptOssConfig(**(TEXT | own | changes)))
+
+
+def openai_privacy_filter(**changes) -> PreTrainedModel:
+    """The family whose experts are transposed and biased, with gate and up side by side."""
+    own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 16, "sliding_window": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = OpenAIPrivacyFilterConfig(**(TEXT | own | {"rope_parameters": rope} | changes))
+    return _build(OpenAIPrivacyFilterForTokenClassification, config)
+
+
+def nemotron_h(**changes) -> PreTrainedModel:
+    """The family without gates; its layers are an attention or a MoE each."""
+    own = {
+        "layers_block_type": ["full_attention", "moe"] * NUM_LAYERS,
+        "num_hidden_layers": 2 * NUM_LAYERS,
+        "n_routed_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "moe_shared_expert_intermediate_size": 40,
+        "head_dim": 16,
+    }
+    return _build(NemotronHForCausalLM, NemotronHConfig(**(TEXT | own | changes)))
 
 
 def qwen2_moe(**changes) -> PreTrainedModel:
     """The family with shared experts."""
     own = {"shared_expert_intermediate_size": 40, "intermediate_size": 40}
-    return build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**(MOE | own | changes)))
+    return _build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**(MOE | own | changes)))
 
 
 def deepseek_v3(**changes) -> PreTrainedModel:
@@ -81,13 +106,13 @@ def deepseek_v3(**changes) -> PreTrainedModel:
         "qk_rope_head_dim": 8,
         "v_head_dim": 16,
     }
-    return build(DeepseekV3ForCausalLM, DeepseekV3Config(**(TEXT | {"num_key_value_heads": 4} | own | changes)))
+    return _build(DeepseekV3ForCausalLM, DeepseekV3Config(**(TEXT | {"num_key_value_heads": 4} | own | changes)))
 
 
 def qwen3_dense() -> PreTrainedModel:
     """A model without MoE layers."""
     dense = {name: value for name, value in TEXT.items() if name != "num_experts_per_tok"}
-    return build(Qwen3ForCausalLM, Qwen3Config(**dense, head_dim=16, intermediate_size=40))
+    return _build(Qwen3ForCausalLM, Qwen3Config(**dense, head_dim=16, intermediate_size=40))
 
 
 def qwen3_vl_moe(**changes) -> PreTrainedModel:
@@ -110,13 +135,13 @@ def qwen3_vl_moe(**changes) -> PreTrainedModel:
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    return build(Qwen3VLMoeForConditionalGeneration, config)
+    return _build(Qwen3VLMoeForConditionalGeneration, config)
 
 
 FAMILIES = {"qwen3_moe": qwen3_moe, "olmoe": olmoe, "mixtral": mixtral, "qwen3_vl_moe": qwen3_vl_moe}
 
 
-def build(model_class: type[PreTrainedModel], config) -> PreTrainedModel:
+def _build(model_class: type[PreTrainedModel], config) -> PreTrainedModel:
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():

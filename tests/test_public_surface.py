@@ -14,6 +14,7 @@ PUBLIC = {
     "RouterHealth",
     "coverage_report",
     "quantization_census",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

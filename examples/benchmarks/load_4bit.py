@@ -3,7 +3,7 @@
     python examples/benchmarks/load_4bit.py [--layers 8] [--folder /tmp]
 
 Makes a sharded bf16 checkpoint of the Qwen3-MoE class with random weights (2.5 GB) in both forms that experts have on
-disk, loads it in one fresh process for each way, and prints a table. The files go to a temporary folder and are removed.
+disk, loads it in a fresh process for each way, and prints a table. The files go to a temporary folder and are removed.
 
 Memory is what the process holds beyond what it held before the load. On CPU it is resident memory as the kernel counts
 it: the peak is `VmHWM`, which includes the pages of checkpoint files that are mapped into memory; `anonymous` is the

@@ -8,7 +8,8 @@ from ..errors import OrdMoEConfigError
 from .storage import BLOCK_SIZE
 
 
-QUANT_METHOD = "moe_bitsandbytes"
+# The name of the package, for where it is not imported: transformers then names the method that it does not know.
+QUANT_METHOD = "ordmoe_peft"
 # What bitsandbytes' kernels take on every device (`bitsandbytes/_ops.py`); 32 lacks some of them.
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -66,3 +67,11 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             "quant_storage": self.bnb_4bit_quant_storage,
             "blocksize": self.bnb_4bit_blocksize,
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as `config.json` has them.
+
+        Without `load_in_4bit`, which is always on: transformers takes any dictionary with it for the stock class's,
+        whatever its `quant_method` (`AutoQuantizationConfig.from_dict` in `transformers/quantizers/auto.py`).
+        """
+        return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in_")}

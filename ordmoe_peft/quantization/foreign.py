@@ -1,7 +1,7 @@
 """Whether the experts of a model can be read at all: by us in 4 bits, or as plain numbers.
 
-Other quantisers either leave fused experts alone, which works, or replace their module or their weights by something that
-neither the experts function nor LoRA on it can read.
+Other quantisers either leave fused experts alone, which works, or replace their module or their weights by something
+that neither the experts function nor LoRA on it can read.
 """
 
 from torch import nn
@@ -58,8 +58,8 @@ def check_unquantised(config: PreTrainedConfig, name: str) -> None:
     method = quant_method(config)
     if method not in (None, QUANT_METHOD):
         raise OrdMoEConfigError(
-            f"{name} is quantised by {method}, so it cannot be loaded in 4 bits. Use an unquantised copy of it, or leave "
-            f"`load_in_4bit` off. {FIXES.get(method, '')}".rstrip()
+            f"{name} is quantised by {method}, so it cannot be loaded in 4 bits. Use an unquantised copy of it, or "
+            f"leave `load_in_4bit` off. {FIXES.get(method, '')}".rstrip()
         )
 
 

@@ -140,3 +140,12 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
         return weights.view(-1)[: matrix_shape.numel()].view(matrix_shape)
 
     return unpack
+
+
+def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that the packed stack stands for (`torch.Tensor` of shape `(E, O, I)`), one expert at a time."""
+    unpack = expert_unpacker(packed)
+    weight_EOI = torch.empty(logical_shape(packed), dtype=dtype, device=packed.device)
+    for expert, matrix_OI in enumerate(weight_EOI):
+        matrix_OI.copy_(unpack(expert))
+    return weight_EOI

@@ -9,28 +9,10 @@ from transformers import (
     HunYuanMoEV1ForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
-    NemotronHConfig,
-    NemotronHForCausalLM,
     PreTrainedModel,
 )
 
-from tests.models import EXPERT_WIDTH, NUM_EXPERTS, TEXT, TOP_K, build
-
-
-def nemotron_h() -> PreTrainedModel:
-    """Experts without a gate: `up_proj`, and attention and MoE in layers of their own."""
-    own = {
-        "layers_block_type": ["moe", "full_attention", "moe"],
-        "head_dim": 16,
-        "n_routed_experts": NUM_EXPERTS,
-        "moe_intermediate_size": EXPERT_WIDTH,
-        "moe_shared_expert_intermediate_size": 40,
-        "intermediate_size": 40,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
-    return build(NemotronHForCausalLM, NemotronHConfig(**(text | own)))
+from tests.models import EXPERT_WIDTH, NUM_EXPERTS, TEXT, TOP_K, _build
 
 
 def afmoe() -> PreTrainedModel:
@@ -44,7 +26,7 @@ def afmoe() -> PreTrainedModel:
         "num_shared_experts": 1,
         "sliding_window": 16,
     }
-    return build(AfmoeForCausalLM, AfmoeConfig(**(TEXT | own)))
+    return _build(AfmoeForCausalLM, AfmoeConfig(**(TEXT | own)))
 
 
 def gemma4() -> PreTrainedModel:
@@ -62,13 +44,13 @@ def gemma4() -> PreTrainedModel:
         "num_kv_shared_layers": 0,
         "layer_types": ["full_attention"] * TEXT["num_hidden_layers"],
     }
-    return build(Gemma4ForCausalLM, Gemma4TextConfig(**(TEXT | own)))
+    return _build(Gemma4ForCausalLM, Gemma4TextConfig(**(TEXT | own)))
 
 
 def hunyuan_v1_moe() -> PreTrainedModel:
     """A linear layer `gate.wg`."""
     own = {"num_experts": NUM_EXPERTS, "moe_topk": TOP_K, "intermediate_size": 40, "head_dim": 16}
-    return build(HunYuanMoEV1ForCausalLM, HunYuanMoEV1Config(**(TEXT | own)))
+    return _build(HunYuanMoEV1ForCausalLM, HunYuanMoEV1Config(**(TEXT | own)))
 
 
 def llama4() -> PreTrainedModel:
@@ -80,7 +62,7 @@ def llama4() -> PreTrainedModel:
         "intermediate_size_mlp": 40,
         "head_dim": 16,
     }
-    return build(Llama4ForCausalLM, Llama4TextConfig(**(TEXT | own)))
+    return _build(Llama4ForCausalLM, Llama4TextConfig(**(TEXT | own)))
 
 
 LINEAR_ROUTERS = {"afmoe": afmoe, "gemma4": gemma4, "hunyuan_v1_moe": hunyuan_v1_moe}
