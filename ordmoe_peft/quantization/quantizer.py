@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout, save_in_original_format, save_in_own_names
 from ..errors import OrdMoEModelError
-from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter, find_moe_layers
+from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
 from .dequantization import cast_rest_, unpack_stacks_
 from .file_pages import release_file_pages
-from .selection import check_all_experts_found, expert_stacks, linear_block_size, unquantised_linears
+from .selection import expert_stacks, linear_block_size, packable_layers, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
 from .storage import Matrices, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
@@ -86,9 +86,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         Raises:
             [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind that nothing can run packed.
         """
-        config, layers = self.quantization_config, find_moe_layers(model)
+        config = self.quantization_config
+        layers = packable_layers(model, config.llm_int8_skip_modules)
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
-        check_all_experts_found(model, layers, config.llm_int8_skip_modules)
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
 
     def adopt(self, model: nn.Module) -> None:
@@ -105,7 +105,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             prefix = f"{model.base_model_prefix}."
             also_skipped = {name.removeprefix(prefix) for name in config.llm_int8_skip_modules or []}
         else:
-            also_skipped = unquantised_linears(model, find_moe_layers(model))
+            also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
         self.select(model, also_skipped)
         linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

@@ -4,7 +4,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import OrdMoEModelError
-from ..moe_layers import MoELayer, is_fused_experts
+from ..moe_layers import MoELayer, find_moe_layers, is_fused_experts
 from .storage import BLOCK_SIZE
 
 
@@ -23,11 +23,12 @@ def expert_stacks(layers: list[MoELayer], skip_modules: list[str] | None) -> set
     }
 
 
-def check_all_experts_found(model: nn.Module, layers: list[MoELayer], skip_modules: list[str] | None) -> None:
-    """See that no experts would stay unquantised because nothing knows how to run them packed.
+def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[MoELayer]:
+    """The MoE layers of `model`, all of whose experts can be run packed.
 
     Raises:
-        [`OrdMoEModelError`]: a module looks like fused experts but does not use transformers' experts interface.
+        [`OrdMoEModelError`]: there are none; or a module, not named by `skip_modules`, holds fused experts but does not
+            use transformers' experts interface, so that its experts would stay unquantised.
     """
     for name, module in model.named_modules():
         stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
@@ -36,8 +37,10 @@ def check_all_experts_found(model: nn.Module, layers: list[MoELayer], skip_modul
         if should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"{name} ({type(module).__name__}) cannot be loaded in 4 bits: its class does not use transformers' "
-                f"experts interface. Add {name.rpartition('.')[2]!r} to `llm_int8_skip_modules` to leave it in its dtype."
+                "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
+                "and leaves its experts in their dtype."
             )
+    return find_moe_layers(model)
 
 
 def linear_block_size(in_features: int, largest: int) -> int:

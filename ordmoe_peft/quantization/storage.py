@@ -68,8 +68,8 @@ def pack_experts(
     for expert, matrix_OI in enumerate(matrices):
         if matrix_OI.dtype not in PACKABLE_DTYPES:
             raise OrdMoEModelError(
-                f"{name} is {matrix_OI.dtype}, which bitsandbytes does not pack in 4 bits: load it in bfloat16, float16 "
-                "or float32 (`dtype`), or add it to `llm_int8_skip_modules`."
+                f"{name} is {matrix_OI.dtype}, which bitsandbytes does not pack in 4 bits: load it in bfloat16, "
+                "float16 or float32 (`dtype`), or add it to `llm_int8_skip_modules`."
             )
         weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
         packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)

@@ -1,8 +1,8 @@
 """Fused stacks packed expert by expert while they are read, so that loading never holds one of them whole.
 
-Two thirds of the families keep one tensor per expert and projection on disk, and transformers' converters first stack all
-of them, then concatenate gate and up: twice the stack at once. The operations here run the same converter for one expert
-at a time.
+Two thirds of the families keep one tensor per expert and projection on disk, and transformers' converters first stack
+all of them, then concatenate gate and up: twice the stack at once. The operations here run the same converter for one
+expert at a time.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+
 
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 Release = Callable[[list[torch.Tensor]], None]
