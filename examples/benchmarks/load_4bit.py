@@ -70,13 +70,15 @@ def row(form: str, way: str, result: dict[str, float]) -> list[str]:
 def measure(checkpoint: str, way: str) -> dict[str, float]:
     """Load `checkpoint` in a fresh process and watch its anonymous memory from here."""
     command = [sys.executable, __file__, "--load", checkpoint, way]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     anonymous = 0
-    while child.poll() is None:
-        anonymous = max(anonymous, memory(child.pid).get("RssAnon", 0))
-        time.sleep(0.002)
-    if child.returncode:
-        raise RuntimeError(f"Loading failed; see: {' '.join(command)}")
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        while child.poll() is None:
+            anonymous = max(anonymous, memory(child.pid).get("RssAnon", 0))
+            time.sleep(0.002)
+        if child.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"Loading {way!r} failed:\n{errors.read()}")
     result = json.loads(child.stdout.read().splitlines()[-1])
     return result | {"anonymous": anonymous - result["anonymous_before"]}
 

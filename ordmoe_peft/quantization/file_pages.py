@@ -38,8 +38,7 @@ def release_file_pages(tensors: Iterable[torch.Tensor], files: Sequence[str]) ->
 
 def _mappings(files: Sequence[str]) -> list[tuple[int, int]]:
     """Address ranges of this process at which `files` are mapped."""
-    paths = {os.path.realpath(file) for file in files}
+    endings = tuple(f" {os.path.realpath(file)}\n" for file in files)
     with open("/proc/self/maps") as lines:
-        entries = [line.rstrip("\n").split(maxsplit=5) for line in lines]
-    ranges = [entry[0].split("-") for entry in entries if entry[-1] in paths]
+        ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(endings)]
     return [(int(low, 16), int(high, 16)) for low, high in ranges]
