@@ -11,6 +11,7 @@ from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
 from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped
+from .quantization.foreign import check_expert_storage
 from .quantization.storage import is_packed
 from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
@@ -34,6 +35,7 @@ class OrdMoEModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
