@@ -14,7 +14,7 @@ from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
 from torch.nn import functional as F
 
-from ..errors import OrdMoEModelError
+from ..errors import OrdMoEModelError, OrdMoERuntimeError
 
 
 # The smallest block, and bitsandbytes' default.
@@ -118,7 +118,16 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
 
     The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
+
+    Raises:
+        [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
     """
+    if packed.dtype != packed.quant_storage:
+        raise OrdMoERuntimeError(
+            f"Packed experts were cast from {packed.quant_storage} to {packed.dtype}, which destroys them, as "
+            "`model.to(dtype)` does where `bnb_4bit_quant_storage` is a floating dtype. Load the model anew, with the "
+            "dtype of everything else as `dtype` of `from_pretrained`."
+        )
     state = packed.quant_state
     num_experts, matrix_shape = state.shape[0], torch.Size(state.shape[1:])
     bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1, 1)

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
+from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.moe_layers import find_moe_layers, unwrapped
 from ordmoe_peft.quantization.storage import dense_stack, is_packed
 from tests import models, reference
@@ -185,3 +186,13 @@ def test_packed_bytes_kept_as_bfloat16_are_the_same_weights():
     ]
     with torch.no_grad():
         assert torch.equal(one(**batch).logits, other(**batch).logits)
+
+
+def test_bytes_that_were_cast_as_numbers_are_refused():
+    config = MoeBitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16)
+    model = quantize_experts_(models.qwen3_moe(), config).to(torch.float32)
+    with pytest.raises(OrdMoERuntimeError, match=r"cast from torch\.bfloat16 to torch\.float32.*Load the model anew"):
+        model(**models.text_batch())
+    # Bytes kept as such are not cast, and the rest may be.
+    cast = quantize_experts_(models.qwen3_moe()).to(torch.bfloat16)
+    assert cast(**models.text_batch()).logits.dtype == torch.bfloat16
