@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, coverage_report
+from ordmoe_peft import OrdMoEConfig, coverage_report
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.export import export_plain_lora
 from tests import models
@@ -165,16 +165,6 @@ def test_merge_and_unmerge_adapter(model, batch):
     torch.testing.assert_close(logits(tuned, batch), wanted, rtol=1e-4, atol=1e-5)
     tuned.unmerge_adapter()
     torch.testing.assert_close(logits(tuned, batch), wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_merging_into_4_bits_is_refused_and_changes_nothing(tmp_path):
-    models.qwen3_moe().save_pretrained(tmp_path)
-    base = type(models.qwen3_moe()).from_pretrained(tmp_path, quantization_config=MoeBitsAndBytesConfig())
-    tuned, batch = adapted(base), models.text_batch()
-    wanted = logits(tuned, batch)
-    with pytest.raises(OrdMoEModelError, match="packed in 4 bits"):
-        tuned.merge_and_unload()
-    assert torch.equal(logits(tuned, batch), wanted)
 
 
 def test_trainable_parameters_and_coverage(model, capsys):
