@@ -1,6 +1,7 @@
 """The tuner: which layer class each target gets, and what attaching and detaching does to the model."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -12,7 +13,7 @@ from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
 from .merging.in_memory import has_packed_weights, merge_packed
-from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped
+from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped, without_wrappers
 from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
@@ -172,9 +173,21 @@ def check_targets(config: OrdMoEConfig, model: nn.Module) -> tuple[list[str], li
         ("target_modules", config.target_modules, modules),
         ("target_parameters", config.target_parameters, parameters),
     ):
-        if given and set(given) != set(resolved):
+        if given and set(given) != set(resolved) and _names_meant(model, given) != set(resolved):
             raise OrdMoEConfigError(
                 f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
                 f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
             )
     return modules, parameters
+
+
+def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:
+    """The modules whose names end so.
+
+    PEFT shortens 20 and more names to endings that no other module shares (`_find_minimal_target_modules`,
+    `peft/tuners/tuners_utils.py`), and saves these.
+    """
+    if isinstance(endings, str):
+        return set()  # a regular expression
+    names = [without_wrappers(name) for name, _ in model.named_modules()]
+    return {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)}

@@ -72,6 +72,15 @@ def test_save_and_load_give_the_same_bits(family, model, batch, tmp_path):
     assert all(parameter.requires_grad for name, parameter in again.named_parameters() if "lora_" in name)
 
 
+def test_an_adapter_of_so_many_modules_that_peft_shortens_their_names(tmp_path):
+    build, batch = lambda: models.qwen3_moe(num_hidden_layers=6), models.text_batch()
+    tuned = adapted(build())
+    tuned.save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == 4
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(tuned, batch))
+
+
 def test_a_new_process_with_plain_peft_loads_the_exported_adapter(family, model, batch, tmp_path):
     model.save_pretrained(tmp_path / "base")
     tuned = adapted(model)

@@ -1,0 +1,356 @@
+"""Merging an adapter into a checkpoint, on disk: a shard and a stack are all that is in memory.
+
+The adapter is attached to a model without weights. Then, stack by stack, the tensors of the checkpoint become the
+parameter that they make, PEFT's layers merge into it, and it goes back to the names and layout that it was read under.
+What the adapter does not touch is copied as it is, even tensors that transformers does not know.
+
+By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
+other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
+merged model computes what was trained.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import convert_file_size_to_int
+
+from ..config import OrdMoEConfig
+from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..files import whole_folder
+from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from .card import model_card
+from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .rounding import Rounding
+from .sources import Source, check_source, find_sources
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What merging on disk did.
+
+    Args:
+        base (`str`): the base.
+        merged (`int`): parameters that the adapter changed.
+        rounded (`int`): parameters that were rounded through the 4-bit recipe first.
+        copied (`int`): tensors that were copied.
+        shards (`int`), num_bytes (`int`): what was written.
+    """
+
+    base: str
+    merged: int
+    rounded: int
+    copied: int
+    shards: int
+    num_bytes: int
+
+
+@dataclass
+class Work:
+    """Tensors that go into one shard together, and what is done to them.
+
+    Args:
+        names (`list[str]`): the checkpoint's tensors.
+        sources (`list` of [`Source`]): the parameters that they make; none where they are copied.
+        layers (`list` of [`~peft.tuners.lora.LoraLayer`]): what merges into these parameters.
+    """
+
+    names: list[str]
+    sources: list[Source]
+    layers: list[LoraLayer]
+
+
+def merge_checkpoint(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    quantization_config: MoeBitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    progressbar: bool = False,
+) -> MergeSummary:
+    """Write the base with the adapter merged into it to `output`, which plain `from_pretrained` loads.
+
+    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
+    the files that are read. Deltas are computed an expert at a time, in float32, and checked for NaN and infinity. The
+    base is only read, and `output` appears when it is complete.
+
+    Args:
+        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
+        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        base (`str` or `Path`, *optional*): folder or hub id of the dense base; the one that the adapter names, by
+            default.
+        revision (`str`, *optional*): branch, tag or commit of the base on the hub.
+        quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
+            the deltas are added, as loading with it would; the output is dense all the same. The weights as they are
+            stored, by default.
+        dtype (`torch.dtype`, *optional*): of the floating-point tensors that are written; each one's own by default.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
+        trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
+        progressbar (`bool`, defaults to `False`): show one bar for the tensors.
+
+    Raises:
+        [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, or `output` is taken.
+        [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised, or is stored in a form that
+            cannot be written back; or a merged weight is not finite.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
+    shard_size = _shard_size(max_shard_size)
+    adapter_config = _adapter_config(adapter)
+    base = base or adapter_config.base_model_name_or_path
+    if not base:
+        raise OrdMoEConfigError(f"{adapter} does not name its base: give `base` (`--model_name_or_path`).")
+    checkpoint = open_checkpoint(checkpoint_folder(base, revision))
+    _check_dense(checkpoint.folder)
+    host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
+    sources = find_sources(empty_model(checkpoint.folder, trust_remote_code), checkpoint.files)
+    parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
+    rounding = None
+    if quantization_config is not None:
+        rounding = Rounding(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
+    works = plan_work(checkpoint, host.adapted, parameters, rounding.names if rounding else set())
+    shards = list(into_shards(works, checkpoint, dtype, shard_size))
+
+    with whole_folder(output) as unfinished, tqdm(total=len(works), disable=not progressbar, desc="Merging") as bar:
+        writer = ShardWriter(unfinished, len(shards))
+        for shard in shards:
+            tensors: dict[str, torch.Tensor] = {}
+            for work in shard:
+                tensors |= finished(work, host, checkpoint, rounding, dtype)
+                bar.update()
+            writer.write(tensors)
+            del tensors
+        writer.close()
+        _copy_files_beside(checkpoint.folder, unfinished, dtype)
+        card = model_card(str(base), str(adapter), adapter_config, quantization_config)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    return MergeSummary(
+        base=str(base),
+        merged=sum(len(work.layers) for work in works),
+        rounded=len(rounding.names) if rounding else 0,
+        copied=sum(len(work.names) for work in works if not work.sources),
+        shards=len(shards),
+        num_bytes=writer.total_size,
+    )
+
+
+def _shard_size(size: int | str) -> int:
+    try:
+        return convert_file_size_to_int(size)
+    except ValueError as error:
+        raise OrdMoEConfigError(f"max_shard_size={size!r} is not a size: give bytes, or such as '5GB'.") from error
+
+
+def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
+    if Path(adapter).is_dir() and not (Path(adapter) / ADAPTER_CONFIG_NAME).is_file():
+        raise OrdMoEConfigError(f"{adapter} is not a saved adapter: it has no {ADAPTER_CONFIG_NAME}.")
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, OrdMoEConfig):
+        raise OrdMoEConfigError(f"{adapter} holds a {config.peft_type} adapter, not an OrdMoE one.")
+    return config
+
+
+def _check_dense(folder: Path) -> None:
+    """See that the base's weights are numbers.
+
+    A checkpoint that we saved in 4 bits could be unpacked here, stack by stack.
+    """
+    recipe = json.loads((folder / CONFIG_NAME).read_text()).get("quantization_config")
+    if recipe is None:
+        return
+    method = recipe.get("quant_method")
+    if method == QUANT_METHOD:
+        raise OrdMoEModelError(
+            f"{folder} is stored in 4 bits ({method}). Give the dense checkpoint that it was made of as the base, with "
+            "`load_in_4bit` and the same settings; or load it, attach the adapter, and `merge_and_unload` in memory."
+        )
+    raise OrdMoEModelError(
+        f"{folder} is quantised by {method!r}, which merging on disk does not read. Dequantise it first: load it with "
+        "transformers, `model.dequantize()`, and save it."
+    )
+
+
+def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in `folder`, of the class that its checkpoint names, with parameters that take no memory.
+
+    They and the buffers are zeros on the CPU rather than nothing on `meta`: PEFT would send the adapter's factors there
+    after them, and attaching an adapter tries each router out.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is not None:
+            model = architecture(config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, _weightless(parameter))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, _weightless(buffer).data)
+    return model
+
+
+def _weightless(parameter: torch.Tensor) -> nn.Parameter:
+    """One number in the shape of many."""
+    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+
+
+class Host:
+    """A model without weights that an adapter is attached to, and that takes the weights to merge into one by one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model.
+        adapter (`str` or `Path`): folder or hub id of the adapter.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: str | Path):
+        names = {id(module): name for name, module in model.named_modules()}
+        # Before PEFT wraps them: modules stay the same, their names do not.
+        self.owners = {
+            f"{names[id(module)]}.{attribute}": (module, attribute)
+            for module in model.modules()
+            for attribute, _ in module.named_parameters(recurse=False)
+        }
+        # The factors stay pages of the adapter's file where they are in float32.
+        PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        self.adapted: list[tuple[LoraLayer, list[str]]] = []
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                owner = layer.get_base_layer()
+                is_one = isinstance(layer, ParamWrapper)
+                attributes = [layer.parameter_name] if is_one else [name for name, _ in owner.named_parameters()]
+                self.adapted.append((layer, [f"{names[id(owner)]}.{attribute}" for attribute in attributes]))
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Make `value` the parameter `name`."""
+        owner, attribute = self.owners[name]
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+
+    def take(self, name: str) -> torch.Tensor:
+        """The content of the parameter `name`, which has none afterwards."""
+        owner, attribute = self.owners[name]
+        value = getattr(owner, attribute).data
+        setattr(owner, attribute, _weightless(value))
+        return value
+
+
+def plan_work(
+    checkpoint: Checkpoint,
+    adapted: list[tuple[LoraLayer, list[str]]],
+    parameters: Mapping[str, Source],
+    rounded: Set[str],
+) -> list[Work]:
+    """What is done to each tensor of the checkpoint, in the checkpoint's order.
+
+    Raises:
+        [`OrdMoEModelError`]: the adapter adapts a parameter that the checkpoint has no tensor for.
+    """
+    works: list[Work] = []
+
+    def join(sources: list[Source], layers: list[LoraLayer]) -> None:
+        """One work for these, and for what shares a source with them."""
+        touched = [work for work in works if any(source in work.sources for source in sources)]
+        for work in touched:
+            works.remove(work)
+            sources = [*work.sources, *(source for source in sources if source not in work.sources)]
+            layers = [*work.layers, *layers]
+        works.append(Work([name for source in sources for name in source.names], sources, layers))
+
+    for layer, names in adapted:
+        missing = [name for name in names if name not in parameters]
+        if missing:
+            raise OrdMoEModelError(f"The adapter changes {missing[0]}, for which {checkpoint.folder} has no tensor.")
+        join(list({id(parameters[name]): parameters[name] for name in names}.values()), [layer])
+    for name in rounded:
+        if name in parameters:
+            join([parameters[name]], [])
+    changed = {name for work in works for name in work.names}
+    works += [Work([name], [], []) for name in checkpoint.files if name not in changed]
+    return sorted(works, key=lambda work: min(map(dot_natural_key, work.names)))
+
+
+def into_shards(
+    works: list[Work], checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_size: int
+) -> Iterator[list[Work]]:
+    """Works for one shard after another, none larger than `max_shard_size` unless one work is."""
+    shard, size = [], 0
+    for work in works:
+        work_size = sum(_bytes_written(checkpoint, name, dtype) for name in work.names)
+        if shard and size + work_size > max_shard_size:
+            yield shard
+            shard, size = [], 0
+        shard.append(work)
+        size += work_size
+    yield shard
+
+
+def _bytes_written(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+    stored = checkpoint.dtypes[name]
+    return checkpoint.shapes[name].numel() * _written_dtype(stored, dtype).itemsize
+
+
+def _written_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and stored.is_floating_point else stored
+
+
+@torch.no_grad()
+def finished(
+    work: Work, host: Host, checkpoint: Checkpoint, rounding: Rounding | None, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of `work` as they are to be written."""
+    tensors = checkpoint.read(work.names)
+    for name in tensors:
+        tensors[name] = tensors[name].to(_written_dtype(tensors[name].dtype, dtype))
+    made = []
+    for source in work.sources:
+        parameters = source.to_parameters({name: tensors.pop(name) for name in source.names})
+        made.append(list(parameters))
+        for name in made[-1]:
+            value = parameters.pop(name)
+            if len(source.names) == 1:  # then it may still be pages of the file, which are not ours to write to
+                value = value.clone()
+            host.put(name, value if rounding is None or name not in rounding.names else rounding(name, value))
+            del value
+    for layer in work.layers:
+        layer.merge(safe_merge=True)
+    for source, names in zip(work.sources, made, strict=True):
+        written = source.to_tensors({name: host.take(name) for name in names})
+        tensors |= {name: tensor.contiguous() for name, tensor in written.items()}
+    return tensors
+
+
+def _copy_files_beside(folder: Path, output: Path, dtype: torch.dtype | None) -> None:
+    for path in files_beside(folder):
+        shutil.copyfile(path, output / path.name)
+    if dtype is not None:
+        config = json.loads((output / CONFIG_NAME).read_text())
+        text = json.dumps(_with_dtype(config, str(dtype).removeprefix("torch.")), indent=2)
+        (output / CONFIG_NAME).write_text(text + "\n")
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A configuration, and those inside it, with another dtype."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype) for key, value in config.items()
+    }
