@@ -52,3 +52,18 @@ def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -
         if checkpoint is not None and not getattr(checkpoint, "carries_tiers", False):
             module._gradient_checkpointing_func = wrap(checkpoint)
             module._gradient_checkpointing_func.carries_tiers = True
+
+
+def save_in_own_names(model: nn.Module) -> None:
+    """Have `save_pretrained` write the weights of `model` as they are, in its own names.
+
+    transformers writes a model in the form in which it was read, and for that cuts fused stacks into experts, which
+    packed stacks cannot be. The list of conversions to revert is a private attribute (5.23,
+    `transformers/core_model_loading.py`). Remove when a quantizer can have a say in it.
+    """
+    model._weight_conversions = []
+
+
+def save_in_original_format(model: nn.Module) -> None:
+    """Undo [`save_in_own_names`]: `save_pretrained` uses the conversions of the model's family."""
+    model._weight_conversions = None

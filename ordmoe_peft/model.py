@@ -12,8 +12,9 @@ from ._compat import experts_implementation
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
-from .merging.in_memory import has_packed_weights, merge_packed
+from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped, without_wrappers
+from .quantization.foreign import check_expert_storage
 from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
@@ -36,6 +37,7 @@ class OrdMoEModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
@@ -129,12 +131,16 @@ class OrdMoEModel(LoraModel):
             model = super()._unload_and_optionally_merge(merge=merge, **options)
         remove_tier_hooks(model)
         model.set_experts_implementation(self._experts_implementation_after(model))
+        if merge and is_packed_base and not requantize:
+            forget_quantization(model)
         return model
 
     def _experts_implementation_after(self, model: nn.Module) -> str:
         """What the model had before; what transformers would choose where packed experts had needed ours."""
         if self._experts_implementation_before == EXPERTS_IMPLEMENTATION and not has_packed_weights(model):
-            return model.get_correct_experts_implementation(None)
+            quantizer = getattr(model, "hf_quantizer", None)
+            before = getattr(quantizer, "experts_implementation_before", None)
+            return before or model.get_correct_experts_implementation(None)
         return self._experts_implementation_before
 
 

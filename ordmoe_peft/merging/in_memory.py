@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from .._compat import keep_linear4bit_layout
+from .._compat import keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
 from ..layers.param_wrapper import ParamWrapper, check_finite
 from ..moe_layers import without_wrappers
@@ -154,10 +154,7 @@ def merge_packed(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and module not in packed_layers:
             module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    if requantize:
-        return report
-    _forget_quantization(model)
-    return None
+    return report if requantize else None
 
 
 def _check_mergeable(weights: list[PackedWeight]) -> None:
@@ -231,6 +228,7 @@ def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
             use_double_quant=old.compress_statistics,
             compute_dtype=old.quant_state.dtype,
             quant_storage=old.quant_storage,
+            blocksize=old.blocksize,
         )
     new = Params4bit(
         dense,
@@ -252,8 +250,9 @@ def _merge_bias(weight: PackedWeight) -> None:
             bias.data += weight.layer.scaling[name] * weight.layer.lora_B[name].bias
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Take off the marks by which transformers and PEFT know a quantised model."""
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Take off the marks by which transformers and PEFT know a quantised model, and save it as its family is saved."""
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+        save_in_original_format(model)
     model.is_loaded_in_4bit = False
