@@ -23,7 +23,7 @@ from .._compat import keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
 from ..layers.param_wrapper import ParamWrapper, check_finite
 from ..moe_layers import without_wrappers
-from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
+from ..quantization.storage import dense_stack, expert_unpacker, is_packed, logical_shape, pack_experts
 from .survival import RequantizationReport, Survival, SurvivalSum
 
 
@@ -78,6 +78,12 @@ def unpacker(packed: Params4bit) -> tuple[int, Callable[[int], torch.Tensor]]:
     """How many matrices a packed weight holds, and a function that unpacks one."""
     shape = logical_shape(packed)
     return (shape[0], expert_unpacker(packed)) if len(shape) == 3 else (1, lambda _: dequantize_bnb_weight(packed))
+
+
+def dense_weight(packed: Params4bit) -> torch.Tensor:
+    """The numbers that a packed weight stands for, in its compute dtype."""
+    shape = logical_shape(packed)
+    return dense_stack(packed, packed.quant_state.dtype) if len(shape) == 3 else dequantize_bnb_weight(packed)
 
 
 def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 The adapter is attached to a model without weights. Then, stack by stack, the tensors of the checkpoint become the
 parameter that they make, PEFT's layers merge into it, and it goes back to the names and layout that it was read under.
-What the adapter does not touch is copied as it is, even tensors that transformers does not know.
+What the adapter does not touch is copied as it is, even tensors that transformers does not know. A base that we saved
+in 4 bits becomes dense, all of it, under the names of the model's parameters.
 
 By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
 other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
@@ -33,10 +34,11 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..files import whole_folder
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from ..quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
 from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
 from .rounding import Rounding
-from .sources import Source, check_source, find_sources
+from .sources import PackedSource, Source, check_source, find_sources
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class Work:
         names (`list[str]`): the checkpoint's tensors.
         sources (`list` of [`Source`]): the parameters that they make; none where they are copied.
         layers (`list` of [`~peft.tuners.lora.LoraLayer`]): what merges into these parameters.
+        num_bytes (`int`): what is written.
     """
 
     names: list[str]
     sources: list[Source]
     layers: list[LoraLayer]
+    num_bytes: int = 0
 
 
 def merge_checkpoint(
@@ -94,21 +98,22 @@ def merge_checkpoint(
     Args:
         adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
         output (`str` or `Path`): folder to write to; must not exist, or be empty.
-        base (`str` or `Path`, *optional*): folder or hub id of the dense base; the one that the adapter names, by
-            default.
+        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by us; the one that
+            the adapter names, by default.
         revision (`str`, *optional*): branch, tag or commit of the base on the hub.
         quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
             the deltas are added, as loading with it would; the output is dense all the same. The weights as they are
             stored, by default.
-        dtype (`torch.dtype`, *optional*): of the floating-point tensors that are written; each one's own by default.
+        dtype (`torch.dtype`, *optional*): of the floating-point tensors that are written; each one's own by default, or
+            that of the base's configuration where it is stored in 4 bits.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
         trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
         progressbar (`bool`, defaults to `False`): show one bar for the tensors.
 
     Raises:
         [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, or `output` is taken.
-        [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised, or is stored in a form that
-            cannot be written back; or a merged weight is not finite.
+        [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised by others, or is
+            stored in a form that cannot be written back; or a merged weight is not finite.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -119,15 +124,25 @@ def merge_checkpoint(
     if not base:
         raise OrdMoEConfigError(f"{adapter} does not name its base: give `base` (`--model_name_or_path`).")
     checkpoint = open_checkpoint(checkpoint_folder(base, revision))
-    _check_dense(checkpoint.folder)
+    recipe = stored_recipe(checkpoint.folder)
+    if recipe is not None and quantization_config is not None:
+        raise OrdMoEConfigError(
+            f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
+        )
     host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
-    sources = find_sources(empty_model(checkpoint.folder, trust_remote_code), checkpoint.files)
+    skeleton, quantizer = empty_model(checkpoint.folder, trust_remote_code), None
+    if recipe is not None:
+        dtype = dtype or getattr(torch, str(skeleton.config.dtype).removeprefix("torch."))
+        quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=True)
+        quantizer.preprocess_model(model=skeleton, device_map=None)
+    sources = find_sources(skeleton, checkpoint.files, quantizer)
     parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
     rounding = None
     if quantization_config is not None:
         rounding = Rounding(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
-    works = plan_work(checkpoint, host.adapted, parameters, rounding.names if rounding else set())
-    shards = list(into_shards(works, checkpoint, dtype, shard_size))
+    changed = rounding.names if rounding else {source.target for source in sources if isinstance(source, PackedSource)}
+    works = plan_work(checkpoint, host, parameters, changed, dtype)
+    shards = list(into_shards(works, shard_size))
 
     with whole_folder(output) as unfinished, tqdm(total=len(works), disable=not progressbar, desc="Merging") as bar:
         writer = ShardWriter(unfinished, len(shards))
@@ -168,24 +183,21 @@ def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
     return config
 
 
-def _check_dense(folder: Path) -> None:
-    """See that the base's weights are numbers.
+def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
+    """How the base is stored in 4 bits, or `None` where it is dense.
 
-    A checkpoint that we saved in 4 bits could be unpacked here, stack by stack.
+    Raises:
+        [`OrdMoEModelError`]: it is quantised by something else.
     """
     recipe = json.loads((folder / CONFIG_NAME).read_text()).get("quantization_config")
     if recipe is None:
-        return
-    method = recipe.get("quant_method")
-    if method == QUANT_METHOD:
+        return None
+    if recipe.get("quant_method") != QUANT_METHOD:
         raise OrdMoEModelError(
-            f"{folder} is stored in 4 bits ({method}). Give the dense checkpoint that it was made of as the base, with "
-            "`load_in_4bit` and the same settings; or load it, attach the adapter, and `merge_and_unload` in memory."
+            f"{folder} is quantised by {recipe.get('quant_method')!r}, which merging on disk does not read. Dequantise "
+            "it first: load it with transformers, `model.dequantize()`, and save it."
         )
-    raise OrdMoEModelError(
-        f"{folder} is quantised by {method!r}, which merging on disk does not read. Dequantise it first: load it with "
-        "transformers, `model.dequantize()`, and save it."
-    )
+    return MoeBitsAndBytesConfig.from_dict(recipe)
 
 
 def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -240,6 +252,11 @@ class Host:
                 attributes = [layer.parameter_name] if is_one else [name for name, _ in owner.named_parameters()]
                 self.adapted.append((layer, [f"{names[id(owner)]}.{attribute}" for attribute in attributes]))
 
+    def numel(self, name: str) -> int:
+        """How many numbers the parameter `name` has."""
+        owner, attribute = self.owners[name]
+        return getattr(owner, attribute).numel()
+
     def put(self, name: str, value: torch.Tensor) -> None:
         """Make `value` the parameter `name`."""
         owner, attribute = self.owners[name]
@@ -255,9 +272,10 @@ class Host:
 
 def plan_work(
     checkpoint: Checkpoint,
-    adapted: list[tuple[LoraLayer, list[str]]],
+    host: Host,
     parameters: Mapping[str, Source],
-    rounded: Set[str],
+    also_changed: Set[str],
+    dtype: torch.dtype | None,
 ) -> list[Work]:
     """What is done to each tensor of the checkpoint, in the checkpoint's order.
 
@@ -275,37 +293,38 @@ def plan_work(
             layers = [*work.layers, *layers]
         works.append(Work([name for source in sources for name in source.names], sources, layers))
 
-    for layer, names in adapted:
+    for layer, names in host.adapted:
         missing = [name for name in names if name not in parameters]
         if missing:
             raise OrdMoEModelError(f"The adapter changes {missing[0]}, for which {checkpoint.folder} has no tensor.")
         join(list({id(parameters[name]): parameters[name] for name in names}.values()), [layer])
-    for name in rounded:
+    for name in also_changed:
         if name in parameters:
             join([parameters[name]], [])
     changed = {name for work in works for name in work.names}
     works += [Work([name], [], []) for name in checkpoint.files if name not in changed]
+    for work in works:
+        packed = [source for source in work.sources if isinstance(source, PackedSource)]
+        parts = {name for source in packed for name in source.names}
+        work.num_bytes = sum(host.numel(source.target) * dtype.itemsize for source in packed)
+        work.num_bytes += sum(
+            checkpoint.shapes[name].numel() * _written_dtype(checkpoint.dtypes[name], dtype).itemsize
+            for name in work.names
+            if name not in parts
+        )
     return sorted(works, key=lambda work: min(map(dot_natural_key, work.names)))
 
 
-def into_shards(
-    works: list[Work], checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_size: int
-) -> Iterator[list[Work]]:
+def into_shards(works: list[Work], max_shard_size: int) -> Iterator[list[Work]]:
     """Works for one shard after another, none larger than `max_shard_size` unless one work is."""
     shard, size = [], 0
     for work in works:
-        work_size = sum(_bytes_written(checkpoint, name, dtype) for name in work.names)
-        if shard and size + work_size > max_shard_size:
+        if shard and size + work.num_bytes > max_shard_size:
             yield shard
             shard, size = [], 0
         shard.append(work)
-        size += work_size
+        size += work.num_bytes
     yield shard
-
-
-def _bytes_written(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
-    stored = checkpoint.dtypes[name]
-    return checkpoint.shapes[name].numel() * _written_dtype(stored, dtype).itemsize
 
 
 def _written_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -318,11 +337,14 @@ def finished(
 ) -> dict[str, torch.Tensor]:
     """The tensors of `work` as they are to be written."""
     tensors = checkpoint.read(work.names)
-    for name in tensors:
+    parts = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
+    for name in tensors.keys() - parts:
         tensors[name] = tensors[name].to(_written_dtype(tensors[name].dtype, dtype))
     made = []
     for source in work.sources:
         parameters = source.to_parameters({name: tensors.pop(name) for name in source.names})
+        if isinstance(source, PackedSource):
+            parameters = {name: value.to(dtype) for name, value in parameters.items()}
         made.append(list(parameters))
         for name in made[-1]:
             value = parameters.pop(name)
@@ -343,6 +365,7 @@ def _copy_files_beside(folder: Path, output: Path, dtype: torch.dtype | None) ->
         shutil.copyfile(path, output / path.name)
     if dtype is not None:
         config = json.loads((output / CONFIG_NAME).read_text())
+        config.pop("quantization_config", None)
         text = json.dumps(_with_dtype(config, str(dtype).removeprefix("torch.")), indent=2)
         (output / CONFIG_NAME).write_text(text + "\n")
 

@@ -22,6 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import OrdMoEModelError
+from ..quantization.quantizer import MoeBnb4BitHfQuantizer
+from .in_memory import dense_weight
 
 
 @dataclass
@@ -71,17 +73,38 @@ class Source:
         return {self.inner_names.get(name.removeprefix(prefix), name): value for name, value in converted.items()}
 
 
+class PackedSource(Source):
+    """Tensors of a checkpoint in 4 bits that make one packed weight; the parameter is what it stands for.
+
+    It goes back as a dense tensor of the model's own name, which transformers reads beside the family's form.
+    """
+
+    def to_parameters(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.target: dense_weight(super().to_parameters(tensors)[self.target])}
+
+    def to_tensors(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.target: parameters[self.target]}
+
+
 def _convert(converter: WeightConverter, target: str, skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
     converted = converter.convert(target, model=skeleton, config=skeleton.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def find_sources(skeleton: PreTrainedModel, names: Iterable[str]) -> list[Source]:
+def find_sources(
+    skeleton: PreTrainedModel, names: Iterable[str], quantizer: MoeBnb4BitHfQuantizer | None = None
+) -> list[Source]:
     """What each parameter of `skeleton` is made of; tensors that make none are left out.
 
     Follows `convert_and_load_state_dict_in_model` (`transformers/core_model_loading.py`).
+
+    Args:
+        skeleton ([`~transformers.PreTrainedModel`]): the model, without content.
+        names (`Iterable[str]`): the checkpoint's tensors.
+        quantizer ([`MoeBnb4BitHfQuantizer`], *optional*): what would load a checkpoint that is stored in 4 bits; it has
+            prepared `skeleton` for that.
     """
-    mapping = get_model_conversion_mapping(skeleton)
+    mapping = get_model_conversion_mapping(skeleton, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -93,7 +116,8 @@ def find_sources(skeleton: PreTrainedModel, names: Iterable[str]) -> list[Source
             target, pattern = rename_source_key(name, [], [], prefix, expected)
         if target not in expected:
             continue
-        source = sources.setdefault(target, Source(skeleton, target, by_pattern.get(pattern)))
+        kind = PackedSource if quantizer is not None and pattern is not None else Source
+        source = sources.setdefault(target, kind(skeleton, target, by_pattern.get(pattern)))
         source.tensors.setdefault(pattern or name, []).append(name)
         source.inner_names[apply_renamings(name, renamings).removeprefix(f"{prefix}.")] = name
     return list(sources.values())
@@ -108,6 +132,8 @@ def check_source(source: Source, shapes: Mapping[str, torch.Size]) -> dict[str, 
     Raises:
         [`OrdMoEModelError`]: the shapes are another model's, or the converted parameters cannot be written back.
     """
+    if isinstance(source, PackedSource):
+        return {source.target: source.skeleton.get_parameter(source.target)}
     parameters = source.to_parameters({name: torch.empty(shapes[name], device="meta") for name in source.names})
     expected = source.skeleton.state_dict()
     for name, parameter in parameters.items():
