@@ -80,10 +80,10 @@ def unpacker(packed: Params4bit) -> tuple[int, Callable[[int], torch.Tensor]]:
     return (shape[0], expert_unpacker(packed)) if len(shape) == 3 else (1, lambda _: dequantize_bnb_weight(packed))
 
 
-def dense_weight(packed: Params4bit) -> torch.Tensor:
-    """The numbers that a packed weight stands for, in its compute dtype."""
-    shape = logical_shape(packed)
-    return dense_stack(packed, packed.quant_state.dtype) if len(shape) == 3 else dequantize_bnb_weight(packed)
+def dense_weight(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a packed weight stands for."""
+    is_stack = len(logical_shape(packed)) == 3
+    return dense_stack(packed, dtype) if is_stack else dequantize_bnb_weight(packed).to(dtype)
 
 
 def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tensor) -> torch.Tensor:

@@ -12,21 +12,14 @@ merged model computes what was trained.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import dot_natural_key
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import convert_file_size_to_int
 
@@ -34,11 +27,12 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..files import whole_folder
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
-from ..quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
 from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .host import Host, empty_model
+from .plan import Work, into_shards, plan_work, written_dtype
 from .rounding import Rounding
-from .sources import PackedSource, Source, check_source, find_sources
+from .sources import PackedSource, check_source, find_sources
 
 
 @dataclass(frozen=True)
@@ -59,23 +53,6 @@ class MergeSummary:
     copied: int
     shards: int
     num_bytes: int
-
-
-@dataclass
-class Work:
-    """Tensors that go into one shard together, and what is done to them.
-
-    Args:
-        names (`list[str]`): the checkpoint's tensors.
-        sources (`list` of [`Source`]): the parameters that they make; none where they are copied.
-        layers (`list` of [`~peft.tuners.lora.LoraLayer`]): what merges into these parameters.
-        num_bytes (`int`): what is written.
-    """
-
-    names: list[str]
-    sources: list[Source]
-    layers: list[LoraLayer]
-    num_bytes: int = 0
 
 
 def merge_checkpoint(
@@ -130,12 +107,8 @@ def merge_checkpoint(
             f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
         )
     host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
-    skeleton, quantizer = empty_model(checkpoint.folder, trust_remote_code), None
-    if recipe is not None:
-        dtype = dtype or getattr(torch, str(skeleton.config.dtype).removeprefix("torch."))
-        quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=True)
-        quantizer.preprocess_model(model=skeleton, device_map=None)
-    sources = find_sources(skeleton, checkpoint.files, quantizer)
+    skeleton = empty_model(checkpoint.folder, trust_remote_code)
+    sources = find_sources(skeleton, checkpoint.files, recipe, dtype or skeleton.config.dtype)
     parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
     rounding = None
     if quantization_config is not None:
@@ -200,151 +173,18 @@ def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
     return MoeBitsAndBytesConfig.from_dict(recipe)
 
 
-def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in `folder`, of the class that its checkpoint names, with parameters that take no memory.
-
-    They and the buffers are zeros on the CPU rather than nothing on `meta`: PEFT would send the adapter's factors there
-    after them, and attaching an adapter tries each router out.
-    """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if architecture is not None:
-            model = architecture(config)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, _weightless(parameter))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, _weightless(buffer).data)
-    return model
-
-
-def _weightless(parameter: torch.Tensor) -> nn.Parameter:
-    """One number in the shape of many."""
-    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
-
-
-class Host:
-    """A model without weights that an adapter is attached to, and that takes the weights to merge into one by one.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the model.
-        adapter (`str` or `Path`): folder or hub id of the adapter.
-    """
-
-    def __init__(self, model: PreTrainedModel, adapter: str | Path):
-        names = {id(module): name for name, module in model.named_modules()}
-        # Before PEFT wraps them: modules stay the same, their names do not.
-        self.owners = {
-            f"{names[id(module)]}.{attribute}": (module, attribute)
-            for module in model.modules()
-            for attribute, _ in module.named_parameters(recurse=False)
-        }
-        # The factors stay pages of the adapter's file where they are in float32.
-        PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-        self.adapted: list[tuple[LoraLayer, list[str]]] = []
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                owner = layer.get_base_layer()
-                is_one = isinstance(layer, ParamWrapper)
-                attributes = [layer.parameter_name] if is_one else [name for name, _ in owner.named_parameters()]
-                self.adapted.append((layer, [f"{names[id(owner)]}.{attribute}" for attribute in attributes]))
-
-    def numel(self, name: str) -> int:
-        """How many numbers the parameter `name` has."""
-        owner, attribute = self.owners[name]
-        return getattr(owner, attribute).numel()
-
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Make `value` the parameter `name`."""
-        owner, attribute = self.owners[name]
-        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
-
-    def take(self, name: str) -> torch.Tensor:
-        """The content of the parameter `name`, which has none afterwards."""
-        owner, attribute = self.owners[name]
-        value = getattr(owner, attribute).data
-        setattr(owner, attribute, _weightless(value))
-        return value
-
-
-def plan_work(
-    checkpoint: Checkpoint,
-    host: Host,
-    parameters: Mapping[str, Source],
-    also_changed: Set[str],
-    dtype: torch.dtype | None,
-) -> list[Work]:
-    """What is done to each tensor of the checkpoint, in the checkpoint's order.
-
-    Raises:
-        [`OrdMoEModelError`]: the adapter adapts a parameter that the checkpoint has no tensor for.
-    """
-    works: list[Work] = []
-
-    def join(sources: list[Source], layers: list[LoraLayer]) -> None:
-        """One work for these, and for what shares a source with them."""
-        touched = [work for work in works if any(source in work.sources for source in sources)]
-        for work in touched:
-            works.remove(work)
-            sources = [*work.sources, *(source for source in sources if source not in work.sources)]
-            layers = [*work.layers, *layers]
-        works.append(Work([name for source in sources for name in source.names], sources, layers))
-
-    for layer, names in host.adapted:
-        missing = [name for name in names if name not in parameters]
-        if missing:
-            raise OrdMoEModelError(f"The adapter changes {missing[0]}, for which {checkpoint.folder} has no tensor.")
-        join(list({id(parameters[name]): parameters[name] for name in names}.values()), [layer])
-    for name in also_changed:
-        if name in parameters:
-            join([parameters[name]], [])
-    changed = {name for work in works for name in work.names}
-    works += [Work([name], [], []) for name in checkpoint.files if name not in changed]
-    for work in works:
-        packed = [source for source in work.sources if isinstance(source, PackedSource)]
-        parts = {name for source in packed for name in source.names}
-        work.num_bytes = sum(host.numel(source.target) * dtype.itemsize for source in packed)
-        work.num_bytes += sum(
-            checkpoint.shapes[name].numel() * _written_dtype(checkpoint.dtypes[name], dtype).itemsize
-            for name in work.names
-            if name not in parts
-        )
-    return sorted(works, key=lambda work: min(map(dot_natural_key, work.names)))
-
-
-def into_shards(works: list[Work], max_shard_size: int) -> Iterator[list[Work]]:
-    """Works for one shard after another, none larger than `max_shard_size` unless one work is."""
-    shard, size = [], 0
-    for work in works:
-        if shard and size + work.num_bytes > max_shard_size:
-            yield shard
-            shard, size = [], 0
-        shard.append(work)
-        size += work.num_bytes
-    yield shard
-
-
-def _written_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and stored.is_floating_point else stored
-
-
 @torch.no_grad()
 def finished(
     work: Work, host: Host, checkpoint: Checkpoint, rounding: Rounding | None, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """The tensors of `work` as they are to be written."""
     tensors = checkpoint.read(work.names)
-    parts = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
-    for name in tensors.keys() - parts:
-        tensors[name] = tensors[name].to(_written_dtype(tensors[name].dtype, dtype))
+    packed = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
+    for name in tensors.keys() - packed:
+        tensors[name] = tensors[name].to(written_dtype(tensors[name].dtype, dtype))
     made = []
     for source in work.sources:
         parameters = source.to_parameters({name: tensors.pop(name) for name in source.names})
-        if isinstance(source, PackedSource):
-            parameters = {name: value.to(dtype) for name, value in parameters.items()}
         made.append(list(parameters))
         for name in made[-1]:
             value = parameters.pop(name)
@@ -361,13 +201,15 @@ def finished(
 
 
 def _copy_files_beside(folder: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """Copy all but weights; the configuration says what the merged model is, a dense one."""
     for path in files_beside(folder):
         shutil.copyfile(path, output / path.name)
+    config = json.loads((output / CONFIG_NAME).read_text())
+    changed = {name: value for name, value in config.items() if name != "quantization_config"}
     if dtype is not None:
-        config = json.loads((output / CONFIG_NAME).read_text())
-        config.pop("quantization_config", None)
-        text = json.dumps(_with_dtype(config, str(dtype).removeprefix("torch.")), indent=2)
-        (output / CONFIG_NAME).write_text(text + "\n")
+        changed = _with_dtype(changed, str(dtype).removeprefix("torch."))
+    if changed != config:
+        (output / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

@@ -22,11 +22,12 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import OrdMoEModelError
+from ..quantization.config import MoeBitsAndBytesConfig
 from ..quantization.quantizer import MoeBnb4BitHfQuantizer
 from .in_memory import dense_weight
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """Tensors of a checkpoint that are converted together, and the parameters that come of them.
 
@@ -73,14 +74,21 @@ class Source:
         return {self.inner_names.get(name.removeprefix(prefix), name): value for name, value in converted.items()}
 
 
+@dataclass(eq=False)
 class PackedSource(Source):
     """Tensors of a checkpoint in 4 bits that make one packed weight; the parameter is what it stands for.
 
     It goes back as a dense tensor of the model's own name, which transformers reads beside the family's form.
+
+    Args:
+        dtype (`torch.dtype`): of the dense tensor.
     """
 
+    dtype: torch.dtype = torch.bfloat16
+
     def to_parameters(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.target: dense_weight(super().to_parameters(tensors)[self.target])}
+        packed = super().to_parameters(tensors)[self.target]
+        return {self.target: dense_weight(packed, self.dtype)}
 
     def to_tensors(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {self.target: parameters[self.target]}
@@ -92,18 +100,25 @@ def _convert(converter: WeightConverter, target: str, skeleton: PreTrainedModel)
 
 
 def find_sources(
-    skeleton: PreTrainedModel, names: Iterable[str], quantizer: MoeBnb4BitHfQuantizer | None = None
+    skeleton: PreTrainedModel,
+    names: Iterable[str],
+    recipe: MoeBitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Source]:
     """What each parameter of `skeleton` is made of; tensors that make none are left out.
 
     Follows `convert_and_load_state_dict_in_model` (`transformers/core_model_loading.py`).
 
     Args:
-        skeleton ([`~transformers.PreTrainedModel`]): the model, without content.
+        skeleton ([`~transformers.PreTrainedModel`]): the model, without content; changed where there is a recipe.
         names (`Iterable[str]`): the checkpoint's tensors.
-        quantizer ([`MoeBnb4BitHfQuantizer`], *optional*): what would load a checkpoint that is stored in 4 bits; it has
-            prepared `skeleton` for that.
+        recipe ([`MoeBitsAndBytesConfig`], *optional*): how the checkpoint is stored in 4 bits, if it is.
+        dtype (`torch.dtype`, *optional*): what packed weights are unpacked to, bfloat16 by default.
     """
+    quantizer = None
+    if recipe is not None:
+        quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=True)
+        quantizer.preprocess_model(model=skeleton, device_map=None)
     mapping = get_model_conversion_mapping(skeleton, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -116,8 +131,11 @@ def find_sources(
             target, pattern = rename_source_key(name, [], [], prefix, expected)
         if target not in expected:
             continue
-        kind = PackedSource if quantizer is not None and pattern is not None else Source
-        source = sources.setdefault(target, kind(skeleton, target, by_pattern.get(pattern)))
+        if recipe is not None and pattern is not None:
+            new = PackedSource(skeleton, target, by_pattern[pattern], dtype=dtype or torch.bfloat16)
+        else:
+            new = Source(skeleton, target, by_pattern.get(pattern))
+        source = sources.setdefault(target, new)
         source.tensors.setdefault(pattern or name, []).append(name)
         source.inner_names[apply_renamings(name, renamings).removeprefix(f"{prefix}.")] = name
     return list(sources.values())
