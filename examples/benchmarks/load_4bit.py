@@ -42,6 +42,8 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="decoder layers, 0.31 GB each")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="how experts are on disk")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are loaded")
     parser.add_argument("--folder", help="where the temporary folder is made; the system's place by default")
     parser.add_argument("--load", nargs=2, metavar=("CHECKPOINT", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -49,11 +51,11 @@ def main() -> None:
         print(json.dumps(load(*options.load)))
         return
     rows = []
-    for form in FORMS:
+    for form in options.forms:
         with tempfile.TemporaryDirectory(dir=options.folder) as checkpoint:
             write_checkpoint(Path(checkpoint), options.layers, form)
             size = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
-            rows += [row(form, way, measure(checkpoint, way)) for way in WAYS]
+            rows += [row(form, way, measure(checkpoint, way)) for way in options.ways]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     title = f"Loading {in_units(size)} of bf16 on {where}; largest fused stack {in_units(LARGEST_STACK)}"
     columns = ["way", "on disk", "model", "after load", "peak", "anonymous", "(peak - model) / stack", "seconds"]

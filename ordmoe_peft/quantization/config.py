@@ -75,3 +75,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         whatever its `quant_method` (`AutoQuantizationConfig.from_dict` in `transformers/quantizers/auto.py`).
         """
         return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in_")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """[`to_dict`]: upstream's compares with the stock class's defaults, which lack some of these settings."""
+        return self.to_dict()

@@ -5,7 +5,6 @@ that neither the experts function nor LoRA on it can read.
 """
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -82,7 +81,8 @@ def unreadable_kind(module: nn.Module) -> str | None:
     for name, weight in weights.items():
         if is_packed(weight) and is_fused_experts(module):
             continue
-        if type(weight) not in (nn.Parameter, DTensor):
+        # A parameter of a subclass holds who knows what, but for those that torch has sharded.
+        if type(weight) is not nn.Parameter and not hasattr(weight, "device_mesh"):
             return f"a {type(module).__name__} whose {name} is a {type(weight).__name__}"
         if weight.dtype not in PACKABLE_DTYPES:
             return f"a {type(module).__name__} whose {name} is {str(weight.dtype).removeprefix('torch.')}"

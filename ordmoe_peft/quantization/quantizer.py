@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout, save_in_original_format, save_in_own_names
@@ -108,7 +108,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
         self.select(model, also_skipped)
-        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        if any(should_convert_module(name, config.llm_int8_skip_modules) for name in linears):
+            super()._process_model_before_weight_loading(model, device_map, **kwargs)  # which warns where there is none
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.weight.blocksize = linear_block_size(module.in_features, config.bnb_4bit_blocksize)

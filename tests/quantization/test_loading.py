@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.quantization import streaming
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, pack_experts
 from tests import models
 from tests.quantization import families
@@ -51,30 +50,6 @@ def test_both_forms_on_disk_give_the_bytes_of_packing_in_memory(tmp_path, form, 
     assert torch.equal(packed.data, wanted.data)
     assert torch.equal(packed.quant_state.absmax, wanted.quant_state.absmax)
     assert packed.quant_state.code.equal(wanted.quant_state.code)
-
-
-def test_per_expert_tensors_are_merged_for_one_expert_at_a_time(tmp_path, monkeypatch):
-    rows = []
-
-    class Watched(streaming.Concatenate):
-        def convert(self, input_dict, **kwargs):
-            (merged,) = (result := super().convert(input_dict, **kwargs)).values()
-            rows.append(len(merged))
-            return result
-
-    model = models.qwen3_moe()
-    model.save_pretrained(tmp_path)
-    plain = streaming.InSequence.convert
-
-    def watched(self, input_dict, **kwargs):
-        for operation in self.operations:
-            if type(operation) is streaming.Concatenate:
-                operation.__class__ = Watched
-        return plain(self, input_dict, **kwargs)
-
-    monkeypatch.setattr(streaming.InSequence, "convert", watched)
-    load(model, tmp_path)
-    assert rows == [1] * models.NUM_EXPERTS * models.NUM_LAYERS
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16, torch.float32])
