@@ -30,5 +30,5 @@ tags:
 | tiers it was trained with | {config.num_tiers}, {config.grouping} |
 | merged with | {packages} |
 
-It loads with `from_pretrained` of transformers and needs no other package. Deltas were added in float32.
+It loads with `from_pretrained` of transformers and needs no other package.
 """

@@ -69,8 +69,8 @@ def merge_checkpoint(
     """Write the base with the adapter merged into it to `output`, which plain `from_pretrained` loads.
 
     Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
-    the files that are read. Deltas are computed an expert at a time, in float32, and checked for NaN and infinity. The
-    base is only read, and `output` appears when it is complete.
+    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
+    for NaN and infinity. The base is only read, and `output` appears when it is complete.
 
     Args:
         adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
