@@ -54,6 +54,8 @@ class OrdMoETrainingArguments(SFTConfig):
             `"generated"`, in each step every tier with a part in the objective writes its own.
         scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
             them or by the `"policy"`, tier 1.
+        share_prompt (`bool`, defaults to `True`): with `token_scope="response"`, compute each prompt once for all tiers
+            where the model allows; see [`~ordmoe_peft.training.prompt_sharing.PromptSharing`].
         log_tiers_every (`int`, defaults to 10): steps between runs, without gradient, of tiers that the objective has
             no gradient for (of C = 3 evenly spaced tiers, the middle one), to log their likelihood; 0 for never.
         log_router_health (`bool`, defaults to `False`): log statistics of the routers as `router/…`, see
@@ -96,6 +98,9 @@ class OrdMoETrainingArguments(SFTConfig):
     )
     scored_by: str = field(
         default="tier", metadata={"help": "Whether the 'tier' or the 'policy', tier 1, scores generated responses."}
+    )
+    share_prompt: bool = field(
+        default=True, metadata={"help": "With token_scope='response', compute each prompt once for all tiers."}
     )
     log_tiers_every: int = field(
         default=10,

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
+from ..images import encode_images
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
@@ -20,6 +21,7 @@ from ..responses import content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
+from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
 from .tier_passes import TierPasses, TierScores
@@ -85,6 +87,7 @@ class OrdMoETrainer(SFTTrainer):
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
+        self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         # Place in training of the last draw of responses, and how many micro-batches were drawn for there.
         self._drawn: tuple[Any, int] = (None, 0)
         self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
@@ -159,6 +162,10 @@ class OrdMoETrainer(SFTTrainer):
             )
         return config
 
+    def _prompt_sharing(self) -> PromptSharing:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return PromptSharing(self.model, self._pad_token_id, dtype)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -169,6 +176,9 @@ class OrdMoETrainer(SFTTrainer):
         """TRL's loss of tier 1, and the two further losses from the same forward."""
         if self.num_tiers == 1 and self.args.balance_coef == 0 and self.args.ntp_coef == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.num_tiers > 1:
+            with self.accelerator.autocast():  # as around the model's forward
+                inputs = encode_images(self.model, inputs)
         passes = self._tier_passes(model, inputs)
         result = super().compute_loss(passes, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
@@ -193,6 +203,7 @@ class OrdMoETrainer(SFTTrainer):
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
+            sharing=self._sharing,
             step=step,
         )
 
