@@ -164,7 +164,7 @@ class TierPasses:
 
     def _run(self, groups: list["RowGroup"]) -> "Forward":
         packed = None
-        if self.sharing is not None:
+        if self.sharing is not None and self.sharing.is_judged:
             packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
         return self._run_rows(groups) if packed is None else self._run_packed(groups, packed)
 
