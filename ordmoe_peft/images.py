@@ -88,7 +88,7 @@ def _reason_for_pixels(model: nn.Module) -> str | None:
         return f"{name} takes no encoded images"
     decoder = {*text_model(model, find_moe_layers(model)).parameters()}
     around = [parameter for parameter in model.base_model.parameters() if parameter not in decoder]
-    if any(parameter.requires_grad for parameter in around):
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in around):
         return f"weights of {name} outside its text model are trained"
     if any(isinstance(parameter, DTensor) or parameter.numel() == 0 for parameter in around):
         return f"the weights of {name} are split over processes"
