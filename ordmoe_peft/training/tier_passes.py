@@ -1,11 +1,15 @@
-"""One forward for all tiers: the batch's rows, once for each tier that is needed.
+"""The tier passes of a batch: its rows, once for each tier that is needed, in one forward or tier by tier.
 
 With reference responses a tier's rows are the batch itself; with generated ones they are the batch's prompts, each with
 what that tier wrote. The first rows are always the batch itself on tier 1, which supervised fine-tuning learns from.
+
+Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first and drops the graph, then
+of each that [`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,11 +21,15 @@ from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .packed_rows import PackedRows
 from .prompt_sharing import PromptSharing
+from .random_state import RandomState
 from .rows import stack_rows
 
 
 # The place of the batch's own rows where tiers have responses of their own.
 UNRANKED = 0
+
+# Tier → log-probabilities and labels of its rows, each (B, S).
+Scored = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -74,16 +82,20 @@ class Forward:
     """
 
     outputs: Any
-    scored: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    scored: Scored
     attention_mask_BS: torch.Tensor
     first_group: Callable[[torch.Tensor], torch.Tensor]
 
 
 class TierPasses:
-    """Stands in for the model in `SFTTrainer.compute_loss`: runs all tiers, answers with the batch's own rows.
+    """Stands in for the model in `SFTTrainer.compute_loss`: runs the tiers, answers with the batch's own rows.
 
     So the loss and the metrics of supervised fine-tuning stay TRL's own, of tier 1, from the same forward. What the
     other rows gave is left in `scores`.
+
+    With `tier_by_tier` a call runs the batch's own rows alone, as pass 0, and [`TierPasses.run_pass`] each of the
+    others; `scores` then has a graph for the pass that was run last, numbers for those before, and zeros
+    for those to come, or with `looks_ahead` numbers for these too.
 
     Args:
         model (`Callable`): the model as the trainer wraps it.
@@ -98,8 +110,11 @@ class TierPasses:
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's router logits are needed.
         sharing ([`~ordmoe_peft.training.prompt_sharing.PromptSharing`], *optional*): computes prompts once for all
-            tiers; without it each tier has rows of its own.
+            tiers of a forward; without it each tier has rows of its own.
         step (`int`): what `random` grouping draws from.
+        tier_by_tier (`bool`): whether each tier has a forward of its own.
+        looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward
+            of each; with the same dropout as in their pass.
     """
 
     def __init__(
@@ -117,58 +132,111 @@ class TierPasses:
         records_routing: bool = False,
         sharing: PromptSharing | None = None,
         step: int = 0,
+        tier_by_tier: bool = False,
+        looks_ahead: bool = False,
     ):
         self.model, self.moe_model = model, moe_model
         self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
         self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
         self.needs_reference, self.records_routing, self.step = needs_reference, records_routing, step
         self.sharing = sharing
+        self.tier_by_tier, self.looks_ahead = tier_by_tier, looks_ahead
         self.scores: TierScores | None = None
+        self._groups: list[RowGroup] = []
+        self._scored: Scored = {}
+        self._draws: dict[int, RandomState] = {}
+
+    def tiers_of_pass(self, place: int) -> list[int]:
+        """The tiers that hold in a pass, from the first one, 0."""
+        groups = self._groups[place : place + 1] if self.tier_by_tier else self._groups
+        return sorted({group.routed_by for group in groups})
 
     def __call__(self, **inputs: Any) -> Any:
         if not inputs.get("fused_lm_head"):
             return self.model(**inputs)
-        groups = self._groups(inputs)
-        if self.sharing is not None and not self.sharing.is_judged:
-            self._judge_sharing(groups)
-        with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
-            forward = self._run(groups)
-        scored = forward.scored
-        if self.watched:
-            with torch.no_grad():
-                scored |= self._run([RowGroup(tier, tier, inputs) for tier in self.watched]).scored
-        reference = None
-        if self.needs_reference:
-            with torch.no_grad(), self.moe_model.disable_adapter():
-                reference = self._run(groups).scored
         batch_size = len(inputs["labels"])
+        self._groups = self._row_groups(inputs)
+        if self.sharing is not None and not self.sharing.is_judged and not self.tier_by_tier:
+            self._judge_sharing(self._groups)
+        with torch.no_grad():
+            reference = self._run_reference() if self.needs_reference else None
+            self._scored = self._run_all([RowGroup(tier, tier, inputs) for tier in self.watched])
+            if self.tier_by_tier and self.looks_ahead:
+                self._look_ahead()
+        together = self._groups[:1] if self.tier_by_tier else self._groups
+        with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
+            forward = self._run(together)
+        self._scored |= forward.scored
         outputs = _first_rows(forward.outputs, batch_size)
         self.scores = TierScores(
-            log_probs_CBS=self._stack(scored, 0),
-            labels_CBS=self._stack(scored, 1),
+            log_probs_CBS=self._stack(self._scored, 0),
+            labels_CBS=self._stack(self._scored, 1),
             reference_CBS=None if reference is None else self._stack(reference, 0),
             ntp_loss=-outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1),
-            tiers=sorted(tier for tier in scored if tier != UNRANKED),
+            tiers=self._tiers_run(),
             attention_mask_BS=forward.attention_mask_BS,
             router_logits=[forward.first_group(logits) for logits in router_logits],
         )
         return outputs
 
-    def _groups(self, inputs: dict[str, Any]) -> list["RowGroup"]:
+    def run_pass(self, place: int) -> None:
+        """Run pass `place`, from 1, after [`TierPasses.drop_graph`]; `scores` then has its graph."""
+        draw = self._draws.get(place)
+        with nullcontext() if draw is None else draw.replayed():
+            self._scored |= self._run([self._groups[place]]).scored
+        self.scores = replace(
+            self.scores,
+            log_probs_CBS=self._stack(self._scored, 0),
+            labels_CBS=self._stack(self._scored, 1),
+            tiers=self._tiers_run(),
+        )
+
+    def drop_graph(self) -> None:
+        """Keep the numbers alone: backward leaves some of a graph's memory to whom still refers to it."""
+        self._scored = {tier: (values.detach(), labels) for tier, (values, labels) in self._scored.items()}
+        self.scores = replace(
+            self.scores,
+            log_probs_CBS=self.scores.log_probs_CBS.detach(),
+            ntp_loss=self.scores.ntp_loss.detach(),
+            router_logits=[],
+        )
+
+    def _look_ahead(self) -> None:
+        for place, group in enumerate(self._groups[1:], start=1):
+            self._draws[place] = RandomState.now(group.inputs["input_ids"].device)
+            self._scored |= self._run([group]).scored
+
+    def _run_reference(self) -> Scored:
+        with self.moe_model.disable_adapter():
+            return self._run_all(self._groups)
+
+    def _run_all(self, groups: list[RowGroup]) -> Scored:
+        """The scores of groups that no gradient is taken of; none of none."""
+        batches = [[group] for group in groups] if self.tier_by_tier else [groups] if groups else []
+        scored: Scored = {}
+        for batch in batches:
+            scored |= self._run(batch).scored
+        return scored
+
+    def _tiers_run(self) -> list[int]:
+        return sorted(tier for tier in self._scored if tier != UNRANKED)
+
+    def _row_groups(self, inputs: dict[str, Any]) -> list[RowGroup]:
         if self.written is None:
             return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in self.active if tier != 1))]
         groups = [RowGroup(UNRANKED, 1, inputs)]
+        flags = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
         for tier, rows in zip(self.active, self.written, strict=True):
-            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, rows))
+            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, flags | rows))
         return groups
 
-    def _run(self, groups: list["RowGroup"]) -> "Forward":
+    def _run(self, groups: list[RowGroup]) -> Forward:
         packed = None
         if self.sharing is not None and self.sharing.is_judged:
             packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
         return self._run_rows(groups) if packed is None else self._run_packed(groups, packed)
 
-    def _run_rows(self, groups: list["RowGroup"]) -> "Forward":
+    def _run_rows(self, groups: list[RowGroup]) -> Forward:
         """One forward, a row for each group and sample."""
         rows = stack_rows([group.inputs for group in groups], self.pad_token_id)
         batch_size = len(groups[0].inputs["labels"])
@@ -184,7 +252,7 @@ class TierPasses:
             lambda logits_TE: logits_TE[: len(logits_TE) // len(groups)],
         )
 
-    def _run_packed(self, groups: list["RowGroup"], packed: PackedRows) -> "Forward":
+    def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
         """One forward, a row for each sample."""
         with tier_routing(self.moe_model, packed.tiers_NS, step=self.step, places=packed.places_NS):
             outputs = packed.as_separate_rows(self.model(**packed.inputs))
@@ -192,7 +260,7 @@ class TierPasses:
         mask_BS = groups[0].inputs["attention_mask"]
         return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier_logits)
 
-    def _judge_sharing(self, groups: list["RowGroup"]) -> None:
+    def _judge_sharing(self, groups: list[RowGroup]) -> None:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
         packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
         if packed is None:
@@ -204,14 +272,20 @@ class TierPasses:
         self.moe_model.train(was_training)
         self.sharing.judge(both[0].log_probs, both[1].log_probs, both[1].label_mask)
 
-    def _stack(self, scored: dict[int, tuple[torch.Tensor, torch.Tensor]], part: int) -> torch.Tensor:
-        filler = torch.full_like(next(iter(scored.values()))[part], (0, IGNORED_LABEL)[part], requires_grad=False)
-        return torch.stack([scored[tier][part] if tier in scored else filler for tier in range(1, self.num_tiers + 1)])
+    def _stack(self, scored: Scored, part: int) -> torch.Tensor:
+        width = max(group.inputs["labels"].shape[1] for group in self._groups) - 1
+        filler = (0, IGNORED_LABEL)[part]
+        example = next(iter(scored.values()))[part]
+        absent = example.new_full((len(example), width), filler)
+        parts = {tier: both[part] for tier, both in scored.items()}
+        return torch.stack([_widened(parts.get(tier, absent), width, filler) for tier in range(1, self.num_tiers + 1)])
 
 
-def _scored(
-    outputs: Any, groups: list[RowGroup], labels_NS: torch.Tensor
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def _widened(values_BS: torch.Tensor, width: int, filler: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values_BS, (0, width - values_BS.shape[1]), value=filler)
+
+
+def _scored(outputs: Any, groups: list[RowGroup], labels_NS: torch.Tensor) -> Scored:
     """(Log-probabilities, labels) by tier, of outputs and labels of separate rows."""
     # With a model split over devices the head may be on another one than its inputs.
     labels_NS = labels_NS[:, 1:].to(outputs.log_probs.device)
