@@ -40,6 +40,11 @@ def experts_implementation(model: nn.Module) -> str:
     return model.config._experts_implementation
 
 
+def attention_implementation(model: nn.Module) -> str:
+    """The name of the attention function that `model`'s text layers use; there is no public getter (5.23)."""
+    return model.config.get_text_config()._attn_implementation
+
+
 def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
     """Replace the checkpoint function of each checkpointed layer of `model` by `wrap` of it, once.
 

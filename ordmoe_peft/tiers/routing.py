@@ -62,6 +62,7 @@ def tier_routing(
     step: int = 0,
     num_samples: int | None = None,
     tier_weights: str | None = None,
+    places: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -78,6 +79,7 @@ def tier_routing(
         seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
         num_samples (`int`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
+        places (`torch.Tensor` of shape `(B, S)`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
@@ -95,6 +97,7 @@ def tier_routing(
         step=step,
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
+        places=places,
     )
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
@@ -344,4 +347,6 @@ class _TierSelection(TorchFunctionMode):
         row_T = token_T // length
         if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
             row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
-        return row_T % num_samples if num_samples else row_T, token_T % length + self.forward.past_length
+        places = self.forward.plan.places
+        position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
+        return row_T % num_samples if num_samples else row_T, position_T

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
+from ..images import encode_images
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
@@ -23,6 +24,7 @@ from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
+from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
 from .step_guard import StepGuard
@@ -95,6 +97,7 @@ class OrdMoETrainer(SFTTrainer):
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
+        self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         # Place in training of the last draw of responses, and how many micro-batches were drawn for there.
         self._drawn: tuple[Any, int] = (None, 0)
         # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what
@@ -181,6 +184,10 @@ class OrdMoETrainer(SFTTrainer):
             )
         return config
 
+    def _prompt_sharing(self) -> PromptSharing:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return PromptSharing(self.model, self._pad_token_id, dtype)
+
     @property
     def _is_generated(self) -> bool:
         return self.args.responses == "generated" and self.num_tiers > 1
@@ -266,6 +273,9 @@ class OrdMoETrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._place:
             return self._later_loss(inputs, num_items_in_batch)
+        if self.num_tiers > 1:
+            with self.accelerator.autocast():  # as around the model's forward
+                inputs = encode_images(self.model, inputs)
         self._passes = self._tier_passes(model, inputs)
         result = super().compute_loss(self._passes, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
@@ -287,6 +297,7 @@ class OrdMoETrainer(SFTTrainer):
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
+            sharing=self._sharing,
             step=step,
             tier_by_tier=self._place is not None if is_training else self._schedule.is_tier_by_tier(inputs),
             looks_ahead=not (is_training and self.objective.is_sum_over_tiers),
