@@ -1,10 +1,13 @@
 """Every use of upstream names that are not public. Each entry says why it is needed and when it can go."""
 
+import re
 from collections.abc import Callable
 
+import torch
 from bitsandbytes.nn import Linear4bit
 from peft.utils.peft_types import PeftType
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def add_peft_type(name: str) -> None:
@@ -52,3 +55,13 @@ def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -
         if checkpoint is not None and not getattr(checkpoint, "carries_tiers", False):
             module._gradient_checkpointing_func = wrap(checkpoint)
             module._gradient_checkpointing_func.carries_tiers = True
+
+
+def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The parameters and buffers that `from_pretrained(dtype=dtype)` holds in another dtype, by name.
+
+    There is no public way to ask (transformers 5.23, `PreTrainedModel._get_dtype_plan`).
+    """
+    plan = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return {name: kept for name in names for pattern, kept in plan.items() if pattern.search(name)}
