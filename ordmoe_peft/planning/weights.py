@@ -13,9 +13,10 @@ import transformers
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .._compat import dtypes_kept
+from ..errors import OrdMoEModelError
 from ..moe_layers import find_moe_layers, without_wrappers
 from ..quantization.config import MoeBitsAndBytesConfig
 from ..quantization.quantizer import MoeBnb4BitHfQuantizer
@@ -61,9 +62,8 @@ def build_meta_model(
     Raises:
         [`OrdMoEModelError`]: it has no MoE layers, or they cannot be quantised.
     """
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"), _default_dtype(dtype):
-        model = architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+        model = model_class(config)(config)
     find_moe_layers(model)
     for name, kept in dtypes_kept(model, dtype).items():
         tensor = model.get_parameter_or_buffer(name)
@@ -71,6 +71,22 @@ def build_meta_model(
     if quantization is not None:
         _quantise(model, dtype, quantization)
     return model.eval()
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that `config` names as its architecture, else the causal language model of its kind.
+
+    Raises:
+        [`OrdMoEModelError`]: transformers has neither.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    known = named or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if known is None:
+        raise OrdMoEModelError(
+            f"The configuration is of {config.model_type!r} with architectures={config.architectures}, for which "
+            "transformers has no language model."
+        )
+    return known
 
 
 @contextmanager
