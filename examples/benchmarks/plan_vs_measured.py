@@ -31,7 +31,7 @@ from ordmoe_peft.planning.weights import model_class
 
 MIB = 2**20
 COMMON = {
-    "vocab_size": 8192,
+    "vocab_size": 1024,
     "hidden_size": 512,
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
@@ -41,7 +41,7 @@ COMMON = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-QWEN = COMMON | {"head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+QWEN = COMMON | {"head_dim": 64, "num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 256}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 8, 8], "mrope_interleaved": True}
 VISION = {
     "depth": 4,
@@ -59,10 +59,10 @@ CONFIGS = {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
         "text_config": QWEN | {"rope_parameters": ROPE},
         "vision_config": VISION,
-        "image_token_id": 8000,
-        "video_token_id": 8001,
-        "vision_start_token_id": 8002,
-        "vision_end_token_id": 8003,
+        "image_token_id": 1000,
+        "video_token_id": 1001,
+        "vision_start_token_id": 1002,
+        "vision_end_token_id": 1003,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
@@ -74,6 +74,13 @@ CONFIGS = {
         "num_experts_per_tok": 4,
         "intermediate_size": 256,
         "sliding_window": 128,
+    },
+    "mixtral": COMMON
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 1024,
     },
     "deepseek_v2": COMMON
     | {
@@ -113,19 +120,20 @@ class Case:
 
 
 BF16 = {"bnb_4bit_compute_dtype": torch.bfloat16}
-PLAIN = {"gradient_checkpointing": False, "sequence_length": 512}
+PLAIN = {"gradient_checkpointing": False, "sequence_length": 256}
 CASES = [
     Case("qwen3_moe", PLAIN | {"num_tiers": 1}),
-    Case("qwen3_moe", PLAIN | {"batch_size": 4}),
-    Case("qwen3_moe", {"sequence_length": 1024}),
-    Case("qwen3_moe", {"sequence_length": 2048, "batch_size": 1, "num_tiers": 2}),
+    Case("qwen3_moe", PLAIN | {"batch_size": 4, "r": 16}),
+    Case("qwen3_moe", {"sequence_length": 512}),
+    Case("qwen3_moe", {"sequence_length": 1024, "batch_size": 1, "num_tiers": 2}),
     Case("qwen3_moe", PLAIN, BF16),
-    Case("qwen3_moe", {"sequence_length": 1024}, BF16 | {"bnb_4bit_use_double_quant": True}),
+    Case("qwen3_moe", {"sequence_length": 512}, BF16 | {"bnb_4bit_use_double_quant": True}),
     Case("qwen3_moe", PLAIN | {"targets": ("router", "experts", "attention")}, BF16),
-    Case("qwen3_vl_moe", PLAIN | {"images_per_sample": 1, "image_tokens": 256}),
-    Case("qwen3_vl_moe", {"sequence_length": 1024, "images_per_sample": 2, "image_tokens": 400}, BF16),
-    Case("gpt_oss", PLAIN, BF16),
+    Case("qwen3_vl_moe", PLAIN | {"images_per_sample": 1, "image_tokens": 64}),
+    Case("qwen3_vl_moe", {"sequence_length": 512, "images_per_sample": 2, "image_tokens": 100}, BF16),
+    Case("gpt_oss", {"sequence_length": 512}, BF16),
     Case("deepseek_v2", PLAIN | {"num_tiers": 4}),
+    Case("mixtral", {"sequence_length": 512, "num_tiers": 2}, BF16),
 ]
 
 

@@ -1,7 +1,7 @@
 """What a training step holds beside weights, gradients and optimizer: what backward needs, and what layers work with.
 
-A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers as it takes to see each kind of them
-once; the others are added by kind.
+A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers as it takes to see each kind of them;
+the others are added by kind.
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     inputs = step_inputs(base.config, shape)
     if shape.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
-    missing = _cut_layers(model)
+    missing = _cut_layers(model, shape.gradient_checkpointing)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     at_hand = _make_fake(model, fakes)
     model.train()
@@ -143,18 +143,21 @@ def _images(config: PretrainedConfig, shape: StepShape, ids: torch.Tensor) -> di
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-def _cut_layers(model: nn.Module) -> list[int]:
+def _cut_layers(model: nn.Module, gradient_checkpointing: bool) -> list[int]:
     """Drop the decoder layers that only repeat earlier ones. Returns, for each, the place of a kept one of its kind.
 
-    At least one layer stays behind the first of each kind, so that the memory between two layers' beginnings is seen.
+    Behind the one that speaks for its kind a layer stays, so that the memory between two layers' beginnings is seen.
+    Without checkpointing the second of a kind speaks for it: backward ends at the first adapter, so the first layer
+    that has one keeps less than the others.
     """
     owner_name, _, list_name = find_moe_layers(model)[0].decoder_layers_name.rpartition(".")
     owner = model.get_submodule(owner_name)
     kinds = [_kind(layer) for layer in getattr(owner, list_name)]
-    kept = max(kinds.index(kind) for kind in kinds) + 2
-    missing = [kinds.index(kind) for kind in kinds[kept:]]
+    places = {kind: [place for place, other in enumerate(kinds) if other == kind] for kind in kinds}
+    spokesman = {kind: at[0 if gradient_checkpointing else min(1, len(at) - 1)] for kind, at in places.items()}
+    kept = max(spokesman.values()) + 2
     setattr(owner, list_name, getattr(owner, list_name)[:kept])
-    return missing
+    return [spokesman[kind] for kind in kinds[kept:]]
 
 
 def _kind(layer: nn.Module) -> tuple:

@@ -13,7 +13,6 @@ from ..errors import OrdMoEConfigError
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..quantization.config import MoeBitsAndBytesConfig
-from ..tiers.ranking import check_tiers_fit
 from ..training.objectives import OBJECTIVES
 from .activations import Activations, StepShape, estimate_activations
 from .optimizers import OPTIMIZERS, optimizer_bytes
@@ -168,8 +167,6 @@ def plan_memory(config: PretrainedConfig, settings: PlanSettings) -> MemoryPlan:
     """
     model = build_meta_model(config, settings.dtype, settings.quantization)
     layers = find_moe_layers(model)
-    for layer in layers:
-        check_tiers_fit(settings.num_tiers, layer.num_experts, layer.top_k, layer.block_name)
     shares = weight_shares(model)
     model = _with_adapter(model, settings)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
