@@ -10,6 +10,7 @@ The step is the second of two that accumulate, so gradients exist before it, as 
 """
 
 import argparse
+import itertools
 import multiprocessing
 import tempfile
 from dataclasses import dataclass, field
@@ -188,13 +189,18 @@ class MeasuringTrainer(OrdMoETrainer):
 
 
 def allocated_peak(profiler: torch.profiler.profile) -> int:
-    """The highest running sum of what was allocated and freed."""
+    """The highest running sum of what was allocated and freed, in bytes."""
+    return max(itertools.accumulate(_changes(profiler), initial=0))
+
+
+def held_at_end(profiler: torch.profiler.profile) -> int:
+    """What was allocated and not freed, in bytes."""
+    return sum(_changes(profiler))
+
+
+def _changes(profiler: torch.profiler.profile) -> list[int]:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
