@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.tables import percent, print_table
 from ordmoe_peft.planning.activations import step_inputs
 from ordmoe_peft.planning.plan import PlanSettings, plan_memory

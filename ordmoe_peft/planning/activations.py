@@ -4,6 +4,7 @@ A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers a
 the others are added by kind.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
             loss = _loss(model, inputs, shape.device)
         kept = trace.live
         loss.backward()
-    steps = [after - before for before, after in zip(live_before, live_before[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(live_before)]
     further = sum(steps[place] for place in missing)
     return Activations(kept + further, trace.peak - kept)
 
@@ -118,8 +119,8 @@ def _images(config: PretrainedConfig, shape: StepShape, ids: torch.Tensor) -> di
     vision = getattr(config, "vision_config", None)
     if not all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")):
         raise OrdMoEConfigError(
-            f"images_per_sample={shape.images_per_row} needs a vision tower of Qwen-VL's kind, which {config.model_type!r} "
-            "does not have. Leave it at 0 to plan for text."
+            f"images_per_sample={shape.images_per_row} needs a vision tower of Qwen-VL's kind, which "
+            f"{config.model_type!r} does not have. Leave it at 0 to plan for text."
         )
     taken = shape.images_per_row * (shape.image_tokens + 2)
     if shape.image_tokens < 1 or taken > shape.sequence_length:

@@ -201,7 +201,7 @@ KNOWN_MODELS = {
 
 
 def known_config(name: str) -> dict[str, Any] | None:
-    """The shipped configuration of `name`, a key of [`KNOWN_MODELS`] or one of their hub ids; `None` if there is none."""
+    """The configuration that ships for `name`, a key of [`KNOWN_MODELS`] or one of their hub ids, if there is one."""
     for short_name, model in KNOWN_MODELS.items():
         if name == short_name or name in model.hub_ids:
             return model.config

@@ -133,7 +133,7 @@ def _packed_on_meta(weight: torch.Tensor, config: MoeBitsAndBytesConfig) -> Para
 
 
 def _fill_code_table_cache() -> None:
-    """Quantise something real first: bitsandbytes keeps the first code table it makes, and it must not be a meta one."""
+    """Quantise something real: bitsandbytes keeps the first code table it makes, which must not be a meta tensor."""
     bnb_functional.quantize_blockwise(torch.zeros(1))
 
 
