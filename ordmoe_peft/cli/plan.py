@@ -10,6 +10,7 @@ from trl import TrlParser
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..planning.known_models import KNOWN_MODELS, known_config
+from ..planning.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
 from ..planning.optimizers import OPTIMIZERS
 from ..planning.plan import GIB, TIER_PASSES, MemoryPlan, PlanSettings, Suggestion, plan_memory, suggest
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
@@ -104,7 +105,7 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise OrdMoEModelError(
             f"No configuration of {name!r}: it is no folder with a config.json, not among the models that are known "
-            f"without the hub ({', '.join(KNOWN_MODELS)}), and the hub did not give one: {str(error).splitlines()[0]}"
+            f"without the hub ({', '.join(KNOWN_MODELS)}), and the hub did not give one: {_first_line(error)}"
         ) from error
     quantization = _quantisation_of(config)
     if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
@@ -113,6 +114,10 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
             "unquantised checkpoint of it."
         )
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _quantisation_of(config: PretrainedConfig) -> dict | None:
@@ -167,6 +172,7 @@ def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: Pla
         ("optimizer", settings.optimizer, plan.optimizer),
         ("activations kept for backward", _step(settings), plan.activations.kept),
         ("working memory", "largest moment of forward and backward", plan.activations.working),
+        ("  of which logits, at most", f"in tiles of {TILE_TOKENS} x {TILE_VOCABULARY}", _logits(settings)),
         ("reserve", "CUDA context, fragments: a guess", int(options.reserve_gb * GIB)),
         ("total", "", plan.total + int(options.reserve_gb * GIB)),
     ]
@@ -174,6 +180,10 @@ def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: Pla
     weights = sum(share.weights for share in plan.weights)
     sizes = f"{plan.moe['moe_layers']} MoE layers, E {plan.moe['num_experts']}, K {plan.moe['top_k']}"
     print_table(f"{name}: {weights / 1e9:.2f} B weights, {sizes}", ["", "", "bits", "GiB"], rows)
+
+
+def _logits(settings: PlanSettings) -> int:
+    return tile_bytes(settings.rows * settings.sequence_length, settings.autocast or settings.dtype)
 
 
 def _step(settings: PlanSettings) -> str:

@@ -7,7 +7,7 @@ the others are added by kind.
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import OrdMoEConfigError
-from ..moe_layers import find_moe_layers, text_model, unwrapped
+from ..moe_layers import find_moe_layers
 from .lm_head import log_probs_as_on_cuda
 from .trace import MemoryTrace, fake_of
 from .weights import replace_tensor, stored_tensors
@@ -86,15 +86,15 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     trace = MemoryTrace(fakes, at_hand)
-    with fakes, trace, _live_before_layers(model, trace) as live_before:
+    with fakes, trace, _watched_layers(model, trace) as watch:
         inputs |= {name: make() for name, make in inputs.items() if callable(make)}
         with nullcontext() if shape.autocast is None else torch.autocast("cpu", shape.autocast):
             loss = _loss(model, inputs, shape.device)
         kept = trace.live
         loss.backward()
-    steps = [after - before for before, after in itertools.pairwise(live_before)]
-    further = sum(steps[place] for place in missing)
-    return Activations(kept + further, trace.peak - kept)
+    steps = [after - before for before, after in itertools.pairwise(watch.live)]
+    kept, peak = (size + sum(steps[place] for place in missing) for size in (kept, trace.peak))
+    return Activations(kept, max(peak, watch.peak_before) - kept)
 
 
 def _loss(model: nn.Module, inputs: dict[str, Any], device: str) -> torch.Tensor:
@@ -192,21 +192,32 @@ def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:
     return tensors
 
 
+@dataclass
+class _Watch:
+    """What is held when each decoder layer begins in the first forward, and the most that was held before them.
+
+    Apart, since what runs before the decoder, such as a vision tower, runs while its layers keep nothing yet.
+    """
+
+    live: list[int] = field(default_factory=list)
+    peak_before: int = 0
+
+
 @contextmanager
-def _live_before_layers(model: nn.Module, trace: MemoryTrace) -> Iterator[list[int]]:
-    """Within the block, collects what is held when each decoder layer begins in the first forward."""
-    layers = find_moe_layers(model)
-    decoder = text_model(model, layers)
-    live: list[int] = []
-    stack = decoder.get_submodule(layers[0].decoder_layers_name.rpartition(".")[2])
+def _watched_layers(model: nn.Module, trace: MemoryTrace) -> Iterator[_Watch]:
+    """Within the block, fills a [`_Watch`]; the trace's peak starts anew at the first decoder layer."""
+    layers, watch = find_moe_layers(model), _Watch()
+    stack = model.get_submodule(layers[0].decoder_layers_name)
 
     def note(module: nn.Module, args: tuple) -> None:
-        if len(live) < len(stack):
-            live.append(trace.live)
+        if not watch.live:
+            watch.peak_before, trace.peak = trace.peak, trace.live
+        if len(watch.live) < len(stack):
+            watch.live.append(trace.live)
 
-    handles = [unwrapped(layer).register_forward_pre_hook(note) for layer in stack]
+    handles = [layer.register_forward_pre_hook(note) for layer in stack]
     try:
-        yield live
+        yield watch
     finally:
         for handle in handles:
             handle.remove()

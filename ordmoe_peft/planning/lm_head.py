@@ -13,6 +13,11 @@ TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 STATISTICS = 7
 
 
+def tile_bytes(tokens: int, dtype: torch.dtype) -> int:
+    """What a tile of logits takes, in bytes: all that exists of them at a time."""
+    return min(tokens, TILE_TOKENS) * TILE_VOCABULARY * dtype.itemsize
+
+
 def log_probs_as_on_cuda(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     """A stand-in for log-probabilities (`torch.Tensor` of shape `(N,)`) with the memory of the real ones."""
     device = hidden_NH.device.type
