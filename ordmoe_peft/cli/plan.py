@@ -131,7 +131,8 @@ def plan_settings(config: PretrainedConfig, model: ModelArguments, options: Plan
         raise OrdMoEConfigError("max_length is not set: give --max_length, the tokens of the longest sample.")
     stored = _quantisation_of(config)
     if stored is not None:
-        quantization = MoeBitsAndBytesConfig(**{name: stored[name] for name in stored if name.startswith("bnb_4bit")})
+        ours = ("bnb_4bit", "llm_int8_skip_modules")
+        quantization = MoeBitsAndBytesConfig(**{name: stored[name] for name in stored if name.startswith(ours)})
     else:
         quantization = model.quantization_config()
     return PlanSettings(

@@ -78,7 +78,7 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     inputs = step_inputs(base.config, shape)
     if shape.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
-    missing = _cut_layers(model, shape.gradient_checkpointing)
+    missing = _cut_layers(model, _unlike_the_rest(base.config, shape))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     at_hand = _make_fake(model, fakes)
     model.train()
@@ -144,18 +144,27 @@ def _images(config: PretrainedConfig, shape: StepShape, ids: torch.Tensor) -> di
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-def _cut_layers(model: nn.Module, gradient_checkpointing: bool) -> list[int]:
+def _unlike_the_rest(config: PretrainedConfig, shape: StepShape) -> int:
+    """How many of the first layers hold something else than others of their kind.
+
+    Backward ends at the first adapter, so without checkpointing the layer that has it keeps less; and Qwen3-VL adds
+    features of the vision tower to what its first layers give.
+    """
+    deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
+    return max(0 if shape.gradient_checkpointing else 1, len(deepstack) if shape.images_per_row else 0)
+
+
+def _cut_layers(model: nn.Module, unlike: int) -> list[int]:
     """Drop the decoder layers that only repeat earlier ones. Returns, for each, the place of a kept one of its kind.
 
-    Behind the one that speaks for its kind a layer stays, so that the memory between two layers' beginnings is seen.
-    Without checkpointing the second of a kind speaks for it: backward ends at the first adapter, so the first layer
-    that has one keeps less than the others.
+    The one after the first `unlike` of a kind speaks for it. Behind it a layer stays, so that the memory between two
+    layers' beginnings is seen.
     """
     owner_name, _, list_name = find_moe_layers(model)[0].decoder_layers_name.rpartition(".")
     owner = model.get_submodule(owner_name)
     kinds = [_kind(layer) for layer in getattr(owner, list_name)]
     places = {kind: [place for place, other in enumerate(kinds) if other == kind] for kind in kinds}
-    spokesman = {kind: at[0 if gradient_checkpointing else min(1, len(at) - 1)] for kind, at in places.items()}
+    spokesman = {kind: at[min(unlike, len(at) - 1)] for kind, at in places.items()}
     kept = max(spokesman.values()) + 2
     setattr(owner, list_name, getattr(owner, list_name)[:kept])
     return [spokesman[kind] for kind in kinds[kept:]]

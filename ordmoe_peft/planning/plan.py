@@ -204,16 +204,18 @@ def suggest(config: PretrainedConfig, settings: PlanSettings, plan: MemoryPlan, 
         changed = change(settings)
         if changed is None:
             continue
-        options, settings = changed[0], replace(settings, **changed[1])
-        before, plan = plan, plan_memory(config, settings)
-        if plan.total < before.total:
+        options, lighter = changed[0], replace(settings, **changed[1])
+        lighter_plan = plan_memory(config, lighter)
+        if lighter_plan.total < plan.total:
+            settings, plan = lighter, lighter_plan
             yield Suggestion(options, settings, plan)
 
 
 def _quantise(settings: PlanSettings) -> tuple[str, dict] | None:
     if settings.quantization is not None:
         return None
-    return "--load_in_4bit true", {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
+    options = f"--load_in_4bit true --bnb_4bit_compute_dtype {str(settings.dtype).removeprefix('torch.')}"
+    return options, {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
 
 
 def _checkpoint(settings: PlanSettings) -> tuple[str, dict] | None:

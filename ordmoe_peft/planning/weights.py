@@ -4,6 +4,7 @@ The model is built on the meta device and goes through the loader's own steps, s
 loader's decision. Storages are counted as they are after loading: packed bytes, scales, code tables.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,12 @@ import transformers
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from .._compat import dtypes_kept
 from ..errors import OrdMoEModelError
@@ -63,7 +69,7 @@ def build_meta_model(
         [`OrdMoEModelError`]: it has no MoE layers, or they cannot be quantised.
     """
     with torch.device("meta"), _default_dtype(dtype):
-        model = model_class(config)(config)
+        model = model_class(config)(copy.deepcopy(config))  # loading writes into it
     find_moe_layers(model)
     for name, kept in dtypes_kept(model, dtype).items():
         tensor = model.get_parameter_or_buffer(name)
@@ -80,7 +86,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         [`OrdMoEModelError`]: transformers has neither.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    known = named or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    known = named or next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     if known is None:
         raise OrdMoEModelError(
             f"The configuration is of {config.model_type!r} with architectures={config.architectures}, for which "

@@ -81,7 +81,7 @@ def test_further_layers_take_what_layers_take():
 def test_more_rows_take_more_and_checkpointing_less():
     config = models.qwen3_moe(num_hidden_layers=6).config
     one, two = (planned(config, StepShape(rows, 64, gradient_checkpointing=False)) for rows in (1, 2))
-    assert two.kept == pytest.approx(2 * one.kept, rel=0.01)
+    assert 1.5 * one.kept < two.kept <= 2 * one.kept
     assert planned(config, StepShape(2, 64)).kept < two.kept / 3
 
 
