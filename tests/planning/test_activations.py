@@ -56,7 +56,8 @@ def test_estimate_is_near_what_is_allocated(family, checkpointing):
     model = getattr(models, family)(num_hidden_layers=5).to(torch.bfloat16)
     estimate = planned(model.config, shape)
     kept, peak = measured(model, shape)
-    assert estimate.kept == pytest.approx(kept, rel=0.15)
+    # Checkpointing keeps the random state of each layer, 5 KB, which is much for so small a model and nothing else.
+    assert estimate.kept == pytest.approx(kept, rel=0.15, abs=5 * torch.get_rng_state().nbytes)
     assert estimate.peak == pytest.approx(peak, rel=0.15)
 
 
