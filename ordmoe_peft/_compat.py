@@ -1,10 +1,13 @@
 """Every use of upstream names that are not public. Each entry says why it is needed and when it can go."""
 
+import re
 from collections.abc import Callable
 
+import torch
 from bitsandbytes.nn import Linear4bit
 from peft.utils.peft_types import PeftType
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def add_peft_type(name: str) -> None:
@@ -72,3 +75,13 @@ def save_in_own_names(model: nn.Module) -> None:
 def save_in_original_format(model: nn.Module) -> None:
     """Undo [`save_in_own_names`]: `save_pretrained` uses the conversions of the model's family."""
     model._weight_conversions = None
+
+
+def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The parameters and buffers that `from_pretrained(dtype=dtype)` holds in another dtype, by name.
+
+    There is no public way to ask (transformers 5.23, `PreTrainedModel._get_dtype_plan`).
+    """
+    plan = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return {name: kept for name in names for pattern, kept in plan.items() if pattern.search(name)}

@@ -13,6 +13,7 @@ from ..errors import OrdMoEError
 
 # Command → (module, what it does). Modules are imported only when their command runs.
 COMMANDS = {
+    "plan": ("ordmoe_peft.cli.plan", "say what training takes of a card's memory, from the configuration alone"),
     "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),
     "inspect": ("ordmoe_peft.cli.inspect", "say whether a model's routing is fit for OrdMoE, and why not"),
     "evaluate": ("ordmoe_peft.cli.evaluate", "exact match and likelihood of answers, per tier on request"),

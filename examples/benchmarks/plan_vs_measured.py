@@ -1,0 +1,245 @@
+"""Hold `ordmoe plan`'s estimate of activations against what a training step allocates, on CPU.
+
+    python examples/benchmarks/plan_vs_measured.py            # all cases, a minute or two
+    python examples/benchmarks/plan_vs_measured.py --case 3   # one
+
+Each case trains a small model of a real class with random weights, in a process of its own, with the real trainer and
+4-bit loader. Measured is the most that torch's allocator held during a training step above what it held at its start:
+the running sum of the profiler's memory events, which is exact and repeats, where resident memory depends on malloc.
+The step is the second of two that accumulate, so gradients exist before it, as the plan assumes.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
+from ordmoe_peft.cli.tables import percent, print_table
+from ordmoe_peft.planning.activations import step_inputs
+from ordmoe_peft.planning.plan import PlanSettings, plan_memory
+from ordmoe_peft.planning.weights import model_class
+
+
+MIB = 2**20
+COMMON = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+QWEN = COMMON | {"head_dim": 64, "num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 256}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 8, 8], "mrope_interleaved": True}
+VISION = {
+    "depth": 4,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_heads": 4,
+    "patch_size": 8,
+    "out_hidden_size": 512,
+    "num_position_embeddings": 256,
+    "deepstack_visual_indexes": [1],
+}
+CONFIGS = {
+    "qwen3_moe": QWEN | {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True},
+    "qwen3_vl_moe": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": QWEN | {"rope_parameters": ROPE},
+        "vision_config": VISION,
+        "image_token_id": 1000,
+        "video_token_id": 1001,
+        "vision_start_token_id": 1002,
+        "vision_end_token_id": 1003,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
+    "gpt_oss": COMMON
+    | {
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 64,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 256,
+        "sliding_window": 128,
+    },
+    "mixtral": COMMON
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 1024,
+    },
+    "deepseek_v2": COMMON
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "num_key_value_heads": 8,
+        "n_routed_experts": 32,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "intermediate_size": 1024,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is trained."""
+
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def plan_settings(self) -> PlanSettings:
+        quantization = None if self.quantization is None else MoeBitsAndBytesConfig(**self.quantization)
+        return PlanSettings(quantization=quantization, device="cpu", **{"r": 8, "batch_size": 2, **self.settings})
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.for_model(self.model, **CONFIGS[self.model])
+
+
+BF16 = {"bnb_4bit_compute_dtype": torch.bfloat16}
+PLAIN = {"gradient_checkpointing": False, "sequence_length": 256}
+CASES = [
+    Case("qwen3_moe", PLAIN | {"num_tiers": 1}),
+    Case("qwen3_moe", PLAIN | {"batch_size": 4, "r": 16}),
+    Case("qwen3_moe", {"sequence_length": 512}),
+    Case("qwen3_moe", {"sequence_length": 1024, "batch_size": 1, "num_tiers": 2}),
+    Case("qwen3_moe", PLAIN, BF16),
+    Case("qwen3_moe", {"sequence_length": 512}, BF16 | {"bnb_4bit_use_double_quant": True}),
+    Case("qwen3_moe", PLAIN | {"targets": ("router", "experts", "attention")}, BF16),
+    Case("qwen3_vl_moe", PLAIN | {"images_per_sample": 1, "image_tokens": 64}),
+    Case("qwen3_vl_moe", {"sequence_length": 512, "images_per_sample": 2, "image_tokens": 100}, BF16),
+    Case("gpt_oss", {"sequence_length": 512}, BF16),
+    Case("deepseek_v2", PLAIN | {"num_tiers": 4}),
+    Case("mixtral", {"sequence_length": 512, "num_tiers": 2}, BF16),
+]
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+def measure(case: Case) -> int:
+    """The peak of one training step over its start, in bytes."""
+    settings, config = case.plan_settings, case.config
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model_class(config)(config).to(torch.bfloat16).save_pretrained(folder)
+        model = model_class(config).from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=settings.quantization
+        )
+        model = get_peft_model(model, settings.adapter_config())
+        batch = step_inputs(config, settings.step_shape(settings.batch_size))
+        batch = {name: make() if callable(make) else make for name, make in batch.items()}
+        trainer = MeasuringTrainer(
+            model,
+            args=OrdMoETrainingArguments(
+                folder,
+                per_device_train_batch_size=settings.batch_size,
+                gradient_accumulation_steps=2,
+                max_steps=1,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+                log_tiers_every=0,
+                max_length=None,
+                bf16=True,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": [[1]] * 4 * settings.batch_size}),
+            data_collator=lambda rows: dict(batch),
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+    return trainer.peaks[-1]
+
+
+class MeasuringTrainer(OrdMoETrainer):
+    """Notes the peak of each training step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = super().training_step(*args, **kwargs)
+        self.peaks = [*getattr(self, "peaks", ()), allocated_peak(profiler)]
+        return loss
+
+
+def allocated_peak(profiler: torch.profiler.profile) -> int:
+    """The highest running sum of what was allocated and freed, in bytes."""
+    return max(itertools.accumulate(_changes(profiler), initial=0))
+
+
+def held_at_end(profiler: torch.profiler.profile) -> int:
+    """What was allocated and not freed, in bytes."""
+    return sum(_changes(profiler))
+
+
+def _changes(profiler: torch.profiler.profile) -> list[int]:
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that is never asked to tokenise."""
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def run(index: int) -> list[str]:
+    """A row of the table."""
+    logging.set_verbosity_error()
+    case = CASES[index]
+    settings = case.plan_settings
+    planned, measured = plan_memory(case.config, settings).activations.peak, measure(case)
+    images = f"{settings.images_per_sample} x {settings.image_tokens}" if settings.images_per_sample else ""
+    bits = "bf16" if case.quantization is None else "nf4" + ", double" * settings.quantization.bnb_4bit_use_double_quant
+    shape = [settings.batch_size, settings.sequence_length, settings.num_tiers]
+    return [
+        f"{index}: {case.model}",
+        *map(str, shape),
+        images,
+        "on" if settings.gradient_checkpointing else "off",
+        bits,
+        f"{planned / MIB:.0f}",
+        f"{measured / MIB:.0f}",
+        percent(planned / measured - 1),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one case alone")
+    chosen = parser.parse_args().case
+    cases = range(len(CASES)) if chosen is None else [chosen]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = [pool.apply(run, (index,)) for index in cases]
+    columns = ["model", "batch", "seq", "C", "images", "ckpt", "bits", "planned MiB", "measured MiB", "off by"]
+    print_table("Peak of a training step over weights, gradients and optimizer", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

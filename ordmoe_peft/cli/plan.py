@@ -1,0 +1,218 @@
+"""`ordmoe plan MODEL --gpu_memory_gb 24`: whether training fits a card, from the model's configuration alone."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from trl import TrlParser
+
+from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..planning.known_models import KNOWN_MODELS, known_config
+from ..planning.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
+from ..planning.optimizers import OPTIMIZERS
+from ..planning.plan import GIB, TIER_PASSES, MemoryPlan, PlanSettings, Suggestion, plan_memory, suggest
+from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from ..training.objectives import OBJECTIVES
+from .arguments import ModelArguments, with_model_first
+from .tables import print_table, write_json
+
+
+@dataclass(kw_only=True)
+class PlanArguments:
+    """The card, and the options of `ordmoe train` that decide what training takes, under their names there."""
+
+    gpu_memory_gb: float = field(default=24.0, metadata={"help": "Memory of the card, in GiB as cards are sold."})
+    reserve_gb: float = field(
+        default=1.0, metadata={"help": "GiB to leave to CUDA's context, fragments and what kernels allocate inside."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    targets: list[str] = field(
+        default_factory=lambda: ["router", "experts"],
+        metadata={"help": "Roles to adapt: router, experts, shared_experts, attention."},
+    )
+    num_tiers: int = field(default=3, metadata={"help": "Tiers C; 1 is supervised fine-tuning."})
+    objective: str = field(default="erl", metadata={"help": f"What L_ERL is: one of {tuple(OBJECTIVES)}."})
+    tier_passes: str = field(
+        default="batched", metadata={"help": f"How tiers are run: {' or '.join(TIER_PASSES)}, one after another."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples at a time on the card."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Tokens of a sample, image tokens included; all are taken to be this long."}
+    )
+    images_per_sample: int = field(default=0, metadata={"help": "Images of a sample."})
+    image_tokens: int = field(default=0, metadata={"help": "Tokens that the language model sees of an image."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Run layers again in backward."})
+    bf16: bool = field(default=True, metadata={"help": "Mixed precision in bf16."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": f"Optimizer: one of {tuple(OPTIMIZERS)}."})
+    output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (ModelArguments, PlanArguments),
+        prog="ordmoe plan",
+        description="Say what training takes of a card's memory, whether it fits, and what would make it fit: "
+        "`ordmoe plan MODEL --gpu_memory_gb 24 --load_in_4bit`. MODEL, or --model_name_or_path, is a folder or a hub "
+        f"id, of which only config.json is read; {', '.join(KNOWN_MODELS)} are known without. A recipe of `ordmoe "
+        "train` can be given as --config; what has no bearing on memory is passed over.",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    # A recipe holds options of `ordmoe train` that have no part here.
+    model_options, options = build_parser().parse_args_and_config(
+        with_model_first(arguments), fail_with_unknown_args=False
+    )
+    limit = _room(options)
+    config = load_config(model_options.model_name_or_path, model_options.model_revision)
+    settings = plan_settings(config, model_options, options)
+    plan = plan_memory(config, settings)
+    print_plan(model_options.model_name_or_path, plan, settings, options)
+    suggestions = list(suggest(config, settings, plan, limit))
+    print_verdict(plan, suggestions, options)
+    if options.output is not None:
+        ways = [{"options": way.options, **way.plan.to_dict(), "fits": way.plan.total <= limit} for way in suggestions]
+        results = {"model": model_options.model_name_or_path, **plan.to_dict(), "room": limit}
+        write_json(options.output, results | {"fits": plan.total <= limit, "suggestions": ways})
+
+
+def _room(options: PlanArguments) -> int:
+    """What the card has for training, in bytes."""
+    if not 0 < options.gpu_memory_gb < float("inf"):
+        raise OrdMoEConfigError(f"gpu_memory_gb must be positive, got {options.gpu_memory_gb}.")
+    if not 0 <= options.reserve_gb < options.gpu_memory_gb:
+        raise OrdMoEConfigError(
+            f"reserve_gb must be at least 0 and less than gpu_memory_gb={options.gpu_memory_gb}, got "
+            f"{options.reserve_gb}."
+        )
+    return int((options.gpu_memory_gb - options.reserve_gb) * GIB)
+
+
+def load_config(name: str, revision: str = "main") -> PretrainedConfig:
+    """The configuration of a folder, of a model that ships, or of a hub id, in this order.
+
+    Raises:
+        [`OrdMoEModelError`]: there is none, or its weights are quantised by something else.
+    """
+    known = None if os.path.isdir(name) else known_config(name)
+    if known is not None:
+        facts = dict(known)
+        return AutoConfig.for_model(facts.pop("model_type"), **facts)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise OrdMoEModelError(
+            f"No configuration of {name!r}: it is no folder with a config.json, not among the models that are known "
+            f"without the hub ({', '.join(KNOWN_MODELS)}), and the hub did not give one: {_first_line(error)}"
+        ) from error
+    quantization = _quantisation_of(config)
+    if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
+        raise OrdMoEModelError(
+            f"{name!r} is quantised by {quantization.get('quant_method')!r}, whose weights this does not plan. Give an "
+            "unquantised checkpoint of it."
+        )
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _quantisation_of(config: PretrainedConfig) -> dict | None:
+    quantization = getattr(config, "quantization_config", None)
+    return quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
+
+
+def plan_settings(config: PretrainedConfig, model: ModelArguments, options: PlanArguments) -> PlanSettings:
+    """The options as settings."""
+    if options.max_length is None:
+        raise OrdMoEConfigError("max_length is not set: give --max_length, the tokens of the longest sample.")
+    stored = _quantisation_of(config)
+    if stored is not None:
+        ours = ("bnb_4bit", "llm_int8_skip_modules")
+        quantization = MoeBitsAndBytesConfig(**{name: stored[name] for name in stored if name.startswith(ours)})
+    else:
+        quantization = model.quantization_config()
+    return PlanSettings(
+        dtype=weights_dtype(config, model.dtype),
+        quantization=quantization,
+        r=options.lora_r,
+        targets=tuple(options.targets),
+        num_tiers=options.num_tiers,
+        objective=options.objective,
+        tier_passes=options.tier_passes,
+        batch_size=options.per_device_train_batch_size,
+        sequence_length=options.max_length,
+        images_per_sample=options.images_per_sample,
+        image_tokens=options.image_tokens,
+        gradient_checkpointing=options.gradient_checkpointing,
+        optimizer=options.optim,
+        autocast=torch.bfloat16 if options.bf16 else None,
+    )
+
+
+def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
+    """The dtype called `name`; for `auto` the configuration's, or bf16 where it says none."""
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name == "auto":
+        return config.dtype or config.get_text_config().dtype or torch.bfloat16
+    if name not in known:
+        raise OrdMoEConfigError(f"dtype must be 'auto' or one of {tuple(known)}, got {name!r}.")
+    return known[name]
+
+
+# ----------------------------------------------------------------------------------------------------------- printing
+def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: PlanArguments) -> None:
+    """A row for each thing that takes memory."""
+    rows = [[f"weights: {share.role}", share.form, f"{share.bits:.2f}", _gib(share.size)] for share in plan.weights]
+    states = [
+        (f"adapter, r {settings.r}", f"{plan.trainable / 1e6:,.1f} M weights", plan.adapter),
+        ("its gradients", "", plan.gradients),
+        ("optimizer", settings.optimizer, plan.optimizer),
+        ("activations kept for backward", _step(settings), plan.activations.kept),
+        ("working memory", "largest moment of forward and backward", plan.activations.working),
+        ("  of which logits, at most", f"in tiles of {TILE_TOKENS} x {TILE_VOCABULARY}", _logits(settings)),
+        ("reserve", "CUDA context, fragments: a guess", int(options.reserve_gb * GIB)),
+        ("total", "", plan.total + int(options.reserve_gb * GIB)),
+    ]
+    rows += [[what, form, "", _gib(size)] for what, form, size in states]
+    weights = sum(share.weights for share in plan.weights)
+    sizes = f"{plan.moe['moe_layers']} MoE layers, E {plan.moe['num_experts']}, K {plan.moe['top_k']}"
+    print_table(f"{name}: {weights / 1e9:.2f} B weights, {sizes}", ["", "", "bits", "GiB"], rows)
+
+
+def _logits(settings: PlanSettings) -> int:
+    return tile_bytes(settings.rows * settings.sequence_length, settings.autocast or settings.dtype)
+
+
+def _step(settings: PlanSettings) -> str:
+    tiers = settings.tiers_run()
+    how = f"tier{'s' * (len(tiers) > 1)} {', '.join(map(str, tiers))}"
+    if len(tiers) > 1:
+        how += " in one forward" if settings.tier_passes == "batched" else " one after another"
+    return f"{settings.rows} rows of {settings.sequence_length} tokens; {how}"
+
+
+def print_verdict(plan: MemoryPlan, suggestions: Sequence[Suggestion], options: PlanArguments) -> None:
+    """Whether it fits, and what would make it fit."""
+    card, needed = options.gpu_memory_gb, plan.total / GIB + options.reserve_gb
+    if needed <= card:
+        print(f"Fits: {needed:.2f} of {card:g} GiB, {card - needed:.2f} GiB are left.")
+        return
+    print(f"Does not fit: {needed:.2f} GiB are needed, and the card has {card:g}.")
+    if not suggestions:
+        print("None of the options that this command knows would take less.")
+        return
+    rows = []
+    for suggestion in suggestions:
+        total = suggestion.plan.total / GIB + options.reserve_gb
+        rows.append([suggestion.options, f"{total:.2f}", "fits" if total <= card else ""])
+    print_table("With these, each on top of those above it:", ["option", "total GiB", ""], rows)
+    if not rows[-1][2]:
+        print(f"Even with all of them it does not fit {card:g} GiB.")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,269 @@
+"""Put together what training takes, and what would make it take less."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PretrainedConfig
+
+from ..config import OrdMoEConfig
+from ..errors import OrdMoEConfigError
+from ..moe_layers import find_moe_layers
+from ..objectives.advantages import tier_advantages
+from ..quantization.config import MoeBitsAndBytesConfig
+from ..training.objectives import OBJECTIVES
+from .activations import Activations, StepShape, estimate_activations
+from .optimizers import OPTIMIZERS, optimizer_bytes
+from .weights import WeightShare, build_meta_model, weight_shares
+
+
+GIB = 2**30
+TIER_PASSES = ("batched", "sequential")
+# Shorter rows than this are not suggested.
+LEAST_SEQUENCE_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How a model is trained.
+
+    Args:
+        dtype (`torch.dtype`, defaults to bf16): that of unquantised weights.
+        quantization ([`MoeBitsAndBytesConfig`], *optional*): 4-bit loading.
+        r (`int`, defaults to 16), targets (`tuple[str, ...]`, defaults to router and experts): the adapter's.
+        num_tiers (`int`, defaults to 3), objective (`str`, defaults to `"erl"`): decide how many tiers are run.
+        tier_passes (`str`, defaults to `"batched"`): `"batched"`, the rows of all tiers in one forward, or
+            `"sequential"`, one tier after another.
+        batch_size (`int`, defaults to 8): samples at a time on the card.
+        sequence_length (`int`, defaults to 1024): tokens of each, image tokens included.
+        images_per_sample (`int`, defaults to 0), image_tokens (`int`, defaults to 0): see [`StepShape`].
+        gradient_checkpointing (`bool`, defaults to `True`).
+        optimizer (`str`, defaults to `"adamw_torch_fused"`): a key of [`OPTIMIZERS`].
+        autocast (`torch.dtype`, *optional*): dtype of mixed precision.
+        device (`str`, defaults to `"cuda"`): see [`StepShape`].
+
+    Raises:
+        [`OrdMoEConfigError`]: a value that cannot work.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    quantization: MoeBitsAndBytesConfig | None = None
+    r: int = 16
+    targets: tuple[str, ...] = ("router", "experts")
+    num_tiers: int = 3
+    objective: str = "erl"
+    tier_passes: str = "batched"
+    batch_size: int = 8
+    sequence_length: int = 1024
+    images_per_sample: int = 0
+    image_tokens: int = 0
+    gradient_checkpointing: bool = True
+    optimizer: str = "adamw_torch_fused"
+    autocast: torch.dtype | None = torch.bfloat16
+    device: str = "cuda"
+
+    def __post_init__(self):
+        for name in ("r", "num_tiers", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("images_per_sample", "image_tokens"):
+            if getattr(self, name) < 0:
+                raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        choices = {"tier_passes": TIER_PASSES, "objective": tuple(OBJECTIVES), "optimizer": tuple(OPTIMIZERS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise OrdMoEConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+
+    def adapter_config(self) -> OrdMoEConfig:
+        """The adapter's configuration."""
+        return OrdMoEConfig(r=self.r, targets=list(self.targets), num_tiers=self.num_tiers)
+
+    def tiers_run(self) -> list[int]:
+        """The tiers that a step runs with gradient, from 1: tier 1, and those that the objective looks at."""
+        if self.num_tiers == 1:
+            return [1]
+        advantages = tier_advantages(None, self.num_tiers, "zscore")
+        return sorted({1, *OBJECTIVES[self.objective].active_tiers(advantages)})
+
+    def step_shape(self, rows: int) -> StepShape:
+        """A forward of so many rows."""
+        return StepShape(
+            rows=rows,
+            sequence_length=self.sequence_length,
+            images_per_row=self.images_per_sample,
+            image_tokens=self.image_tokens,
+            gradient_checkpointing=self.gradient_checkpointing,
+            autocast=self.autocast,
+            device=self.device,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest forward."""
+        return self.batch_size * (len(self.tiers_run()) if self.tier_passes == "batched" else 1)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What training takes, in bytes.
+
+    Args:
+        weights (`list` of [`WeightShare`]): the base, by role and form.
+        trainable (`int`): the adapter's weights, how many.
+        adapter (`int`), gradients (`int`), optimizer (`int`): the adapter, its gradients, the optimizer's states.
+        activations ([`Activations`]): what one forward and backward holds beside.
+        moe (`dict`): number of MoE layers, E and K.
+    """
+
+    weights: list[WeightShare]
+    trainable: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: Activations
+    moe: dict[str, int]
+
+    @property
+    def base(self) -> int:
+        """All weights of the base."""
+        return sum(share.size for share in self.weights)
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, sizes in bytes."""
+        return {
+            "weights": [vars(share) | {"bits": share.bits} for share in self.weights],
+            "trainable_parameters": self.trainable,
+            "base": self.base,
+            "adapter": self.adapter,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": {**vars(self.activations), "peak": self.activations.peak},
+            "total": self.total,
+            **self.moe,
+        }
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that takes less: its options, and what training takes with it and those before it."""
+
+    options: str
+    settings: PlanSettings
+    plan: MemoryPlan
+
+
+def plan_memory(config: PretrainedConfig, settings: PlanSettings) -> MemoryPlan:
+    """What training a model of `config` takes.
+
+    Raises:
+        [`OrdMoEModelError`], [`OrdMoEConfigError`]: the settings do not fit the model, e.g. it has no MoE layers, or
+            C·K > E.
+    """
+    model = build_meta_model(config, settings.dtype, settings.quantization)
+    layers = find_moe_layers(model)
+    shares = weight_shares(model)
+    model = _with_adapter(model, settings)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapter = sum(parameter.nbytes for parameter in trainable)
+    return MemoryPlan(
+        weights=shares,
+        trainable=sum(parameter.numel() for parameter in trainable),
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=optimizer_bytes(settings.optimizer, trainable),
+        activations=estimate_activations(model, settings.step_shape(settings.rows)),
+        moe={"moe_layers": len(layers), "num_experts": layers[0].num_experts, "top_k": layers[0].top_k},
+    )
+
+
+def _with_adapter(model: Any, settings: PlanSettings) -> PeftModel:
+    """The model as the trainer holds it."""
+    model = get_peft_model(model, settings.adapter_config(), low_cpu_mem_usage=True)
+    if settings.quantization is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does on quantised bases
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- suggestions
+def suggest(config: PretrainedConfig, settings: PlanSettings, plan: MemoryPlan, limit: int) -> Iterator[Suggestion]:
+    """Changes that make training take less, each on top of those before it, until it fits into `limit` bytes.
+
+    First those that cost the least: time only, then precision of the optimizer and of scales, then what is learnt from.
+    """
+    for change in CHANGES:
+        if plan.total <= limit:
+            return
+        changed = change(settings)
+        if changed is None:
+            continue
+        options, lighter = changed[0], replace(settings, **changed[1])
+        lighter_plan = plan_memory(config, lighter)
+        if lighter_plan.total < plan.total:
+            settings, plan = lighter, lighter_plan
+            yield Suggestion(options, settings, plan)
+
+
+def _quantise(settings: PlanSettings) -> tuple[str, dict] | None:
+    if settings.quantization is not None:
+        return None
+    options = f"--load_in_4bit true --bnb_4bit_compute_dtype {str(settings.dtype).removeprefix('torch.')}"
+    return options, {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
+
+
+def _checkpoint(settings: PlanSettings) -> tuple[str, dict] | None:
+    if settings.gradient_checkpointing:
+        return None
+    return "--gradient_checkpointing true", {"gradient_checkpointing": True}
+
+
+def _one_after_another(settings: PlanSettings) -> tuple[str, dict] | None:
+    if settings.tier_passes == "sequential" or len(settings.tiers_run()) == 1:
+        return None
+    return "--tier_passes sequential", {"tier_passes": "sequential"}
+
+
+def _batch_of_one(settings: PlanSettings) -> tuple[str, dict] | None:
+    if settings.batch_size == 1:
+        return None
+    more = f"--gradient_accumulation_steps (x {settings.batch_size})"
+    return f"--per_device_train_batch_size 1 {more}", {"batch_size": 1}
+
+
+def _double_quant(settings: PlanSettings) -> tuple[str, dict] | None:
+    if settings.quantization is None or settings.quantization.bnb_4bit_use_double_quant:
+        return None
+    quantization = MoeBitsAndBytesConfig(
+        bnb_4bit_quant_type=settings.quantization.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=settings.quantization.bnb_4bit_compute_dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+    return "--use_bnb_nested_quant true", {"quantization": quantization}
+
+
+def _small_optimizer(settings: PlanSettings) -> tuple[str, dict] | None:
+    return None if "8bit" in settings.optimizer else ("--optim paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"})
+
+
+def _shorter(settings: PlanSettings) -> tuple[str, dict] | None:
+    length = settings.sequence_length // 2
+    if length < max(LEAST_SEQUENCE_LENGTH, settings.images_per_sample * (settings.image_tokens + 2) + 1):
+        return None
+    return f"--max_length {length}", {"sequence_length": length}
+
+
+def _lower_rank(settings: PlanSettings) -> tuple[str, dict] | None:
+    return None if settings.r < 8 else (f"--lora_r {settings.r // 2}", {"r": settings.r // 2})
+
+
+CHANGES: tuple[Callable[[PlanSettings], tuple[str, dict] | None], ...] = (
+    *(_quantise, _checkpoint, _one_after_another, _batch_of_one, _double_quant, _small_optimizer),
+    *(_shorter, _shorter, _lower_rank),
+)

@@ -1,0 +1,140 @@
+"""`ordmoe plan` as a user types it."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft.cli import plan as plan_command
+from ordmoe_peft.cli.main import main
+from tests import models
+from tests.cli.test_main import error_of
+
+
+def run(*arguments) -> int:
+    return main(["plan", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A configuration alone, without weights."""
+    models.qwen3_moe().to(torch.bfloat16).config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_that_fits(folder, tmp_path, capsys):
+    results = tmp_path / "plan.json"
+    assert run(folder, "--gpu_memory_gb", 24, "--load_in_4bit", "--max_length", 32, "--output", results) == 0
+    printed = capsys.readouterr().out
+    assert "3 MoE layers, E 8, K 2" in printed
+    assert "tiers 1, 3 in one forward" in printed
+    assert "Fits: " in printed
+    plan = json.loads(results.read_text())
+    assert plan["fits"]
+    assert plan["suggestions"] == []
+    assert {share["form"] for share in plan["weights"] if share["role"] == "experts"} == {"nf4"}
+    assert plan["total"] < plan["room"] == 23 * 2**30
+
+
+def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys):
+    results = tmp_path / "plan.json"
+    arguments = ("--gpu_memory_gb", 0.05, "--reserve_gb", 0, "--per_device_train_batch_size", 4, "--output", results)
+    assert run(folder, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Does not fit: " in printed
+    assert "--tier_passes sequential" in printed
+    plan = json.loads(results.read_text())
+    assert not plan["fits"]
+    assert [way["fits"] for way in plan["suggestions"]][-1]
+    assert not any(way["fits"] for way in plan["suggestions"][:-1])
+
+
+def test_nothing_makes_it_fit(folder, capsys):
+    arguments = ("--gpu_memory_gb", 1e-4, "--reserve_gb", 0, "--max_length", 16, "--lora_r", 4)
+    assert run(folder, *arguments) == 0
+    assert "Even with all of them it does not fit" in capsys.readouterr().out
+
+
+def test_a_known_model_needs_no_hub(capsys, monkeypatch):
+    monkeypatch.setattr(plan_command.AutoConfig, "from_pretrained", None)
+    assert (
+        run(
+            "allenai/OLMoE-1B-7B-0125-Instruct",
+            "--load_in_4bit",
+            "--per_device_train_batch_size",
+            1,
+            "--max_length",
+            64,
+        )
+        == 0
+    )
+    assert "6.92 B weights, 16 MoE layers, E 64, K 8" in capsys.readouterr().out
+
+
+def test_a_training_recipe(folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora_r: 4\nerl_coef: 0.1\nmax_length: 32\nper_device_train_batch_size: 1\noptim: adamw_8bit\n")
+    assert run(folder, "--config", recipe) == 0
+    printed = capsys.readouterr().out
+    assert "adapter, r 4" in printed
+    assert "2 rows of 32 tokens" in printed
+    assert "adamw_8bit" in printed
+
+
+def test_images(tmp_path, capsys):
+    models.qwen3_vl_moe().config.save_pretrained(tmp_path)
+    arguments = ("--images_per_sample", 1, "--image_tokens", 9, "--max_length", 16)
+    assert run(tmp_path, *arguments) == 0
+    assert "weights: vision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpu_memory_gb", 0), "gpu_memory_gb must be positive, got 0"),
+        (("--gpu_memory_gb", -24), "gpu_memory_gb must be positive, got -24"),
+        (("--reserve_gb", 24), "reserve_gb must be at least 0 and less than gpu_memory_gb=24"),
+        (("--max_length", 0), "sequence_length must be at least 1, got 0"),
+        (("--num_tiers", 5), "num_tiers=5 does not fit"),
+        (("--dtype", "int3"), "dtype must be 'auto' or one of"),
+        (("--images_per_sample", 1, "--image_tokens", 4), "needs a vision tower"),
+    ],
+)
+def test_numbers_that_cannot_be(folder, capsys, options, message):
+    assert message in error_of(capsys, ["plan", str(folder), *map(str, options)])
+
+
+def test_a_model_without_moe_layers(tmp_path, capsys):
+    models.qwen3_dense().config.save_pretrained(tmp_path)
+    assert "has no MoE layers" in error_of(capsys, ["plan", str(tmp_path)])
+
+
+def test_an_unknown_model_names_the_known_ones(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OfflineModeIsEnabled("no hub")
+
+    monkeypatch.setattr(plan_command.AutoConfig, "from_pretrained", offline)
+    error = error_of(capsys, ["plan", "nobody/nothing"])
+    assert "No configuration of 'nobody/nothing'" in error
+    assert "Qwen3-30B-A3B" in error
+
+
+def test_a_folder_without_a_configuration(tmp_path, capsys):
+    assert f"No configuration of {str(tmp_path)!r}" in error_of(capsys, ["plan", str(tmp_path)])
+
+
+def test_a_checkpoint_that_is_quantised_already(tmp_path, capsys):
+    config = models.gpt_oss().config
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    assert "is quantised by 'mxfp4'" in error_of(capsys, ["plan", str(tmp_path)])
+
+
+def test_a_checkpoint_that_holds_4_bits_of_ours(tmp_path, capsys):
+    config = models.qwen3_moe().config
+    config.quantization_config = MoeBitsAndBytesConfig(bnb_4bit_quant_type="fp4").to_dict()
+    config.save_pretrained(tmp_path)
+    assert run(tmp_path, "--max_length", 16) == 0
+    assert "fp4" in capsys.readouterr().out

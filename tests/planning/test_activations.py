@@ -1,0 +1,105 @@
+"""The traced step against the real one, by torch's own count of allocations."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from trl.trainer.utils import add_fused_lm_head
+
+from examples.benchmarks.plan_vs_measured import allocated_peak, held_at_end
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.planning.activations import StepShape, estimate_activations, step_inputs
+from ordmoe_peft.planning.weights import build_meta_model
+from tests import models
+
+
+def adapted(model):
+    return get_peft_model(model, OrdMoEConfig(r=4, num_tiers=1), low_cpu_mem_usage=model.device.type == "meta")
+
+
+def planned(config, shape, quantization=None):
+    return estimate_activations(adapted(build_meta_model(config, torch.bfloat16, quantization)), shape)
+
+
+def profiled(run):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    return result, profiler
+
+
+def measured(model, shape) -> tuple[int, int]:
+    """What a step holds at the end of the forward, and the most that it holds."""
+    tuned = adapted(model).train()
+    add_fused_lm_head(tuned.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    if shape.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuned.enable_input_require_grads()
+    inputs = {name: make() if callable(make) else make for name, make in step_inputs(model.config, shape).items()}
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            return tuned(**inputs, fused_lm_head=True).loss
+
+    forward().backward()  # gradients exist from here on
+    loss, profiler = profiled(forward)
+    kept = held_at_end(profiler)
+    del loss
+    _, profiler = profiled(lambda: forward().backward())
+    return kept, allocated_peak(profiler)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "gpt_oss", "deepseek_v3"])
+def test_estimate_is_near_what_is_allocated(family, checkpointing):
+    images = {"images_per_row": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
+    shape = StepShape(2, 48, gradient_checkpointing=checkpointing, device="cpu", **images)
+    model = getattr(models, family)(num_hidden_layers=5).to(torch.bfloat16)
+    estimate = planned(model.config, shape)
+    kept, peak = measured(model, shape)
+    # Checkpointing keeps the random state of each layer, 5 KB, which is much for so small a model and nothing else.
+    assert estimate.kept == pytest.approx(kept, rel=0.15, abs=5 * torch.get_rng_state().nbytes)
+    assert estimate.peak == pytest.approx(peak, rel=0.15)
+
+
+def test_packed_experts_are_near_what_is_allocated(tmp_path):
+    shape = StepShape(2, 48, gradient_checkpointing=False, device="cpu")
+    models.qwen3_moe(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)
+    model = type(models.qwen3_moe()).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
+    estimate = planned(models.qwen3_moe(num_hidden_layers=4).config, shape, config)
+    kept, peak = measured(model, shape)
+    assert estimate.kept == pytest.approx(kept, rel=0.15)
+    assert estimate.peak == pytest.approx(peak, rel=0.15)
+
+
+def test_further_layers_take_what_layers_take():
+    """What is kept grows by the same for each further layer, traced or not."""
+    shape = StepShape(1, 16, gradient_checkpointing=False)
+    kept = [planned(models.qwen3_moe(num_hidden_layers=layers).config, shape).kept for layers in (3, 4, 8)]
+    assert kept[2] - kept[1] == pytest.approx(4 * (kept[1] - kept[0]), rel=0.01)
+
+
+def test_more_rows_take_more_and_checkpointing_less():
+    config = models.qwen3_moe(num_hidden_layers=6).config
+    one, two = (planned(config, StepShape(rows, 64, gradient_checkpointing=False)) for rows in (1, 2))
+    assert 1.5 * one.kept < two.kept <= 2 * one.kept
+    assert planned(config, StepShape(2, 64)).kept < two.kept / 3
+
+
+def test_the_head_on_cuda_takes_less_than_on_cpu():
+    config = models.qwen3_moe().config
+    on_cuda, on_cpu = (planned(config, StepShape(1, 64, device=device)) for device in ("cuda", "cpu"))
+    assert on_cuda.peak <= on_cpu.peak
+
+
+@pytest.mark.parametrize(
+    ("family", "images", "message"),
+    [
+        ("qwen3_moe", {"images_per_row": 1, "image_tokens": 4}, "needs a vision tower"),
+        ("qwen3_vl_moe", {"images_per_row": 2, "image_tokens": 9}, "take 22 tokens of a sequence of 16"),
+        ("qwen3_vl_moe", {"images_per_row": 1}, "at least one token an image"),
+    ],
+)
+def test_images_that_cannot_be(family, images, message):
+    with pytest.raises(OrdMoEConfigError, match=message):
+        planned(getattr(models, family)().config, StepShape(1, 16, **images))
