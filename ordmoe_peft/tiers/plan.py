@@ -30,6 +30,8 @@ class TierPlan:
             tier 1's sum to.
         num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
             the same order for a sample's tiers; by default each row is a sample.
+        first_sample (`int`): samples of the same step before this forward's, for `random`: those of other
+            micro-batches and processes, so that what a sample draws does not depend on how a batch is shared out.
     """
 
     tiers: torch.Tensor
@@ -40,6 +42,7 @@ class TierPlan:
     step: int
     num_samples: int | None = None
     tier_weights: str = "router"
+    first_sample: int = 0
 
     @property
     def is_top(self) -> bool:
@@ -110,6 +113,7 @@ def make_plan(
     step: int,
     num_samples: int | None = None,
     tier_weights: str = "router",
+    first_sample: int = 0,
 ) -> TierPlan:
     """Check a request against the model's MoE layers and make it a plan.
 
@@ -127,4 +131,4 @@ def make_plan(
     scope = layers_in_scope(layer_scope, len(layers))
     for index in sorted(scope):
         check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
-    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights)
+    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, first_sample)

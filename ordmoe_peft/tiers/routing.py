@@ -62,6 +62,7 @@ def tier_routing(
     step: int = 0,
     num_samples: int | None = None,
     tier_weights: str | None = None,
+    first_sample: int = 0,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -76,7 +77,8 @@ def tier_routing(
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
         seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
-        num_samples (`int`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+        num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
+            [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
 
     Raises:
@@ -95,6 +97,7 @@ def tier_routing(
         step=step,
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
+        first_sample=first_sample,
     )
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
@@ -344,4 +347,5 @@ class _TierSelection(TorchFunctionMode):
         row_T = token_T // length
         if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
             row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
-        return row_T % num_samples if num_samples else row_T, token_T % length + self.forward.past_length
+        sample_T = row_T % num_samples if num_samples else row_T
+        return sample_T + self.forward.plan.first_sample, token_T % length + self.forward.past_length

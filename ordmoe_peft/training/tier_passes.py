@@ -78,7 +78,7 @@ class TierPasses:
         scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's router logits are needed.
-        step (`int`): what `random` grouping draws from.
+        step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
     """
 
     def __init__(
@@ -95,11 +95,13 @@ class TierPasses:
         needs_reference: bool = False,
         records_routing: bool = False,
         step: int = 0,
+        first_sample: int = 0,
     ):
         self.model, self.moe_model = model, moe_model
         self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
         self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
-        self.needs_reference, self.records_routing, self.step = needs_reference, records_routing, step
+        self.needs_reference, self.records_routing = needs_reference, records_routing
+        self.draw = {"step": step, "first_sample": first_sample}
         self.scores: TierScores | None = None
 
     def __call__(self, **inputs: Any) -> Any:
@@ -144,7 +146,7 @@ class TierPasses:
         batch_size = len(groups[0].inputs["labels"])
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
-        with tier_routing(self.moe_model, tiers, step=self.step, num_samples=batch_size):
+        with tier_routing(self.moe_model, tiers, num_samples=batch_size, **self.draw):
             outputs = self.model(**rows)
         # With a model split over devices the head may be on another one than its inputs.
         labels_BS = rows["labels"][:, 1:].to(outputs.log_probs.device)
