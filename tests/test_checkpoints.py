@@ -122,9 +122,7 @@ class TestTrainer:
         assert names(tmp_path / "checkpoint-6") >= FILES
         whole = tiny_trainer(tmp_path / "whole", **self.SETTINGS)
         whole.train()
-        losses = [
-            [entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)
-        ]
+        losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)]
         assert len(losses[0]) == 6
         assert losses[0] == losses[1]
 
@@ -160,7 +158,9 @@ class TestTrainer:
         trainer = tiny_trainer(tmp_path, **self.SETTINGS | {"max_steps": 2})
         trainer.args.push_to_hub = True
         monkeypatch.setattr(
-            type(trainer).__mro__[2], "_push_from_checkpoint", lambda self, folder: pushed.append((folder, names(Path(folder))))
+            type(trainer).__mro__[2],
+            "_push_from_checkpoint",
+            lambda self, folder: pushed.append((folder, names(Path(folder)))),
         )
         trainer._save_checkpoint(trainer.model, None)
         ((folder, files),) = pushed

@@ -172,7 +172,9 @@ def wait_for_checkpoint(folder: Path, number: int, process: multiprocessing.Proc
                 time.sleep(1e-4)
 
 
-def kill_one(folder: Path, responses: str, alone: Path, seconds: float, draw: random.Random, at_checkpoint: bool) -> Kill:
+def kill_one(
+    folder: Path, responses: str, alone: Path, seconds: float, draw: random.Random, at_checkpoint: bool
+) -> Kill:
     """Train in `folder`, kill, resume, and compare with the run in `alone`, which took `seconds`."""
     began = time.monotonic()
     process = start(folder, responses, "killed.jsonl")

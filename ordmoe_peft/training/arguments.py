@@ -18,6 +18,7 @@ CHOICES = {
     "objective": tuple(OBJECTIVES),
     "responses": ("reference", "generated"),
     "scored_by": ("tier", "policy"),
+    "tier_passes": ("auto", "batched", "sequential"),
 }
 # (option, value) → options that have an effect only where it has that value.
 ACT_ONLY_WITH = {
@@ -54,6 +55,14 @@ class OrdMoETrainingArguments(SFTConfig):
             `"generated"`, in each step every tier with a part in the objective writes its own.
         scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
             them or by the `"policy"`, tier 1.
+        tier_passes (`str`, defaults to `"auto"`): `"batched"`, one forward for all tiers, or `"sequential"`, a forward
+            and backward for each, at the peak memory of supervised fine-tuning. Losses and gradients are the same but
+            for rounding. Sequential, objectives other than `erl` take a further forward, without gradient, of each
+            tier but the first, since the gradient of one depends on the likelihoods of all. `"auto"` takes the first
+            micro-batch sequentially, measures it, and from then on runs batches at once where they are expected to
+            take at most half of the free memory; it says up to how many tokens that is, and keeps to it when resumed.
+        max_nonfinite_steps (`int`, defaults to 10): a step in which a loss or gradient is not finite does not move the
+            weights; so many in a row end training with an error.
         log_tiers_every (`int`, defaults to 10): steps between runs, without gradient, of tiers that the objective has
             no gradient for (of C = 3 evenly spaced tiers, the middle one), to log their likelihood; 0 for never.
         log_router_health (`bool`, defaults to `False`): log statistics of the routers as `router/…`, see
@@ -97,6 +106,16 @@ class OrdMoETrainingArguments(SFTConfig):
     scored_by: str = field(
         default="tier", metadata={"help": "Whether the 'tier' or the 'policy', tier 1, scores generated responses."}
     )
+    tier_passes: str = field(
+        default="auto",
+        metadata={
+            "help": "'batched': one forward for all tiers; 'sequential': one tier after another, at the memory of one; "
+            "'auto': by free memory."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=10, metadata={"help": "Steps in a row without a finite loss and gradient that end training."}
+    )
     log_tiers_every: int = field(
         default=10,
         metadata={"help": "Steps between runs, without gradient, of tiers that take no part; 0 for never."},
@@ -136,7 +155,7 @@ class OrdMoETrainingArguments(SFTConfig):
         for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("max_completion_length", "generation_batch_size"):
+        for name in ("max_completion_length", "generation_batch_size", "max_nonfinite_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()

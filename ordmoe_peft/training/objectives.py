@@ -40,12 +40,14 @@ class Objective:
         beta (`float`): default of `objective_beta`.
         tiers (`str`): which tiers it looks at: those with an `"advantage"`, both `"ends"`, or `"all"`.
         needs_reference (`bool`): whether it compares with the frozen base.
+        is_sum_over_tiers (`bool`): whether each tier has a term of its own, so that the gradient of one needs no other.
     """
 
     loss: Callable[[ObjectiveInputs], torch.Tensor]
     beta: float = 1.0
     tiers: str = "all"
     needs_reference: bool = False
+    is_sum_over_tiers: bool = False
 
     def active_tiers(self, advantages_C: torch.Tensor) -> list[int]:
         """The tiers, from 1, that the loss has a gradient for."""
@@ -56,7 +58,7 @@ class Objective:
 
 
 OBJECTIVES = {
-    "erl": Objective(lambda x: expert_rank_loss(x.mean_BC, x.advantages_C), tiers="advantage"),
+    "erl": Objective(lambda x: expert_rank_loss(x.mean_BC, x.advantages_C), tiers="advantage", is_sum_over_tiers=True),
     "logistic": Objective(lambda x: logistic_loss(x.mean_BC, x.beta), tiers="ends"),
     "plackett_luce": Objective(lambda x: plackett_luce_loss(x.mean_BC, x.beta)),
     "dpo": Objective(lambda x: dpo_loss(x.sum_BC, x.reference_sum_BC, x.beta), beta=0.1, needs_reference=True),

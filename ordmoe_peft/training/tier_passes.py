@@ -1,11 +1,15 @@
-"""One forward for all tiers: the batch's rows, once for each tier that is needed.
+"""The tier passes of a batch: its rows, once for each tier that is needed, in one forward or tier by tier.
 
 With reference responses a tier's rows are the batch itself; with generated ones they are the batch's prompts, each with
 what that tier wrote. The first rows are always the batch itself on tier 1, which supervised fine-tuning learns from.
+
+Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first, then of each that
+[`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,11 +19,15 @@ from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
+from .random_state import RandomState
 from .rows import stack_rows
 
 
 # The place of the batch's own rows where tiers have responses of their own.
 UNRANKED = 0
+
+# Tier → log-probabilities and labels of its rows, each (B, S).
+Scored = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -61,10 +69,14 @@ class RowGroup:
 
 
 class TierPasses:
-    """Stands in for the model in `SFTTrainer.compute_loss`: runs all tiers, answers with the batch's own rows.
+    """Stands in for the model in `SFTTrainer.compute_loss`: runs the tiers, answers with the batch's own rows.
 
     So the loss and the metrics of supervised fine-tuning stay TRL's own, of tier 1, from the same forward. What the
     other rows gave is left in `scores`.
+
+    With `tier_by_tier` a call runs the batch's own rows alone, as pass 0, and [`TierPasses.run_pass`] each of the
+    others; `scores` then has a graph for the pass that was run last, numbers for those before, and zeros
+    for those to come, or with `looks_ahead` numbers for these too.
 
     Args:
         model (`Callable`): the model as the trainer wraps it.
@@ -79,6 +91,9 @@ class TierPasses:
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's router logits are needed.
         step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
+        tier_by_tier (`bool`): whether each tier has a forward of its own.
+        looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward
+            of each; with the same dropout as in their pass.
     """
 
     def __init__(
@@ -96,52 +111,97 @@ class TierPasses:
         records_routing: bool = False,
         step: int = 0,
         first_sample: int = 0,
+        tier_by_tier: bool = False,
+        looks_ahead: bool = False,
     ):
         self.model, self.moe_model = model, moe_model
         self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
         self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
         self.needs_reference, self.records_routing = needs_reference, records_routing
         self.draw = {"step": step, "first_sample": first_sample}
+        self.tier_by_tier, self.looks_ahead = tier_by_tier, looks_ahead
         self.scores: TierScores | None = None
+        self._groups: list[RowGroup] = []
+        self._scored: Scored = {}
+        self._draws: dict[int, RandomState] = {}
+
+    def tiers_of_pass(self, place: int) -> list[int]:
+        """The tiers that hold in a pass, from the first one, 0."""
+        groups = self._groups[place : place + 1] if self.tier_by_tier else self._groups
+        return sorted({group.routed_by for group in groups})
 
     def __call__(self, **inputs: Any) -> Any:
         if not inputs.get("fused_lm_head"):
             return self.model(**inputs)
-        groups = self._groups(inputs)
-        with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
-            outputs, rows, scored = self._run(groups)
-        if self.watched:
-            with torch.no_grad():
-                scored |= self._run([RowGroup(tier, tier, inputs) for tier in self.watched])[2]
-        reference = None
-        if self.needs_reference:
-            with torch.no_grad(), self.moe_model.disable_adapter():
-                reference = self._run(groups)[2]
         batch_size = len(inputs["labels"])
+        self._groups = self._row_groups(inputs)
+        with torch.no_grad():
+            reference = self._run_reference() if self.needs_reference else None
+            self._scored = self._run_all([RowGroup(tier, tier, inputs) for tier in self.watched])
+            if self.tier_by_tier and self.looks_ahead:
+                self._look_ahead()
+        together = self._groups[:1] if self.tier_by_tier else self._groups
+        with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
+            outputs, rows, scored = self._run(together)
+        self._scored |= scored
         self.scores = TierScores(
-            log_probs_CBS=self._stack(scored, 0),
-            labels_CBS=self._stack(scored, 1),
+            log_probs_CBS=self._stack(self._scored, 0),
+            labels_CBS=self._stack(self._scored, 1),
             reference_CBS=None if reference is None else self._stack(reference, 0),
             ntp_loss=-outputs.log_probs[:batch_size].sum() / outputs.label_mask[:batch_size].sum().clamp(min=1),
-            tiers=sorted(tier for tier in scored if tier != UNRANKED),
+            tiers=self._tiers_run(),
             # Padding-free rows have no mask, and no padding.
             attention_mask_BS=rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
-            router_logits=[logits[: len(logits) // len(groups)] for logits in router_logits],
+            router_logits=[logits[: len(logits) // len(together)] for logits in router_logits],
         )
         return _first_rows(outputs, batch_size)
 
-    def _groups(self, inputs: dict[str, Any]) -> list["RowGroup"]:
+    def run_pass(self, place: int) -> None:
+        """Run pass `place`, from 1, after the gradient of the one before was taken; `scores` then has its graph."""
+        self._scored = {tier: (values.detach(), labels) for tier, (values, labels) in self._scored.items()}
+        draw = self._draws.get(place)
+        with nullcontext() if draw is None else draw.replayed():
+            self._scored |= self._run([self._groups[place]])[2]
+        self.scores = replace(
+            self.scores,
+            log_probs_CBS=self._stack(self._scored, 0),
+            labels_CBS=self._stack(self._scored, 1),
+            ntp_loss=self.scores.ntp_loss.detach(),
+            tiers=self._tiers_run(),
+            router_logits=[],
+        )
+
+    def _look_ahead(self) -> None:
+        for place, group in enumerate(self._groups[1:], start=1):
+            self._draws[place] = RandomState.now(group.inputs["input_ids"].device)
+            self._scored |= self._run([group])[2]
+
+    def _run_reference(self) -> Scored:
+        with self.moe_model.disable_adapter():
+            return self._run_all(self._groups)
+
+    def _run_all(self, groups: list[RowGroup]) -> Scored:
+        """The scores of groups that no gradient is taken of; none of none."""
+        batches = [[group] for group in groups] if self.tier_by_tier else [groups] if groups else []
+        scored: Scored = {}
+        for batch in batches:
+            scored |= self._run(batch)[2]
+        return scored
+
+    def _tiers_run(self) -> list[int]:
+        return sorted(tier for tier in self._scored if tier != UNRANKED)
+
+    def _row_groups(self, inputs: dict[str, Any]) -> list[RowGroup]:
         if self.written is None:
             return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in self.active if tier != 1))]
         groups = [RowGroup(UNRANKED, 1, inputs)]
+        flags = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
         for tier, rows in zip(self.active, self.written, strict=True):
-            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, rows))
+            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, flags | rows))
         return groups
 
-    def _run(
-        self, groups: list["RowGroup"]
-    ) -> tuple[Any, dict[str, Any], dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-        """One forward. Returns its outputs, its rows, and (log-probabilities, labels) by tier."""
+    def _run(self, groups: list[RowGroup]) -> tuple[Any, dict[str, Any], Scored]:
+        """One forward. Returns its outputs, its rows, and what it says of each tier."""
         rows = stack_rows([group.inputs for group in groups], self.pad_token_id)
         batch_size = len(groups[0].inputs["labels"])
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
@@ -153,9 +213,17 @@ class TierPasses:
         log_probs, labels = outputs.log_probs.split(batch_size), labels_BS.split(batch_size)
         return outputs, rows, {group.tier: (log_probs[i], labels[i]) for i, group in enumerate(groups)}
 
-    def _stack(self, scored: dict[int, tuple[torch.Tensor, torch.Tensor]], part: int) -> torch.Tensor:
-        filler = torch.full_like(next(iter(scored.values()))[part], (0, IGNORED_LABEL)[part], requires_grad=False)
-        return torch.stack([scored[tier][part] if tier in scored else filler for tier in range(1, self.num_tiers + 1)])
+    def _stack(self, scored: Scored, part: int) -> torch.Tensor:
+        width = max(group.inputs["labels"].shape[1] for group in self._groups) - 1
+        filler = (0, IGNORED_LABEL)[part]
+        example = next(iter(scored.values()))[part]
+        absent = example.new_full((len(example), width), filler)
+        parts = {tier: both[part] for tier, both in scored.items()}
+        return torch.stack([_widened(parts.get(tier, absent), width, filler) for tier in range(1, self.num_tiers + 1)])
+
+
+def _widened(values_BS: torch.Tensor, width: int, filler: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values_BS, (0, width - values_BS.shape[1]), value=filler)
 
 
 def _first_rows(outputs: Any, batch_size: int) -> Any:

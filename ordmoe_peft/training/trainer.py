@@ -1,6 +1,8 @@
 """The trainer of OrdMoE adapters."""
 
 import random
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,12 +21,14 @@ from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..quantization.sharding import keep_packed_when_sharded
-from ..responses import content_mask, end_of_sequence_ids
+from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
+from .pass_schedule import PassSchedule
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
+from .step_guard import StepGuard
 from .tier_passes import TierPasses, TierScores
 
 
@@ -38,13 +42,19 @@ EMPTY_ANSWER = [{"role": "assistant", "content": ""}]
 class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     """Trains an OrdMoE adapter: supervised fine-tuning on tier 1, the expert-rank loss over all tiers, and balance.
 
-    It takes what [`~trl.SFTTrainer`] takes, data sets included, and overrides `compute_loss` alone. With
-    `num_tiers=1` and `balance_coef=0` it is [`~trl.SFTTrainer`] to the bit.
+    It takes what [`~trl.SFTTrainer`] takes, data sets included, and overrides `compute_loss`, `training_step`, which
+    may take one step for each tier pass, and `get_batch_samples`, which counts rows. With `num_tiers=1` and
+    `balance_coef=0` it is [`~trl.SFTTrainer`] to the bit.
+
+    L_NTP is a mean over the tokens of an optimizer step, as TRL has it, and L_ERL a mean over its rows that have a
+    response, whatever micro-batch and process they are in: eight micro-batches of one row are one of eight. L_balance
+    is a mean over micro-batches.
 
     Logged beside TRL's metrics: `ntp_loss`, `erl_loss`, `balance_loss`, and for each tier j its mean log-likelihood
     per response token, `tier_<j>/log_likelihood`, and the same without end-of-sequence tokens,
     `tier_<j>/log_likelihood_no_eos`. Tiers that the objective has no gradient for are run and logged every
-    `log_tiers_every` steps.
+    `log_tiers_every` steps. Steps with a loss or gradient that is not finite, and batches without responses, do not
+    move the weights, and are counted: see [`~ordmoe_peft.training.step_guard.StepGuard`].
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): a model with an active
@@ -92,6 +102,18 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._seen: tuple[Any, int] = (None, 0)
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
+        # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what
+        # the passes before it gave: L_ERL so far and L_balance.
+        self._passes: TierPasses | None = None
+        self._place: int | None = None
+        self._so_far: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rows_in_step: torch.Tensor | None = None
+        self._schedule = PassSchedule(
+            args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
+        )
+        self._guard = StepGuard(args.max_nonfinite_steps, self._metrics["train"])
+        for callback in (self._schedule, self._guard):
+            self.add_callback(callback)
         self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
         if args.log_router_health:
             RouterHealth.add_to(self)
@@ -169,6 +191,77 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._seen = (None, 0)
         return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 
+    @property
+    def _is_generated(self) -> bool:
+        return self.args.responses == "generated" and self.num_tiers > 1
+
+    @property
+    def _active_tiers(self) -> list[int]:
+        return self.objective.active_tiers(self.advantages) if self.num_tiers > 1 else []
+
+    def _num_passes(self) -> int:
+        return 1 + sum(self._is_generated or tier != 1 for tier in self._active_tiers)
+
+    # -------------------------------------------------------------------------------------------------- rows of a step
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """[`~transformers.Trainer`]'s; counts the step's rows that have a response, over all processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [self._rows_with_response(batch) for batch in batches]
+        self._guard.expect(rows)
+        self._rows_in_step = torch.tensor(sum(rows), device=device)
+        if num_items is not None and self.args.average_tokens_across_devices:
+            self._rows_in_step = self.accelerator.gather(self._rows_in_step).sum()
+        return batches, num_items
+
+    def _rows_with_response(self, inputs: dict[str, Any]) -> int:
+        if self._is_generated or "labels" not in inputs:
+            return len(inputs["input_ids"])
+        return int((inputs["labels"][:, 1:] != IGNORED_LABEL).any(1).sum())
+
+    def _share_of_step(self, rows: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+        """Weight of a mean over this micro-batch's rows, so that micro-batches add up to a mean over the step's."""
+        if num_items_in_batch is None or self._rows_in_step is None:
+            return 1.0
+        # As for TRL's token count: of every process, whose gradients are then averaged.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return rows * processes / self._rows_in_step.clamp(min=1)
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of a micro-batch: for all tiers at once, or for one tier after another.
+
+        Gradients of both are the same. One after another, the peak memory is that of one pass, and tier 1's takes
+        L_NTP and L_balance along. Objectives other than `erl` are not a sum over tiers, so the likelihoods of the
+        others are needed first: a further forward, without gradient, of each tier but the first.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with self._schedule.of_training(inputs) as is_tier_by_tier:
+            losses = []
+            places = range(self._schedule.num_passes) if is_tier_by_tier else [None]
+            try:
+                for self._place in places:
+                    is_last = self._place in (None, places[-1])
+                    with nullcontext() if is_last else self.accelerator.no_sync(model):
+                        losses.append(self._checked_step(model, inputs, num_items_in_batch))
+            finally:
+                self._passes, self._place = None, None
+        return torch.stack(losses).sum()
+
+    def _checked_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [] if self.accelerator.scaler is not None else [p.grad for p in self.model.parameters()]
+        self._guard.check_pass(
+            [1] if self._passes is None else self._passes.tiers_of_pass(self._place or 0),
+            None if self._passes is None else self._passes.scores,
+            loss,
+            [gradient for gradient in gradients if gradient is not None],
+        )
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -176,24 +269,23 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss of tier 1, and the two further losses from the same forward."""
+        """TRL's loss of tier 1, and the two further losses; in a later tier pass what that adds to them."""
         if self.num_tiers == 1 and self.args.balance_coef == 0 and self.args.ntp_coef == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        passes = self._tier_passes(model, inputs)
-        result = super().compute_loss(passes, inputs, return_outputs, num_items_in_batch)
+        if self._place:
+            return self._later_loss(inputs, num_items_in_batch)
+        self._passes = self._tier_passes(model, inputs)
+        result = super().compute_loss(self._passes, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
-        # Means over the micro-batch, so they are averaged over the accumulation steps, as TRL does with its aux loss.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = self.args.ntp_coef * ntp + self._further_losses(passes.scores) / steps
+        loss = self.args.ntp_coef * ntp + self._further_losses(inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _tier_passes(self, model: nn.Module, inputs: dict[str, Any]) -> TierPasses:
         step, every = self.state.global_step, self.args.log_tiers_every
         micro_batch = self._next_micro_batch()
         draw = {"step": step, "first_sample": micro_batch * self.args.per_device_train_batch_size}
-        active = self.objective.active_tiers(self.advantages) if self.num_tiers > 1 else []
-        is_generated = self.args.responses == "generated" and self.num_tiers > 1
-        is_watched = not is_generated and (not self.model.training or (every and step % every == 0))
+        active, is_training = self._active_tiers, self.model.training
+        is_watched = not self._is_generated and (not is_training or (every and step % every == 0))
         return TierPasses(
             model,
             self.model,
@@ -201,11 +293,13 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             active=active,
             pad_token_id=self._pad_token_id,
             watched=[tier for tier in range(2, self.num_tiers + 1) if tier not in active] if is_watched else [],
-            written=self._written_rows(inputs, active, micro_batch, draw) if is_generated else None,
+            written=self._written_rows(inputs, active, micro_batch, draw) if self._is_generated else None,
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
             **draw,
+            tier_by_tier=self._place is not None if is_training else self._schedule.is_tier_by_tier(inputs),
+            looks_ahead=not (is_training and self.objective.is_sum_over_tiers),
         )
 
     def _written_rows(
@@ -240,20 +334,38 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         name = (self.args.seed, self.model.training, self.state.global_step, micro_batch)
         return random.Random(str(name)).getrandbits(63)
 
-    def _further_losses(self, scores: TierScores) -> torch.Tensor:
-        erl = self._objective_loss(scores) if self.num_tiers > 1 else scores.log_probs_CBS.new_zeros(())
-        balance = self._balance(scores)
-        self._log_losses(scores, erl, balance)
-        return self.args.erl_coef * erl + self.args.balance_coef * balance
+    # ---------------------------------------------------------------------------------------------------------- losses
+    def _further_losses(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        scores, rows = self._passes.scores, self._rows_with_response(inputs)
+        erl, balance = self._objective_loss(scores), self._balance(scores)
+        self._so_far = (erl.detach(), balance.detach())
+        self._log_losses(scores, erl, balance, rows)
+        # Balance is a mean over the micro-batch, so it is averaged over the accumulation steps, as TRL's aux loss is.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        balance_coef = self.args.balance_coef / steps if rows else 0.0
+        return self.args.erl_coef * self._share_of_step(rows, num_items_in_batch) * erl + balance_coef * balance
+
+    def _later_loss(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """What pass `_place` adds to L_ERL; its gradient is that of the whole L_ERL with respect to its likelihoods."""
+        self._passes.run_pass(self._place)
+        rows = self._rows_with_response(inputs)
+        erl, (erl_before, balance) = self._objective_loss(self._passes.scores), self._so_far
+        self._so_far = (erl.detach(), balance)
+        self._log_losses(self._passes.scores, erl, balance, rows)
+        return self.args.erl_coef * self._share_of_step(rows, num_items_in_batch) * (erl - erl_before)
 
     def _objective_loss(self, scores: TierScores) -> torch.Tensor:
-        log_probs_CBS, mask_CBS = scores.log_probs_CBS, scores.mask_CBS
+        # Rows without a response have no likelihood. Tiers that were not run have no labels.
+        has_response_B = scores.mask_CBS.any(-1).any(0)
+        if self.num_tiers == 1 or not has_response_B.any():
+            return 0 * scores.log_probs_CBS.sum()
+        log_probs_CBS, mask_CBS = scores.log_probs_CBS[:, has_response_B], scores.mask_CBS[:, has_response_B]
         advantages_C = self.advantages.to(log_probs_CBS.device)
         if self.args.lower_tier_floor is not None:
             vocab_size = self.model.config.get_text_config().vocab_size
             floor = log_floor(self.args.lower_tier_floor, vocab_size)
             log_probs_CBS = floor_lower_tiers(log_probs_CBS, advantages_C, floor)
-        reference_CBS = scores.reference_CBS
+        reference_CBS = None if scores.reference_CBS is None else scores.reference_CBS[:, has_response_B]
         return self.objective.loss(
             ObjectiveInputs(
                 mean_BC=mean_log_likelihood(log_probs_CBS, mask_CBS).T,
@@ -276,10 +388,12 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return torch.stack([loss.to(scores.log_probs_CBS.device) for loss in losses]).mean()
 
     @torch.no_grad()
-    def _log_losses(self, scores: TierScores, erl: torch.Tensor, balance: torch.Tensor) -> None:
-        """Append this batch's losses and tier likelihoods, over all processes, to TRL's metrics."""
+    def _log_losses(self, scores: TierScores, erl: torch.Tensor, balance: torch.Tensor, rows: int) -> None:
+        """Append this batch's losses and tier likelihoods, over all processes, to TRL's metrics after its last pass."""
+        if self._place is not None and self._place < self._schedule.num_passes - 1:
+            return
         # Each a sum and how many it is over: a row without tokens has no likelihood, and must not count as one of 0.
-        sums = {"ntp_loss": (scores.ntp_loss, 1), "erl_loss": (erl, 1), "balance_loss": (balance, 1)}
+        sums = {"ntp_loss": (scores.ntp_loss, 1), "erl_loss": (erl * rows, rows), "balance_loss": (balance, 1)}
         for tier in scores.tiers:
             log_probs_BS, labels_BS, mask_BS = (
                 part_CBS[tier - 1] for part_CBS in (scores.log_probs_CBS, scores.labels_CBS, scores.mask_CBS)

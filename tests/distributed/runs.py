@@ -79,6 +79,7 @@ def fsdp_trainer(folder, packed=None, **settings):
     if packed:
         from ordmoe_peft.quantization.storage import pack_experts
         from ordmoe_peft.moe_layers import find_moe_layers
+
         base = models.qwen3_moe(moe_intermediate_size=32)
         for layer in find_moe_layers(base):
             for name in layer.projections:
@@ -87,11 +88,14 @@ def fsdp_trainer(folder, packed=None, **settings):
         base.set_experts_implementation("ordmoe")
     import transformers.trainer
     import accelerate.accelerator
+
     # accelerate takes a CPU run for DDP whatever the configuration says
     def post(self, *a, _old=accelerate.accelerator.AcceleratorState.__init__, **k):
         PartialState().distributed_type = DistributedType.MULTI_GPU
         _old(self, *a, **k)
+
     import os
+
     if os.environ.get("WORLD_SIZE"):
         accelerate.accelerator.AcceleratorState.__init__ = post
     trainer = tiny_trainer(folder, base=base, **settings)

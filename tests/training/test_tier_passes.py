@@ -94,7 +94,7 @@ def test_tiers_without_a_gradient_are_run_only_to_be_logged(tmp_path, num_tiers,
     assert sum("log_likelihood_no_eos" in name for name in trainer._metrics["train"]) == passes
     trainer.state.global_step = 4
     skipped = num_tiers - passes
-    assert rows_run(trainer, batch) == ([4 * passes, 4 * skipped] if skipped else [4 * passes])
+    assert rows_run(trainer, batch) == ([4 * skipped, 4 * passes] if skipped else [4 * passes])
     assert sum("log_likelihood_no_eos" in name for name in trainer._metrics["train"]) == num_tiers
 
 

@@ -1,0 +1,103 @@
+"""Which batches run under all tiers at once, and which tier by tier: `tier_passes`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..errors import OrdMoEConfigError
+from .pass_memory import PassMemory, measured_passes
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "OrdMoEPassSchedule"
+
+
+class PassSchedule(TrainerCallback):
+    """Answers, for each batch, whether its tier passes run one after another.
+
+    `"auto"` runs the first micro-batch of training tier by tier and measures it. From then on a batch runs at once
+    where its tokens, under all tiers, are expected to take at most half of the memory that was free. The number of
+    tokens up to which that is so is part of the trainer's state, so that a resumed run does as the first one did.
+
+    Args:
+        mode (`str`): `"batched"`, `"sequential"` or `"auto"`.
+        num_passes (`int`): forwards with a gradient that a batch takes tier by tier.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        saves_memory (`bool`, defaults to `False`): whether activations are offloaded, where `"auto"` has nothing to
+            measure: tiers then run one after another.
+
+    Raises:
+        [`OrdMoEConfigError`]: tier by tier with DeepSpeed, which updates the weights within each backward.
+    """
+
+    def __init__(self, mode: str, num_passes: int, accelerator: Accelerator, saves_memory: bool = False):
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and num_passes > 1:
+            if mode == "sequential":
+                raise OrdMoEConfigError(
+                    "tier_passes='sequential' takes a backward for each tier, and DeepSpeed updates the weights within "
+                    "backward. Set tier_passes='batched', or use DDP or FSDP."
+                )
+            mode = "batched"
+        self.mode, self.num_passes, self.accelerator = mode, num_passes, accelerator
+        self.saves_memory = saves_memory
+        self.state: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.state = state
+        if self.mode == "auto" and self.num_passes > 1 and self.saves_memory and self.max_tokens is None:
+            self._settle(0, "activations are offloaded to save memory")
+
+    @property
+    def max_tokens(self) -> float | None:
+        """Most tokens of a batch that runs under all tiers at once; `None` where `"auto"` has not measured yet."""
+        if self.num_passes == 1 or self.mode == "batched":
+            return float("inf")
+        if self.mode == "sequential":
+            return 0
+        return self.state.stateful_callbacks.get(STATE_NAME, {}).get("max_tokens") if self.state else None
+
+    def is_tier_by_tier(self, inputs: dict[str, Any]) -> bool:
+        """Whether this batch runs tier by tier; all processes give the same answer."""
+        limit = self.max_tokens
+        if limit is None or limit in (0, float("inf")):
+            return limit != float("inf")
+        return self._over_processes(inputs["input_ids"].numel()).max().item() > limit
+
+    @contextmanager
+    def of_training(self, inputs: dict[str, Any]) -> Iterator[bool]:
+        """The same for a batch that is trained on in the block, where `"auto"` measures the first one."""
+        if self.max_tokens is not None or self.state is None:
+            yield self.is_tier_by_tier(inputs)
+            return
+        with measured_passes(self.accelerator.device) as memory:
+            yield True
+        self._choose(memory, inputs["input_ids"].numel())
+
+    def _choose(self, memory: PassMemory, tokens: int) -> None:
+        if not memory.peak:
+            self._settle(0, f"the peak memory of a pass cannot be measured on {self.accelerator.device.type}")
+            return
+        limit = int(self._over_processes(memory.max_tokens(tokens, self.num_passes)).min())
+        peak, free = (amount / 2**30 for amount in (memory.peak, memory.free))
+        self._settle(limit, f"a tier pass over {tokens} tokens took {peak:.2f} GiB of {free:.2f} GiB free")
+
+    def _settle(self, max_tokens: int, reason: str) -> None:
+        self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens}
+        if self.accelerator.is_main_process:
+            choice = "all run one tier after another"
+            if max_tokens:
+                choice = (
+                    f"those of up to {max_tokens} tokens run under all {self.num_passes} tiers at once, others one "
+                )
+                choice += "tier after another"
+            logger.warning(f"tier_passes='auto': {reason}, so of the batches {choice}.")
+
+    def _over_processes(self, number: int) -> torch.Tensor:
+        return self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))

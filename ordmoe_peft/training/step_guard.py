@@ -1,0 +1,125 @@
+"""Steps that must not move the weights: what is not finite in them, or nothing to learn from."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from accelerate.utils import reduce
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..errors import OrdMoERuntimeError
+from .tier_passes import TierScores
+
+
+logger = logging.get_logger(__name__)
+
+
+class StepGuard(TrainerCallback):
+    """Drops the update of a step in which a loss or gradient was not finite, or no batch had a response to learn from.
+
+    The gradients are taken away before the optimizer's step, so weights and optimizer state stay as they are; learning
+    rate schedule and step count go on. All processes decide alike. Overflow under a gradient scaler (fp16) is left to
+    the scaler, and DeepSpeed, which updates within its backward, is not guarded.
+
+    Logged, once they are not 0: `nonfinite_steps`, steps whose update was dropped since training began, and
+    `empty_batches`, micro-batches without a response token of all processes, which add nothing to their step.
+
+    Args:
+        max_nonfinite_steps (`int`): number of such steps in a row that ends training.
+        metrics (`dict`): where the trainer keeps lists of what it logs next.
+
+    Raises:
+        [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint.
+    """
+
+    def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
+        self.max_nonfinite_steps, self.metrics = max_nonfinite_steps, metrics
+        self.found: list[str] = []
+        self.rows, self.local_empty_batches = 0, 0
+        self.nonfinite_steps, self.in_a_row, self.empty_batches = 0, 0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.__init__(self.max_nonfinite_steps, self.metrics)
+
+    def expect(self, rows_of_batches: Iterable[int]) -> None:
+        """Take the number of rows with a response in each micro-batch of the step to come, on this process."""
+        rows_of_batches = list(rows_of_batches)
+        self.rows, self.local_empty_batches = sum(rows_of_batches), rows_of_batches.count(0)
+
+    @torch.no_grad()
+    def check_pass(
+        self, tiers: list[int], scores: TierScores | None, loss: torch.Tensor, gradients: Iterable[torch.Tensor]
+    ) -> None:
+        """Note what is not finite after a pass and its backward.
+
+        Args:
+            tiers (`list[int]`): the tiers that the pass ran.
+            scores ([`TierScores`], *optional*): what is known of the batch's tiers by now.
+            loss (`torch.Tensor`, scalar): the pass's.
+            gradients (iterable of `torch.Tensor`): accumulated gradients; none where a scaler looks after them.
+        """
+        seen = {} if scores is None else _values_by_name(scores)
+        names = " and ".join(map(str, tiers))
+        overall = {
+            f"loss of the pass of tier {names}": loss,
+            f"gradient of the pass of tier {names}": _largest(gradients),
+        }
+        finite = [value.isfinite().all().to(loss.device) for value in (seen | overall).values()]
+        bad = [
+            name for name, is_finite in zip(seen | overall, torch.stack(finite).tolist(), strict=True) if not is_finite
+        ]
+        by_tier = [name for name in bad if name in seen]
+        # What a tier's likelihood explains is not named twice; nor what an earlier pass left in the gradients.
+        self.found += [name for name in by_tier or bad[:1] if by_tier or not self.found if name not in self.found]
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        counts = torch.tensor([bool(self.found), self.rows, self.local_empty_batches], device=args.device)
+        is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
+        found, self.found = self.found, []
+        self.empty_batches += empty_batches
+        self.in_a_row = self.in_a_row + 1 if is_bad else 0
+        self.nonfinite_steps += bool(is_bad)
+        self._log()
+        if is_bad or not rows:
+            optimizer.zero_grad()
+        if is_bad:
+            self._warn(state.global_step + 1, ", ".join(found) or "the loss or gradient of another process")
+            self._stop_after_too_many(state.global_step + 1, args.output_dir)
+
+    def _log(self) -> None:
+        for name in ("nonfinite_steps", "empty_batches"):
+            if getattr(self, name):
+                self.metrics[name] = [getattr(self, name)]
+
+    def _warn(self, step: int, found: str) -> None:
+        logger.warning(
+            f"Step {step}: not finite: {found}. The update is dropped ({self.in_a_row} in a row, of at most "
+            f"{self.max_nonfinite_steps - 1})."
+        )
+
+    def _stop_after_too_many(self, step: int, output_dir: str) -> None:
+        if self.in_a_row < self.max_nonfinite_steps:
+            return
+        checkpoint = get_last_checkpoint(output_dir)
+        raise OrdMoERuntimeError(
+            f"Training ends at step {step}: in {self.in_a_row} steps in a row a loss or gradient was not finite, and "
+            f"their updates were dropped, so the weights are those after step {step - self.in_a_row}. The last "
+            f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Lower learning_rate or "
+            "erl_coef, set lower_tier_floor='uniform', look at the data of these steps, or raise max_nonfinite_steps."
+        )
+
+
+def _values_by_name(scores: TierScores) -> Mapping[str, torch.Tensor]:
+    values = {f"log-likelihood under tier {tier}": scores.log_probs_CBS[tier - 1] for tier in scores.tiers}
+    if scores.reference_CBS is not None:
+        names = {tier: f"log-likelihood of the frozen base under tier {tier}" for tier in scores.tiers}
+        values |= {name: scores.reference_CBS[tier - 1] for tier, name in names.items()}
+    # Tier 1's rows where tiers have responses of their own.
+    return values | {"supervised loss, of tier 1": scores.ntp_loss} if 1 not in scores.tiers else values
+
+
+def _largest(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return torch.nn.utils.get_total_norm(local, norm_type=torch.inf)
