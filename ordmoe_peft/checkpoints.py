@@ -1,8 +1,8 @@
 """A training run's checkpoints, each there whole or not at all.
 
-The trainer writes a checkpoint file by file, and deletes an old one likewise, so a process killed on the way would leave
-part of one under the name that resuming looks for. So both happen in a folder aside, `_unfinished`: a checkpoint gets
-its name when it is complete, and loses it before its first file goes.
+The trainer writes a checkpoint file by file, and deletes an old one likewise, so a process killed on the way would
+leave part of one under the name that resuming looks for. So both happen in a folder aside, `_unfinished`: a checkpoint
+gets its name when it is complete, and loses it before its first file goes.
 """
 
 import os

@@ -1,6 +1,5 @@
 """Checkpoints are there whole or not at all."""
 
-import shutil
 from pathlib import Path
 
 import pytest

@@ -26,6 +26,7 @@ from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
+from .placement import check_placement
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
 from .step_guard import StepGuard
@@ -100,6 +101,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._pad_token_id = self._tokenizer.pad_token_id
         # Place in training of the last micro-batch, and how many were before it there, of this process.
         self._seen: tuple[Any, int] = (None, 0)
+        check_placement(self.accelerator, self._is_generated)
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
         # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what
@@ -187,7 +189,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return config
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, from the last complete checkpoint on request; see [`~ordmoe_peft.checkpoints.checkpoint_to_resume`]."""
+        """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start."""
         self._seen = (None, 0)
         return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 

@@ -1,14 +1,21 @@
 """What the processes of distributed tests run. Imported once, by the server that they are forked from."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
+from ordmoe_peft.cli.main import main
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.quantization.config import MoeBitsAndBytesConfig
 from tests import models, text
 
 
@@ -32,13 +39,17 @@ SETTINGS = {
 def tiny_trainer(
     folder: str | Path,
     adapter: dict | None = None,
-    dataset: Any = None,
-    evaluated: Any = None,
-    base: Any = None,
+    dataset: Dataset | None = None,
+    evaluated: Dataset | None = None,
+    base: torch.nn.Module | None = None,
+    sharded: bool = False,
     **settings: Any,
 ) -> OrdMoETrainer:
-    """A trainer of a tiny Qwen3-MoE, or of `base`, on the CPU."""
+    """A trainer of a tiny Qwen3-MoE, or of `base`, on the CPU; `sharded` as accelerate's environment says."""
     args = OrdMoETrainingArguments(str(folder), **(SETTINGS | settings))
+    if sharded:
+        # accelerate 1.15 takes a CPU run for DDP whatever its environment says; all else is as on GPUs.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     torch.manual_seed(0)
     model = get_peft_model(models.qwen3_moe() if base is None else base, OrdMoEConfig(**({"r": 4} | (adapter or {}))))
     models.randomize_adapter(model)
@@ -51,52 +62,96 @@ def tiny_trainer(
     )
 
 
-def train(trainer: OrdMoETrainer, **resume: Any) -> dict[str, Any]:
-    """Train; the logs of the steps, and the trained weights, whole."""
-    trainer.train(**resume)
+def packed_base(quant_storage: str, folder: str | Path) -> torch.nn.Module:
+    """A tiny Qwen3-MoE with its experts in 4 bits, their bytes presented as `quant_storage`."""
+    models.qwen3_moe(moe_intermediate_size=32).save_pretrained(folder)
+    config = MoeBitsAndBytesConfig(bnb_4bit_quant_storage=quant_storage, bnb_4bit_compute_dtype="float32")
+    return type(models.qwen3_moe()).from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+def result_of(trainer: OrdMoETrainer) -> dict[str, Any]:
+    """The logs of the steps, and the trained weights, whole."""
     weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return {
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "weights": {name: getattr(p, "full_tensor", p.clone)().clone() for name, p in weights.items()},
+        "weights": {
+            name.replace("._checkpoint_wrapped_module", ""): getattr(p, "full_tensor", p.clone)().clone()
+            for name, p in weights.items()
+        },
     }
 
 
-def train_kw(folder, settings):
-    return train(tiny_trainer(folder, **settings))
+def train(folder: str, settings: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
+    """Train with `settings`."""
+    trainer = tiny_trainer(folder, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return result_of(trainer)
 
 
-def train_fsdp(folder, settings, resume=None):
-    trainer = fsdp_trainer(folder, **settings)
-    kinds = {type(p.data).__name__ for p in trainer.model.parameters()}
-    result = train(trainer, resume_from_checkpoint=resume) | {"before": kinds}
-    return result | {"kinds": {(type(p.data).__name__, p.dtype, p.requires_grad) for p in trainer.model.parameters()}}
+def train_with_empty_batches(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train on batches of which the second process's have no response, and in the second step the first's neither."""
+    trainer = tiny_trainer(folder, **settings)
+    collate, batches = trainer.data_collator, []
+
+    def without_responses(rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        batches.append(batch)
+        if trainer.accelerator.process_index == 1 or len(batches) == 2:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+    trainer.data_collator = without_responses
+    trainer.train()
+    return result_of(trainer)
 
 
-def fsdp_trainer(folder, packed=None, **settings):
-    args = OrdMoETrainingArguments(str(folder), **SETTINGS)
-    _ = args.device
-    base = None
-    if packed:
-        from ordmoe_peft.quantization.storage import pack_experts
-        from ordmoe_peft.moe_layers import find_moe_layers
+class CountSaves(TrainerCallback):
+    """Counts checkpoints that are complete when the trainer says so."""
 
-        base = models.qwen3_moe(moe_intermediate_size=32)
-        for layer in find_moe_layers(base):
-            for name in layer.projections:
-                weight = getattr(layer.experts, name)
-                setattr(layer.experts, name, pack_experts(weight.data, name, quant_storage=getattr(torch, packed)))
-        base.set_experts_implementation("ordmoe")
-    import transformers.trainer
-    import accelerate.accelerator
+    def __init__(self):
+        self.complete = 0
 
-    # accelerate takes a CPU run for DDP whatever the configuration says
-    def post(self, *a, _old=accelerate.accelerator.AcceleratorState.__init__, **k):
-        PartialState().distributed_type = DistributedType.MULTI_GPU
-        _old(self, *a, **k)
+    def on_save(self, args, state, control, **kwargs):
+        self.complete += Path(args.output_dir, f"checkpoint-{state.global_step}", "trainer_state.json").is_file()
 
-    import os
 
-    if os.environ.get("WORLD_SIZE"):
-        accelerate.accelerator.AcceleratorState.__init__ = post
-    trainer = tiny_trainer(folder, base=base, **settings)
-    return trainer
+def train_and_save(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train, saving; and how many checkpoints this process saw complete."""
+    trainer = tiny_trainer(folder, save_strategy="steps", save_steps=2, **settings)
+    saves = CountSaves()
+    trainer.add_callback(saves)
+    trainer.train()
+    return result_of(trainer) | {"saves": saves.complete}
+
+
+def train_sharded(folder: str, settings: dict[str, Any], quant_storage: str | None = None) -> dict[str, Any]:
+    """Train under FSDP2 where there are several processes; and what becomes of the expert stacks."""
+    base = packed_base(quant_storage, f"{folder}-base-{os.getpid()}") if quant_storage else None
+    trainer = tiny_trainer(folder, base=base, sharded=True, **settings)
+    trainer.train()
+    stack = find_moe_layers(trainer.model)[0].experts.gate_up_proj
+    return result_of(trainer) | {"stack": (type(stack.data).__name__, stack.dtype)}
+
+
+def sharded_and_resumed(folder: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train under FSDP2, saving, and once more from the checkpoint half way."""
+    trainer = tiny_trainer(folder, sharded=True, save_strategy="steps", save_steps=2, **settings)
+    trainer.train()
+    whole = result_of(trainer)
+    trainer = tiny_trainer(folder, sharded=True, **settings)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return [whole, result_of(trainer)]
+
+
+def refusal(folder: str, settings: dict[str, Any]) -> str:
+    """What the trainer says to `settings` under FSDP."""
+    try:
+        tiny_trainer(folder, sharded=True, **settings)
+    except OrdMoEConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def command(arguments: list[str]) -> int:
+    """`ordmoe` with these arguments."""
+    return main(arguments)
