@@ -63,8 +63,10 @@ class TestFolders:
 
     @pytest.mark.parametrize(
         ("limit", "best", "kept"),
-        [(None, None, {2, 4, 6, 8}), (0, None, {2, 4, 6, 8}), (2, None, {6, 8}), (1, None, {8}), (1, 2, {2, 8})]
-        + [(2, 4, {4, 8}), (9, None, {2, 4, 6, 8})],
+        [
+            *((None, None, {2, 4, 6, 8}), (0, None, {2, 4, 6, 8}), (9, None, {2, 4, 6, 8})),
+            *((2, None, {6, 8}), (1, None, {8}), (1, 2, {2, 8}), (2, 4, {4, 8})),
+        ],
     )
     def test_the_oldest_go(self, tmp_path, limit, best, kept):
         for step in (2, 4, 6, 8):

@@ -1,8 +1,9 @@
 """Packed expert stacks under FSDP2, which shards them like any other parameter if their bytes are presented as floats.
 
 accelerate leaves stacks presented as `uint8`, the default, whole on every process, with a warning; with
-`bnb_4bit_quant_storage="bfloat16"` they are sharded. What FSDP2 then gathers for a forward is a plain tensor of the same
-bytes, without the scales, which stay whole on every process: an eighth of the bytes, less with double quantisation.
+`bnb_4bit_quant_storage="bfloat16"` they are sharded. What FSDP2 then gathers for a forward is a plain tensor of the
+same bytes, without the scales, which stay whole on every process: an eighth of the bytes, less with double
+quantisation.
 """
 
 from typing import Any

@@ -47,7 +47,7 @@ def tiny_trainer(
 ) -> OrdMoETrainer:
     """A trainer of a tiny Qwen3-MoE, or of `base`, on the CPU; `sharded` as accelerate's environment says."""
     args = OrdMoETrainingArguments(str(folder), **(SETTINGS | settings))
-    if sharded:
+    if sharded and args.world_size > 1:
         # accelerate 1.15 takes a CPU run for DDP whatever its environment says; all else is as on GPUs.
         PartialState().distributed_type = DistributedType.MULTI_GPU
     torch.manual_seed(0)
@@ -128,6 +128,9 @@ def train_sharded(folder: str, settings: dict[str, Any], quant_storage: str | No
     """Train under FSDP2 where there are several processes; and what becomes of the expert stacks."""
     base = packed_base(quant_storage, f"{folder}-base-{os.getpid()}") if quant_storage else None
     trainer = tiny_trainer(folder, base=base, sharded=True, **settings)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL casts these to bfloat16 where experts are in 4 bits
+            parameter.data = parameter.data.float()
     trainer.train()
     stack = find_moe_layers(trainer.model)[0].experts.gate_up_proj
     return result_of(trainer) | {"stack": (type(stack.data).__name__, stack.dtype)}

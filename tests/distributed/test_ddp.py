@@ -38,7 +38,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path, tier_passes, settings)
 
 @pytest.mark.parametrize("tier_passes", ["sequential", "batched"])
 def test_processes_without_responses_and_uneven_batches_do_not_hang(tmp_path, tier_passes):
-    """13 samples, 2 a process: the last batch of two processes has one. The second process has nothing to learn from."""
+    """13 samples, 2 a process: for the last step is one. The second process has nothing to learn from."""
     settings = {"max_steps": -1, "num_train_epochs": 1, "dataset": text.conversations(13), "tier_passes": tier_passes}
     first, second = run_processes(runs.train_with_empty_batches, str(tmp_path), settings, timeout=60)
     assert largest_difference(first, second) == 0
