@@ -81,12 +81,12 @@ class PassSchedule(TrainerCallback):
         self._choose(memory, inputs["input_ids"].numel())
 
     def _choose(self, memory: PassMemory, tokens: int) -> None:
-        if not memory.peak:
-            self._settle(0, f"the peak memory of a pass cannot be measured on {self.accelerator.device.type}")
-            return
         limit = int(self._over_processes(memory.max_tokens(tokens, self.num_passes)).min())
         peak, free = (amount / 2**30 for amount in (memory.peak, memory.free))
-        self._settle(limit, f"a tier pass over {tokens} tokens took {peak:.2f} GiB of {free:.2f} GiB free")
+        reason = f"a tier pass over {tokens} tokens took {peak:.2f} GiB of {free:.2f} GiB free"
+        if not memory.peak:
+            reason = f"the peak memory of a pass cannot be measured on {self.accelerator.device.type}"
+        self._settle(limit, reason)
 
     def _settle(self, max_tokens: int, reason: str) -> None:
         self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens}

@@ -1,6 +1,7 @@
 """Steps that must not move the weights: what is not finite in them, or nothing to learn from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate.utils import reduce
@@ -36,12 +37,15 @@ class StepGuard(TrainerCallback):
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
         self.max_nonfinite_steps, self.metrics = max_nonfinite_steps, metrics
+        self._start()
+
+    def _start(self) -> None:
         self.found: list[str] = []
         self.rows, self.local_empty_batches = 0, 0
         self.nonfinite_steps, self.in_a_row, self.empty_batches = 0, 0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.__init__(self.max_nonfinite_steps, self.metrics)
+        self._start()
 
     def expect(self, rows_of_batches: Iterable[int]) -> None:
         """Take the number of rows with a response in each micro-batch of the step to come, on this process."""
@@ -60,19 +64,18 @@ class StepGuard(TrainerCallback):
             loss (`torch.Tensor`, scalar): the pass's.
             gradients (iterable of `torch.Tensor`): accumulated gradients; none where a scaler looks after them.
         """
-        seen = {} if scores is None else _values_by_name(scores)
+        by_tier = {} if scores is None else _values_by_name(scores)
         names = " and ".join(map(str, tiers))
         overall = {
-            f"loss of the pass of tier {names}": loss,
+            f"loss in the pass of tier {names}": loss,
             f"gradient of the pass of tier {names}": _largest(gradients),
         }
-        finite = [value.isfinite().all().to(loss.device) for value in (seen | overall).values()]
-        bad = [
-            name for name, is_finite in zip(seen | overall, torch.stack(finite).tolist(), strict=True) if not is_finite
-        ]
-        by_tier = [name for name in bad if name in seen]
-        # What a tier's likelihood explains is not named twice; nor what an earlier pass left in the gradients.
-        self.found += [name for name in by_tier or bad[:1] if by_tier or not self.found if name not in self.found]
+        values = by_tier | overall
+        finite = torch.stack([value.isfinite().all().to(loss.device) for value in values.values()]).tolist()
+        bad = [name for name, is_finite in zip(values, finite, strict=True) if not is_finite]
+        named = [name for name in bad if name in by_tier and name not in self.found]
+        # A pass's loss and gradient say no more than the likelihoods in it, or than a pass before.
+        self.found += named or ([] if self.found else bad[:1])
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         counts = torch.tensor([bool(self.found), self.rows, self.local_empty_batches], device=args.device)
@@ -85,39 +88,35 @@ class StepGuard(TrainerCallback):
         if is_bad or not rows:
             optimizer.zero_grad()
         if is_bad:
-            self._warn(state.global_step + 1, ", ".join(found) or "the loss or gradient of another process")
-            self._stop_after_too_many(state.global_step + 1, args.output_dir)
+            self._report(state.global_step + 1, ", ".join(found) or "something on another process", args.output_dir)
 
     def _log(self) -> None:
         for name in ("nonfinite_steps", "empty_batches"):
             if getattr(self, name):
                 self.metrics[name] = [getattr(self, name)]
 
-    def _warn(self, step: int, found: str) -> None:
-        logger.warning(
-            f"Step {step}: not finite: {found}. The update is dropped ({self.in_a_row} in a row, of at most "
-            f"{self.max_nonfinite_steps - 1})."
-        )
-
-    def _stop_after_too_many(self, step: int, output_dir: str) -> None:
+    def _report(self, step: int, found: str, output_dir: str) -> None:
         if self.in_a_row < self.max_nonfinite_steps:
+            logger.warning(
+                f"Step {step}: not finite: {found}. The update is dropped; {self.max_nonfinite_steps} such steps in a "
+                f"row end training (max_nonfinite_steps), and this is number {self.in_a_row}."
+            )
             return
-        checkpoint = get_last_checkpoint(output_dir)
+        checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         raise OrdMoERuntimeError(
-            f"Training ends at step {step}: in {self.in_a_row} steps in a row a loss or gradient was not finite, and "
-            f"their updates were dropped, so the weights are those after step {step - self.in_a_row}. The last "
+            f"Training ends at step {step}: not finite: {found}. That is {self.in_a_row} steps in a row whose update "
+            f"was dropped (max_nonfinite_steps), so the weights are those after step {step - self.in_a_row}. The last "
             f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Lower learning_rate or "
-            "erl_coef, set lower_tier_floor='uniform', look at the data of these steps, or raise max_nonfinite_steps."
+            "erl_coef, set lower_tier_floor='uniform', or look at the data of these steps."
         )
 
 
-def _values_by_name(scores: TierScores) -> Mapping[str, torch.Tensor]:
+def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:
     values = {f"log-likelihood under tier {tier}": scores.log_probs_CBS[tier - 1] for tier in scores.tiers}
     if scores.reference_CBS is not None:
-        names = {tier: f"log-likelihood of the frozen base under tier {tier}" for tier in scores.tiers}
+        names = {tier: f"log-likelihood under tier {tier} of the frozen base" for tier in scores.tiers}
         values |= {name: scores.reference_CBS[tier - 1] for tier, name in names.items()}
-    # Tier 1's rows where tiers have responses of their own.
-    return values | {"supervised loss, of tier 1": scores.ntp_loss} if 1 not in scores.tiers else values
+    return values | {"supervised loss": scores.ntp_loss}
 
 
 def _largest(gradients: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -3,8 +3,8 @@
 With reference responses a tier's rows are the batch itself; with generated ones they are the batch's prompts, each with
 what that tier wrote. The first rows are always the batch itself on tier 1, which supervised fine-tuning learns from.
 
-Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first, then of each that
-[`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
+Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first and drops the graph, then
+of each that [`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,8 +157,7 @@ class TierPasses:
         return _first_rows(outputs, batch_size)
 
     def run_pass(self, place: int) -> None:
-        """Run pass `place`, from 1, after the gradient of the one before was taken; `scores` then has its graph."""
-        self._scored = {tier: (values.detach(), labels) for tier, (values, labels) in self._scored.items()}
+        """Run pass `place`, from 1, after [`TierPasses.drop_graph`]; `scores` then has its graph."""
         draw = self._draws.get(place)
         with nullcontext() if draw is None else draw.replayed():
             self._scored |= self._run([self._groups[place]])[2]
@@ -166,8 +165,16 @@ class TierPasses:
             self.scores,
             log_probs_CBS=self._stack(self._scored, 0),
             labels_CBS=self._stack(self._scored, 1),
-            ntp_loss=self.scores.ntp_loss.detach(),
             tiers=self._tiers_run(),
+        )
+
+    def drop_graph(self) -> None:
+        """Keep the numbers alone: backward leaves some of a graph's memory to whom still refers to it."""
+        self._scored = {tier: (values.detach(), labels) for tier, (values, labels) in self._scored.items()}
+        self.scores = replace(
+            self.scores,
+            log_probs_CBS=self.scores.log_probs_CBS.detach(),
+            ntp_loss=self.scores.ntp_loss.detach(),
             router_logits=[],
         )
 

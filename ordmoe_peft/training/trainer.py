@@ -262,6 +262,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             loss,
             [gradient for gradient in gradients if gradient is not None],
         )
+        if self._passes is not None:
+            self._passes.drop_graph()
         return loss
 
     def compute_loss(

@@ -1,5 +1,7 @@
 """The trainer on the shipped vision-language base and real images, dense and in 4 bits."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,6 +11,7 @@ from trl import SFTTrainer
 from examples.easy_vqa.data import load_easy_vqa
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, rollout, tier_routing
 from ordmoe_peft.analysis.evaluation import evaluate_tiers
+from ordmoe_peft.cli.main import main
 from ordmoe_peft.samples import scoring_inputs
 from tests import models
 from tests.training.test_trainer import arguments, trained
@@ -124,3 +127,21 @@ def test_generated_responses_to_images_are_those_of_rollouts(tmp_path, dataset, 
         assert logged[f"tier_{tier}/log_likelihood"] == pytest.approx(sum(likelihoods) / 6, abs=1e-5)
         lengths = [row[tier - 1] for row in written["response_token_counts"]]
         assert logged[f"tier_{tier}/response_length"] == pytest.approx(sum(lengths) / 6)
+
+
+def test_the_command_trains_alike_with_its_tiers_one_after_another(tmp_path, dataset):
+    """Three steps of the recipe's 4-bit base, with clipping and the middle tier watched."""
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    logs = {}
+    for mode in ("batched", "sequential"):
+        changes = {"output_dir": tmp_path / mode, "dataset_name": tmp_path / "data", "tier_passes": mode}
+        changes |= {"max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1, "log_tiers_every": 1}
+        changes |= {"warmup_steps": 0, "use_cpu": True, "erl_coef": 0.1}
+        options = [str(part) for name, value in changes.items() for part in (f"--{name}", value)]
+        assert main(["train", "--config", "examples/recipes/easy_vqa.yaml", *options]) == 0
+        state = json.loads((tmp_path / mode / "trainer_state.json").read_text())
+        logs[mode] = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logs["batched"]) == 3
+    for one, other in zip(logs["batched"], logs["sequential"], strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)

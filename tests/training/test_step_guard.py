@@ -1,0 +1,185 @@
+"""Steps with something that is not finite, or without responses, leave the weights alone, and say why."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
+from ordmoe_peft.tiers.routing import running_tiers
+from ordmoe_peft.training import step_guard
+from tests import models
+from tests.training.test_trainer import adapted, arguments, trainer_for
+
+
+MODES = pytest.mark.parametrize("mode", ["batched", "sequential"])
+
+
+class Poison:
+    """Makes the rows of one tier NaN at the steps given, in the forward or in the backward alone."""
+
+    def __init__(self, tier, steps, part="forward"):
+        self.tier, self.steps, self.part, self.trainer = tier, steps, part, None
+
+    def put_on(self, trainer):
+        self.trainer = trainer
+        trainer.model.get_base_model().model.layers[1].mlp.register_forward_hook(self)
+
+    def __call__(self, module, args, output):
+        forward = running_tiers()
+        if self.trainer.state.global_step + 1 not in self.steps or not torch.is_grad_enabled():
+            return None
+        tiers = forward.plan.tiers if forward else torch.ones(1)
+        is_tier = (tiers == self.tier).expand(len(output)).view(-1, 1, 1)
+        if self.part == "forward":
+            return output.masked_fill(is_tier, torch.nan)
+        if is_tier.any():
+            output.register_hook(lambda gradient: gradient.masked_fill(is_tier, torch.nan))
+        return None
+
+
+@pytest.fixture
+def told(monkeypatch):
+    messages = []
+    monkeypatch.setattr(step_guard.logger, "warning", messages.append)
+    return messages
+
+
+def poisoned(folder, poison, **changes):
+    """A trainer, and a list that gets a copy of its adapter after each step."""
+    trainer = trainer_for(folder, **({"max_steps": 5, "erl_coef": 0.1} | changes))
+    poison.put_on(trainer)
+    history = []
+    trainer.add_callback(Recorder(trainer, history))
+    return trainer, history
+
+
+class Recorder(step_guard.TrainerCallback):
+    def __init__(self, trainer, history):
+        self.trainer, self.history = trainer, history
+
+    def on_step_end(self, args, state, control, **kwargs):
+        weights = [p.detach().clone() for p in self.trainer.model.parameters() if p.requires_grad]
+        moments = [s["exp_avg"].clone() for s in self.trainer.optimizer.state.values() if "exp_avg" in s]
+        self.history.append(weights + moments)
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@MODES
+@pytest.mark.parametrize("objective", ["erl", "dpo"])
+def test_a_tier_that_is_not_finite_is_named_and_its_step_dropped(tmp_path, told, mode, objective):
+    trainer, history = poisoned(tmp_path, Poison(3, {2, 3}), tier_passes=mode, objective=objective)
+    trainer.train()
+    assert [message.split(".")[0] for message in told] == [
+        "Step 2: not finite: log-likelihood under tier 3",
+        "Step 3: not finite: log-likelihood under tier 3",
+    ]
+    assert "10 such steps in a row end training (max_nonfinite_steps), and this is number 1." in told[0]
+    assert same(history[0], history[1]) and same(history[1], history[2])
+    assert not same(history[2], history[3]) and not same(history[3], history[4])
+    assert all(tensor.isfinite().all() for tensor in history[-1])
+    counted = [entry.get("nonfinite_steps") for entry in trainer.state.log_history if "loss" in entry]
+    assert counted == [None, 1, 2, 2, 2]
+
+
+@MODES
+def test_a_gradient_that_is_not_finite_is_named_as_near_as_can_be(tmp_path, told, mode):
+    trainer, history = poisoned(tmp_path, Poison(3, {2}, part="backward"), tier_passes=mode)
+    trainer.train()
+    tiers = "1 and 3" if mode == "batched" else "3"
+    assert [message.split(". ")[0] for message in told] == [f"Step 2: not finite: gradient of the pass of tier {tiers}"]
+    assert same(history[0], history[1])
+
+
+def test_one_micro_batch_of_a_step_is_enough(tmp_path, told):
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "tier_passes": "sequential"}
+    trainer, history = poisoned(tmp_path, Poison(1, {2}), max_steps=2, **settings)
+    trainer.train()
+    assert len(told) == 1
+    assert "log-likelihood under tier 1, supervised loss" in told[0]
+    assert same(history[0], history[1])
+
+
+def test_plain_fine_tuning_is_guarded_too(tmp_path, told):
+    trainer, history = poisoned(tmp_path, Poison(1, {2}), model=adapted(num_tiers=1), balance_coef=0.0, max_steps=3)
+    trainer.train()
+    assert [message.split(". ")[0] for message in told] == ["Step 2: not finite: loss in the pass of tier 1"]
+    assert same(history[0], history[1])
+
+
+@MODES
+def test_too_many_in_a_row_end_training_with_the_last_good_weights(tmp_path, told, mode):
+    trainer, history = poisoned(
+        tmp_path,
+        Poison(3, {1, 3, 4, 5}),
+        tier_passes=mode,
+        max_nonfinite_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(OrdMoERuntimeError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "ends at step 4: not finite: log-likelihood under tier 3. That is 2 steps in a row" in message
+    assert "weights are those after step 2" in message
+    assert f"The last checkpoint is `{tmp_path}/checkpoint-3`" in message
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(weight, p) for weight, p in zip(history[1], trainable, strict=False))
+    loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "checkpoint-3").state_dict()
+    saved = {name: value for name, value in trainer.model.state_dict().items() if "lora_" in name}
+    assert saved and all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+def test_without_a_checkpoint_the_error_says_so(tmp_path, told):
+    trainer, _ = poisoned(tmp_path / "none", Poison(3, {1}), max_nonfinite_steps=1)
+    with pytest.raises(OrdMoERuntimeError, match="those after step 0. The last checkpoint is none: none was saved"):
+        trainer.train()
+
+
+def without_responses(trainer, batches):
+    """Mask the labels of the micro-batches at these places."""
+    collate, seen = trainer.data_collator, []
+
+    def masked(rows):
+        batch = collate(rows)
+        if len(seen) in batches:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        seen.append(batch)
+        return batch
+
+    trainer.data_collator = masked
+
+
+@MODES
+@pytest.mark.parametrize("num_tiers", [1, 3])
+def test_a_batch_without_responses_is_skipped_and_counted(tmp_path, told, mode, num_tiers):
+    settings = {"model": adapted(num_tiers=num_tiers), "tier_passes": mode, "weight_decay": 0.1}
+    trainer, history = poisoned(tmp_path, Poison(3, set()), max_steps=4, **settings)
+    without_responses(trainer, {1})
+    trainer.train()
+    assert same(history[0], history[1])
+    assert not same(history[1], history[2])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry.get("empty_batches") for entry in logs] == [None, 1, 1, 1]
+    assert logs[1]["loss"] == 0
+    assert told == []
+
+
+def test_a_micro_batch_without_responses_adds_nothing_to_its_step(tmp_path):
+    """The first step has one such batch of two, and is that of the other batch alone."""
+    settings = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "per_device_train_batch_size": 4}
+    settings |= {"balance_coef": 0.0, "gradient_accumulation_steps": 2}
+    whole, history = poisoned(tmp_path, Poison(3, set()), **settings)
+    without_responses(whole, {1})
+    whole.train()
+    alone, other = poisoned(tmp_path, Poison(3, set()), **(settings | {"gradient_accumulation_steps": 1}))
+    alone.train()
+    for weight, wanted in zip(history[0], other[0], strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_at_least_one_step_may_fail(tmp_path):
+    with pytest.raises(OrdMoEConfigError, match="max_nonfinite_steps must be at least 1, got 0"):
+        arguments(tmp_path, max_nonfinite_steps=0)
