@@ -157,6 +157,7 @@ class TestTrainer:
     def test_uploads_begin_when_the_checkpoint_is_in_its_place(self, tmp_path, monkeypatch):
         pushed = []
         trainer = tiny_trainer(tmp_path, **self.SETTINGS | {"max_steps": 2})
+        trainer.train()
         trainer.args.push_to_hub = True
         monkeypatch.setattr(
             type(trainer).__mro__[2],
@@ -165,5 +166,5 @@ class TestTrainer:
         )
         trainer._save_checkpoint(trainer.model, None)
         ((folder, files),) = pushed
-        assert folder == str(tmp_path / "checkpoint-0")
+        assert folder == str(tmp_path / "checkpoint-2")
         assert STATE_NAME in files

@@ -15,18 +15,21 @@ from tests.distributed.processes import run_processes
 from tests.models import qwen3_moe
 
 
-@pytest.mark.parametrize("tier_passes", ["sequential", "batched"])
+# Random groups and responses are drawn by micro-batch of the step, whichever process has it.
+REFERENCE = {"adapter": {"grouping": "random"}, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+GENERATED = {"responses": "generated", "max_completion_length": 5, "objective": "dpo"}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        # Random groups and responses are drawn by micro-batch of the step, whichever process has it.
-        {"adapter": {"grouping": "random"}, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-        {"responses": "generated", "max_completion_length": 5, "objective": "dpo"},
+        REFERENCE | {"tier_passes": "sequential"},
+        REFERENCE | {"tier_passes": "batched"},
+        GENERATED | {"tier_passes": "sequential"},
     ],
-    ids=["reference", "generated"],
+    ids=["reference, sequential", "reference, batched", "generated, sequential"],
 )
-def test_two_processes_are_one_that_accumulates(tmp_path, tier_passes, settings):
-    settings = settings | {"tier_passes": tier_passes}
+def test_two_processes_are_one_that_accumulates(tmp_path, settings):
     first, second = run_processes(runs.train, str(tmp_path), settings)
     twice = settings | {"gradient_accumulation_steps": 2 * settings.get("gradient_accumulation_steps", 1)}
     (alone,) = run_processes(runs.train, str(tmp_path), twice, num_processes=1)
