@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.kill_and_resume --kills 20
 
-A small Qwen3-MoE, made on the spot, trains with random grouping; every second run on responses that its tiers sample
+A small Qwen3-MoE, made on the spot, trains with random grouping; every other run on responses that its tiers sample
 themselves. Half of the kills come at any moment, half while a checkpoint is written or an old one deleted. Each killed
 run goes on with `resume_from_checkpoint="auto"`. Prints a table, and fails unless all logged figures and the final
 weights are the same bits. About three minutes on two CPU cores.
@@ -33,7 +33,7 @@ from ordmoe_peft.cli.tables import print_table
 
 
 STEPS, SAVE_EVERY, VOCABULARY = 12, 2, 64
-RESPONSES = ("reference", "generated")
+RESPONSES = ("generated", "reference")
 # TRL counts tokens from where a run was resumed (1.16).
 NOT_COMPARED = ("num_tokens",)
 # A server that has imported all this: what is forked from it begins to train at once.
@@ -215,7 +215,7 @@ def _moment(left: list[str], was_running: bool) -> str:
 def run(folder: Path, kills: int, seed: int = 0) -> list[Kill]:
     """Let one run of each kind alone, and kill `kills` others."""
     draw = random.Random(seed)
-    alone = {responses: folder / f"alone-{responses}" for responses in RESPONSES}
+    alone = {responses: folder / f"alone-{responses}" for responses in RESPONSES[:kills]}
     # The first run also waits for the server that it is forked from.
     finish(folder / "warm", RESPONSES[0], "warm.jsonl")
     seconds = {responses: finish(path, responses, "alone.jsonl") for responses, path in alone.items()}
