@@ -11,7 +11,9 @@ from . import registration
 from .config import OrdMoEConfig
 from .errors import OrdMoEError
 from .model import OrdMoEModel
+from .quantization.census import quantization_census
 from .quantization.config import MoeBitsAndBytesConfig
+from .quantization.in_place import quantize_experts_
 from .targets import coverage_report
 from .tiers.routing import tier_routing
 
@@ -27,6 +29,8 @@ __all__ = [
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

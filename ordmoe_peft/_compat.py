@@ -53,6 +53,11 @@ def experts_implementation(model: nn.Module) -> str:
     return model.config._experts_implementation
 
 
+def attention_implementation(model: nn.Module) -> str:
+    """The name of the attention function that `model`'s text layers use; there is no public getter (5.23)."""
+    return model.config.get_text_config()._attn_implementation
+
+
 def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
     """Replace the checkpoint function of each checkpointed layer of `model` by `wrap` of it, once.
 
@@ -68,6 +73,21 @@ def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -
             carrying = wrap(checkpoint)
             carrying.carries_tiers = True
             setattr(module, name, carrying)
+
+
+def save_in_own_names(model: nn.Module) -> None:
+    """Have `save_pretrained` write the weights of `model` as they are, in its own names.
+
+    transformers writes a model in the form in which it was read, and for that cuts fused stacks into experts, which
+    packed stacks cannot be. The list of conversions to revert is a private attribute (5.23,
+    `transformers/core_model_loading.py`). Remove when a quantizer can have a say in it.
+    """
+    model._weight_conversions = []
+
+
+def save_in_original_format(model: nn.Module) -> None:
+    """Undo [`save_in_own_names`]: `save_pretrained` uses the conversions of the model's family."""
+    model._weight_conversions = None
 
 
 class WholeCheckpoints:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import OrdMoEConfigError
+from .images import ENCODED, concatenated_images, encode_images
 from .responses import IGNORED_LABEL
 from .tiers.routing import adapter_config, tier_routing
 from .tiers.scope import tiers_of_prompts
@@ -33,9 +34,11 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
 
     Images are flattened over the batch, in its order, so they repeat like rows.
     """
-    return {
+    repeated = {
         name: torch.cat([value] * times) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
+    # Repeated even once: `generate` changes what it is given in place, for beams.
+    return repeated | ({ENCODED: concatenated_images([inputs[ENCODED]] * times)} if ENCODED in inputs else {})
 
 
 def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> dict[str, Any]:
@@ -117,7 +120,8 @@ def generate_by_tier(
 ) -> TierResponses:
     """Let each of `tiers` write a response to each prompt, prefill and every decoding step held to it.
 
-    Tokens that stand for images, video or sound are not written: low tiers would, now and then.
+    Tokens that stand for images, video or sound are not written: low tiers would, now and then. Images are encoded once
+    for all tiers.
 
     Sampling draws from a generator state of its own, set from `seed`: the same call gives the same responses,
     whatever ran before it, and the global state is left as it was. With `rows_per_call` it also depends on how tiers
@@ -150,6 +154,7 @@ def generate_by_tier(
     model.eval()
     parts = []
     try:
+        inputs = encode_images(model, inputs)
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for start in range(0, len(tiers), tiers_per_call):

@@ -1,5 +1,7 @@
 """The tuner: which layer class each target gets, and what attaching and detaching does to the model."""
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -10,8 +12,9 @@ from ._compat import experts_implementation
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
-from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped
-from .quantization.storage import is_packed
+from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
+from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped, without_wrappers
+from .quantization.foreign import check_expert_storage
 from .targets import base_moe, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
@@ -34,6 +37,7 @@ class OrdMoEModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
@@ -61,20 +65,83 @@ class OrdMoEModel(LoraModel):
             return ParamWrapper(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        packed = [name for name, parameter in self.model.named_parameters() if is_packed(parameter)]
-        if packed:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's; refused where the base is packed in 4 bits, since no unmerging gives rounded weights back."""
+        if has_packed_weights(self.model):
             raise OrdMoEModelError(
-                f"Cannot merge the adapter: {len(packed)} weights of the base are packed in 4 bits, such as "
-                f"{packed[0]}. Load the base without a quantization_config, load the adapter on it, and merge there."
+                "Cannot merge the adapter in place: the base is packed in 4 bits, and what is rounded cannot be "
+                "unmerged. Use `merge_and_unload`, which gives a dense model."
             )
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """Make the adapter part of the base, and return the base.
+
+        A base that is packed in 4 bits becomes dense, all of it, in the dtype of its input embeddings, and is no longer
+        quantised; its logits are those of the adapter on the dequantised base.
+
+        Args:
+            progressbar (`bool`, defaults to `False`): show a progress bar.
+            safe_merge (`bool`, defaults to `False`): look for NaN and infinity first; on a packed base, before anything
+                changes.
+            adapter_names (`list[str]`, *optional*): the active adapters by default.
+            requantize (`bool`, defaults to `False`): keep a packed base packed: its merged weights are rounded to 4
+                bits again. What that left of each delta is logged, and is `model.requantization_report`, a
+                [`~ordmoe_peft.merging.survival.RequantizationReport`]. Below 90 % there is a warning.
+
+        Raises:
+            [`OrdMoEConfigError`]: `requantize` on a base that is not packed.
+            [`OrdMoEModelError`]: `safe_merge` found NaN or infinity.
+        """
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize
+        )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        is_packed_base = has_packed_weights(self.model)
+        if requantize and not is_packed_base:
+            raise OrdMoEConfigError(
+                "requantize=True, but no weight of the base is packed in 4 bits. Load the base with a "
+                "`MoeBitsAndBytesConfig`, or merge without `requantize` and quantise the merged model."
+            )
+        options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
+        if merge and is_packed_base:
+            self._check_merge_allowed()
+            report = merge_packed(self.model, **options, requantize=requantize)
+            model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            if report is not None:
+                model.requantization_report = report
+                logger.info(f"Requantised:\n{report}")
+                if report.warning():
+                    warnings.warn(report.warning(), stacklevel=3)
+        else:
+            model = super()._unload_and_optionally_merge(merge=merge, **options)
         remove_tier_hooks(model)
-        model.set_experts_implementation(self._experts_implementation_before)
+        model.set_experts_implementation(self._experts_implementation_after(model))
+        if merge and is_packed_base and not requantize:
+            forget_quantization(model)
         return model
+
+    def _experts_implementation_after(self, model: nn.Module) -> str:
+        """What the model had before; what transformers would choose where packed experts had needed ours."""
+        if self._experts_implementation_before == EXPERTS_IMPLEMENTATION and not has_packed_weights(model):
+            quantizer = getattr(model, "hf_quantizer", None)
+            before = getattr(quantizer, "experts_implementation_before", None)
+            return before or model.get_correct_experts_implementation(None)
+        return self._experts_implementation_before
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
@@ -112,9 +179,21 @@ def check_targets(config: OrdMoEConfig, model: nn.Module) -> tuple[list[str], li
         ("target_modules", config.target_modules, modules),
         ("target_parameters", config.target_parameters, parameters),
     ):
-        if given and set(given) != set(resolved):
+        if given and set(given) != set(resolved) and _names_meant(model, given) != set(resolved):
             raise OrdMoEConfigError(
                 f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
                 f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
             )
     return modules, parameters
+
+
+def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:
+    """The modules whose names end so.
+
+    PEFT shortens 20 and more names to endings that no other module shares (`_find_minimal_target_modules`,
+    `peft/tuners/tuners_utils.py`), and saves these.
+    """
+    if isinstance(endings, str):
+        return set()  # a regular expression
+    names = [without_wrappers(name) for name, _ in model.named_modules()]
+    return {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)}

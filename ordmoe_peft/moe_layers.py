@@ -72,6 +72,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_no_adapter(model: nn.Module, action: str) -> None:
+    """Raise [`OrdMoEModelError`] if PEFT has wrapped a layer of `model`, which `action` cannot see through."""
+    wrapped = next((name for name, _ in model.named_modules() if without_wrappers(name) != name), None)
+    if wrapped is not None:
+        raise OrdMoEModelError(
+            f"{type(model).__name__} has an adapter, on {without_wrappers(wrapped)} first: take it off with "
+            f"`model = peft_model.unload()` to {action}, and load it again afterwards."
+        )
+
+
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """All MoE layers of `model`, in order.
 

@@ -8,8 +8,12 @@ from transformers import (
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OpenAIPrivacyFilterConfig,
+    OpenAIPrivacyFilterForTokenClassification,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -57,6 +61,27 @@ def mixtral(**changes) -> PreTrainedModel:
 def gpt_oss(**changes) -> PreTrainedModel:
     own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 16, "sliding_window": 16}
     return _build(GptOssForCausalLM, GptOssConfig(**(TEXT | own | changes)))
+
+
+def openai_privacy_filter(**changes) -> PreTrainedModel:
+    """The family whose experts are transposed and biased, with gate and up side by side."""
+    own = {"num_local_experts": NUM_EXPERTS, "intermediate_size": EXPERT_WIDTH, "head_dim": 16, "sliding_window": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = OpenAIPrivacyFilterConfig(**(TEXT | own | {"rope_parameters": rope} | changes))
+    return _build(OpenAIPrivacyFilterForTokenClassification, config)
+
+
+def nemotron_h(**changes) -> PreTrainedModel:
+    """The family without gates; its layers are an attention or a MoE each."""
+    own = {
+        "layers_block_type": ["full_attention", "moe"] * NUM_LAYERS,
+        "num_hidden_layers": 2 * NUM_LAYERS,
+        "n_routed_experts": NUM_EXPERTS,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "moe_shared_expert_intermediate_size": 40,
+        "head_dim": 16,
+    }
+    return _build(NemotronHForCausalLM, NemotronHConfig(**(TEXT | own | changes)))
 
 
 def qwen2_moe(**changes) -> PreTrainedModel:

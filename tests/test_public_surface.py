@@ -13,6 +13,8 @@ PUBLIC = {
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "quantization_census",
+    "quantize_experts_",
     "rollout",
     "tier_routing",
     "to_preference_pairs",

@@ -109,7 +109,7 @@ class SampleArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
 
 
-def with_model_first(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments of `ordmoe <command> MODEL …` with the model's option spelled out."""
+def with_model_first(arguments: Sequence[str], option: str = "--model_name_or_path") -> Sequence[str]:
+    """The arguments of `ordmoe <command> MODEL …` with the model's `option` spelled out."""
     is_named = not arguments or arguments[0].startswith("-")
-    return arguments if is_named else ["--model_name_or_path", *arguments]
+    return arguments if is_named else [option, *arguments]

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..quantization.foreign import check_unquantised
 from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments
 
@@ -16,6 +17,8 @@ def load_base(options: ModelArguments, trust_remote_code: bool) -> PreTrainedMod
     """The base model, of the class that its checkpoint names."""
     shared = {"revision": options.model_revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(options.model_name_or_path, **shared)
+    if options.load_in_4bit:
+        check_unquantised(config, options.model_name_or_path)
     architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
     return architecture.from_pretrained(
         options.model_name_or_path,

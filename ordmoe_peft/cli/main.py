@@ -19,6 +19,7 @@ COMMANDS = {
     "ablate": ("ordmoe_peft.cli.ablate", "compare settings with a baseline, over several seeds"),
     "rollouts": ("ordmoe_peft.cli.rollouts", "write what each tier answers, as a data set of ranked responses"),
     "tiers": ("ordmoe_peft.cli.tiers", "what each tier is worth: order, answers, routing, diversity"),
+    "merge": ("ordmoe_peft.cli.merge", "write a base with an adapter merged into it, on disk, stack by stack"),
     "export": ("ordmoe_peft.cli.export", "write an adapter in a form that plain PEFT loads"),
 }
 # What users cause: our own errors, missing files and repositories, values that upstream refuses, broken YAML.

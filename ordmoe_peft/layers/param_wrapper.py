@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..errors import OrdMoEModelError
 from ..quantization.storage import is_packed, logical_shape
@@ -15,7 +16,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     PEFT's own adds the product of the factors to the whole stack in every forward. This one hands the factors to the
     experts function `"ordmoe"` as an argument, which applies them to the rows that each expert sees. Parameters, their
-    names and shapes, and merging are PEFT's, so the adapter's file is too.
+    names and shapes are PEFT's, so the adapter's file is too.
 
     It bears the same name because PEFT recognises wrappers that it may nest by their class name
     (`BaseTuner._inject_parameters`).
@@ -36,13 +37,46 @@ class ParamWrapper(lora_layer.ParamWrapper):
             scaling=self.scaling[adapter_name],
         )
 
+    def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
+        """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""
+        delta_OI = sum(
+            factors.scaling * (factors.B_EOR[expert] @ factors.A_ERI[expert])
+            for factors in map(self.factors, adapter_names)
+        )
+        return delta_OI.T if self.get_base_layer().is_transposed else delta_OI
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if is_packed(self.get_param()):
+        """Add the adapters' deltas to the stack, one expert at a time, so that no delta of the whole stack exists.
+
+        The deltas of all adapters are added in the wider dtype and rounded once.
+
+        Args:
+            safe_merge (`bool`, defaults to `False`): look for NaN and infinity first, before anything changes.
+            adapter_names (`list[str]`, *optional*): the active adapters by default.
+
+        Raises:
+            [`OrdMoEModelError`]: the stack is packed in 4 bits, or `safe_merge` found a number that is not finite.
+        """
+        stack_EOI = self.get_param()
+        if is_packed(stack_EOI):
             raise OrdMoEModelError(
-                f"Cannot merge into {self.parameter_name}: its experts are packed in 4 bits. Load the base without a "
-                "quantization_config, load the adapter on it, and merge there."
+                f"Cannot merge into {self.parameter_name} in place: its experts are packed in 4 bits. Use "
+                "`merge_and_unload`, which gives a dense model."
             )
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+
+        def merged(expert: int) -> torch.Tensor:
+            return (stack_EOI.data[expert] + self.delta(names, expert)).to(stack_EOI.dtype)
+
+        if safe_merge:
+            for expert in range(self.num_experts):
+                check_finite(merged(expert), f"{self.parameter_name} of expert {expert}", names)
+        for expert in range(self.num_experts):
+            stack_EOI.data[expert] = merged(expert)
+        self.merged_adapters.extend(names)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Pass on to the wrapped experts, with this projection's factors added to `expert_lora`."""
@@ -54,3 +88,12 @@ class ParamWrapper(lora_layer.ParamWrapper):
             expert_lora = kwargs.pop("expert_lora", {})
             kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.factors(name) for name in active]}
         return self.base_layer(x, *args, **kwargs)
+
+
+def check_finite(weight: torch.Tensor, name: str, adapter_names: list[str]) -> None:
+    """Raise [`OrdMoEModelError`] where a merged weight is not finite."""
+    if not torch.isfinite(weight).all():
+        raise OrdMoEModelError(
+            f"Merging {adapter_names} would put NaN or infinity into {name}, so nothing was merged there. The adapter "
+            "seems to be broken, or its deltas do not fit into the base's dtype."
+        )

@@ -203,8 +203,11 @@ class _LiveForward:
     def counted(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """The tokens that are no padding and on tier 1 (`torch.Tensor` of shape `(T,)`, bool)."""
         if device not in self.counted_by_device:
-            counted_T = self._is_real(num_tokens, device)
             tiers = running_tiers()
+            if tiers is not None and tiers.plan.places is not None:  # rows that share prompts; they have a 4-D mask
+                counted_T = tiers.plan.places.reshape(-1).to(device) >= 0
+            else:
+                counted_T = self._is_real(num_tokens, device)
             if tiers is not None:
                 tier_T = tiers.plan.tier_of_token(num_tokens, device, tiers.sequence_length, tiers.past_length)
                 counted_T = counted_T & (tier_T == 1)

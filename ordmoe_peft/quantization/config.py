@@ -1,11 +1,17 @@
 """The configuration that `from_pretrained(quantization_config=…)` takes for 4-bit experts."""
 
+from typing import Any
+
 from transformers import BitsAndBytesConfig
 
 from ..errors import OrdMoEConfigError
+from .storage import BLOCK_SIZE
 
 
-QUANT_METHOD = "moe_bitsandbytes"
+# The name of the package, for where it is not imported: transformers then names the method that it does not know.
+QUANT_METHOD = "ordmoe_peft"
+# What bitsandbytes' kernels take on every device (`bitsandbytes/_ops.py`); 32 lacks some of them.
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class MoeBitsAndBytesConfig(BitsAndBytesConfig):
@@ -13,24 +19,63 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
 
     With the stock class, `load_in_4bit` silently leaves fused experts in bf16. With this one, expert stacks and the
     linear layers of the decoder are packed in 4 bits, while routers, embeddings, heads, norms and the vision tower
-    keep their dtype.
+    keep their dtype. `llm_int8_skip_modules` names what else does, by transformers' rules: a module or one of its
+    parents (`"model.layers.0"`), an ending (`"experts"`), a single stack (`"model.layers.0.mlp.experts.down_proj"`) or
+    a regular expression.
+
+    transformers refuses it for a checkpoint that is quantised already, such as gpt-oss, which ships in MXFP4: load that
+    with its own dequantisation (`Mxfp4Config(dequantize=True)`) and pack its experts in memory.
 
     Args:
         load_in_4bit (`bool`, defaults to `True`): must be `True`; 8-bit experts are not supported.
         bnb_4bit_quant_type (`str`, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
+        bnb_4bit_blocksize (`int`, defaults to 64): weights that share a scale, from 64 to 4096 by powers of two. It is
+            that of expert stacks, which are filled up to whole blocks; a linear layer takes the largest block up to it
+            that divides its rows.
         kwargs: all other arguments of [`~transformers.BitsAndBytesConfig`], e.g. `bnb_4bit_use_double_quant`,
             `bnb_4bit_compute_dtype`, `llm_int8_skip_modules`.
 
     Raises:
-        [`OrdMoEConfigError`]: 4-bit loading is off, or the quantisation type is unknown.
+        [`OrdMoEConfigError`]: 4-bit loading is off, or the quantisation type or the block size is unknown.
     """
 
-    def __init__(self, load_in_4bit: bool = True, bnb_4bit_quant_type: str = "nf4", **kwargs):
+    def __init__(
+        self,
+        load_in_4bit: bool = True,
+        bnb_4bit_quant_type: str = "nf4",
+        bnb_4bit_blocksize: int = BLOCK_SIZE,
+        **kwargs,
+    ):
         if not load_in_4bit or kwargs.get("load_in_8bit"):
             raise OrdMoEConfigError(
                 "MoeBitsAndBytesConfig quantises to 4 bits only: leave `load_in_4bit=True` and `load_in_8bit` unset."
             )
         if bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise OrdMoEConfigError(f"bnb_4bit_quant_type must be 'nf4' or 'fp4', got {bnb_4bit_quant_type!r}.")
+        if bnb_4bit_blocksize not in BLOCK_SIZES:
+            raise OrdMoEConfigError(f"bnb_4bit_blocksize must be one of {BLOCK_SIZES}, got {bnb_4bit_blocksize!r}.")
         super().__init__(load_in_4bit=load_in_4bit, bnb_4bit_quant_type=bnb_4bit_quant_type, **kwargs)
         self.quant_method = QUANT_METHOD
+        self.bnb_4bit_blocksize = bnb_4bit_blocksize
+
+    def packing(self) -> dict[str, Any]:
+        """The arguments of [`~ordmoe_peft.quantization.storage.pack_experts`] that this configuration stands for."""
+        return {
+            "quant_type": self.bnb_4bit_quant_type,
+            "use_double_quant": self.bnb_4bit_use_double_quant,
+            "compute_dtype": self.bnb_4bit_compute_dtype,
+            "quant_storage": self.bnb_4bit_quant_storage,
+            "blocksize": self.bnb_4bit_blocksize,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as `config.json` has them.
+
+        Without `load_in_4bit`, which is always on: transformers takes any dictionary with it for the stock class's,
+        whatever its `quant_method` (`AutoQuantizationConfig.from_dict` in `transformers/quantizers/auto.py`).
+        """
+        return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in_")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """[`to_dict`]: upstream's compares with the stock class's defaults, which lack some of these settings."""
+        return self.to_dict()

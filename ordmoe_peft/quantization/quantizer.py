@@ -4,19 +4,30 @@ Source of the seam: `transformers/quantizers/quantizer_bnb_4bit.py`, whose linea
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import logging
 
-from .._compat import keep_linear4bit_layout
+from .._compat import keep_linear4bit_layout, save_in_original_format, save_in_own_names
 from ..errors import OrdMoEModelError
-from ..moe_layers import EXPERTS_IMPLEMENTATION, MoELayer, find_moe_layers
+from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter
+from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
-from .storage import BLOCK_SIZE, check_whole_blocks, is_packed, pack_experts
+from .dequantization import cast_rest_, unpack_stacks_
+from .file_pages import release_file_pages
+from .selection import expert_stacks, linear_block_size, packable_layers, unquantised_linears
+from .serialization import packed_weight_conversions, state_dict_with_quant_states
+from .storage import Matrices, is_packed, pack_experts
+from .streaming import PackWhileMerging, packs_by_expert
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
@@ -27,31 +38,85 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
-        return super().param_needs_quantization(model, param_name, **kwargs) or param_name in self.expert_stacks
+        return super().param_needs_quantization(model, param_name, **kwargs) or self.is_stack(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeLinearOrExperts(self, super().get_quantize_ops())
 
-    def is_serializable(self) -> bool:
-        return False
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        if self.pre_quantized:
+            # Not the family's own: they make fused stacks of experts, and this checkpoint has the model's own names.
+            return packed_weight_conversions(self.packed_names(model), model.base_model_prefix, self)
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        for conversion in conversions:
+            operations = getattr(conversion, "operations", [])
+            # What is merged in another way is packed when it is whole, by `get_quantize_ops`.
+            if operations and packs_by_expert(operations):
+                conversion.operations = [PackWhileMerging(operations, self.pack, self.is_stack, self.release)]
+        return conversions
 
-    def _process_model_before_weight_loading(self, model: nn.Module, device_map, **kwargs):
-        skipped = set(self.quantization_config.llm_int8_skip_modules or [])
-        layers = find_moe_layers(model)
-        self.expert_stacks = {
-            f"{layer.experts_name}.{projection}"
-            for layer in layers
-            if not any(layer.experts_name == name or layer.experts_name.endswith(f".{name}") for name in skipped)
-            for projection in layer.projections
-        }
-        # Now, on the shapes alone: an error during loading would be buried in transformers' load report.
-        for name in sorted(self.expert_stacks):
-            check_whole_blocks(name, model.get_parameter(name).shape)
-        self.quantization_config.llm_int8_skip_modules = sorted(skipped | set(unquantised_linears(model, layers)))
-        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        return state_dict_with_quant_states(model), {}
+
+    def is_stack(self, param_name: str) -> bool:
+        """Whether the parameter is a fused stack that is to be in 4 bits."""
+        return param_name in self.expert_stacks
+
+    def packed_names(self, model: nn.Module) -> list[str]:
+        """The names of all parameters of `model` that are to be in 4 bits, once its linear layers are replaced."""
+        linears = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit))
+        return sorted([*self.expert_stacks, *linears])
+
+    def pack(self, matrices: Matrices, name: str) -> Params4bit:
+        """The packed stack `name`."""
+        return pack_experts(matrices, name, **self.quantization_config.packing())
+
+    def release(self, tensors: list[torch.Tensor]) -> None:
+        """Let go of what was read from the checkpoint for `tensors`."""
+        release_file_pages(tensors, self.checkpoint_files)
+
+    def select(self, model: nn.Module, also_skipped: Iterable[str]) -> None:
+        """Settle what of `model` is packed: all but what the configuration skips, to which `also_skipped` is added.
+
+        The configuration is saved with the model, and says on loading what is packed there.
+
+        Raises:
+            [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind that nothing can run packed.
+        """
+        config = self.quantization_config
+        layers = packable_layers(model, config.llm_int8_skip_modules)
+        config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
+        self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Give `model`, whose stacks are packed, all that a model loaded by this quantizer has."""
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        self.postprocess_model(model)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map, checkpoint_files=None, **kwargs):
+        config, self.checkpoint_files = self.quantization_config, checkpoint_files or []
+        if self.pre_quantized:
+            # The checkpoint decides; its names may have a prefix that a model without a head has not.
+            prefix = f"{model.base_model_prefix}."
+            also_skipped = {name.removeprefix(prefix) for name in config.llm_int8_skip_modules or []}
+        else:
+            also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
+        # Now, on the names alone: an error during loading would be buried in transformers' load report.
+        self.select(model, also_skipped)
+        linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        if any(should_convert_module(name, config.llm_int8_skip_modules) for name in linears):
+            super()._process_model_before_weight_loading(model, device_map, **kwargs)  # which warns where there is none
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.weight.blocksize = linear_block_size(module.in_features, config.bnb_4bit_blocksize)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        for name in sorted(self.expert_stacks):
+        for name in self.packed_names(model):
             if not is_packed(model.get_parameter(name)):
                 raise OrdMoEModelError(
                     f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
@@ -60,9 +125,28 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 keep_linear4bit_layout(module)
+        save_in_own_names(model)
         # No other experts function can read packed stacks.
+        self.experts_implementation_before = model.get_experts_implementation()
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-        return super()._process_model_after_weight_loading(model, **kwargs)
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        logger.info(f"Loaded {type(model).__name__} in 4 bits: {quantization_census(model).summary()}")
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        """Make `model` dense in `dtype`, by default its own, stack by stack; stock experts functions can run it."""
+        check_no_adapter(model, "dequantise it")
+        # transformers passes `config.dtype`, which it writes as a name when it saves the model.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        unpack_stacks_(model, sorted(self.expert_stacks), dtype)
+        if any(isinstance(module, Linear4bit) for module in model.modules()):
+            super()._dequantize(model, dtype=dtype)  # which fails where there is none (transformers 5.23)
+        cast_rest_(model, dtype)
+        model.config.dtype = dtype
+        model.set_experts_implementation(self.experts_implementation_before)
+        save_in_original_format(model)
+        del model.is_loaded_in_4bit
+        return model
 
 
 class QuantizeLinearOrExperts(ConversionOps):
@@ -75,38 +159,16 @@ class QuantizeLinearOrExperts(ConversionOps):
     def convert(
         self, input_dict: dict[str, torch.Tensor], model: nn.Module | None = None, **kwargs
     ) -> dict[str, torch.Tensor]:
-        stacks = {name: value for name, value in input_dict.items() if name in self.hf_quantizer.expert_stacks}
-        linears = {name: value for name, value in input_dict.items() if name not in stacks}
-        converted = self.quantize_linear.convert(linears, model=model, **kwargs) if linears else {}
-        config = self.hf_quantizer.quantization_config
-        for name, value in stacks.items():
-            module, _ = get_module_from_name(model, name)
-            module._is_hf_initialized = True
-            converted[name] = pack_experts(
-                value[0] if isinstance(value, list) else value,
-                name,
-                quant_type=config.bnb_4bit_quant_type,
-                use_double_quant=config.bnb_4bit_use_double_quant,
-                compute_dtype=config.bnb_4bit_compute_dtype,
-                quant_storage=config.bnb_4bit_quant_storage,
-            )
+        converted = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if is_packed(tensor):
+                converted[name] = tensor
+            elif self.hf_quantizer.is_stack(name):
+                converted[name] = self.hf_quantizer.pack(tensor, name)
+            else:
+                converted |= self.quantize_linear.convert({name: tensor}, model=model, **kwargs)
+            if self.hf_quantizer.is_stack(name):
+                get_module_from_name(model, name)[0]._is_hf_initialized = True
+            self.hf_quantizer.release([tensor])
         return converted
-
-
-def unquantised_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
-    """Names of the linear layers that stay as they are: all outside the decoder stacks that hold MoE layers (heads,
-    vision towers, projectors), routers, gates with one output, and layers whose rows are not whole blocks, which
-    bitsandbytes' CPU kernel unpacks wrongly (0.50.2)."""
-    decoders = tuple(f"{layer.decoder_layers_name}." for layer in layers)
-    routers = tuple(f"{layer.router_name}." for layer in layers if layer.router_name)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (
-            not name.startswith(decoders)
-            or f"{name}.".startswith(routers)
-            or module.out_features == 1
-            or module.in_features % BLOCK_SIZE
-        )
-    ]

@@ -38,4 +38,4 @@ class _StatesOnStacks:
         for name, state in self.states.items():
             weight = getattr(experts, name)
             if not is_packed(weight):
-                weight.quant_state = state
+                weight.quant_state, weight.quant_storage = state, weight.dtype

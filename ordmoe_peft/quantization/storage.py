@@ -1,19 +1,32 @@
 """A fused expert stack packed in 4 bits by bitsandbytes: one `Params4bit` for all experts of a projection.
 
-bitsandbytes packs a tensor in blocks of 64 weights or more, in memory order. When an expert's matrix is a whole number
-of blocks, no block straddles two experts, and one expert can be unpacked without touching the others.
+bitsandbytes packs numbers in blocks of 64 or more, in memory order. Each expert's matrix is packed by itself, filled up
+with zeros to whole blocks, so no block straddles two experts and one expert can be unpacked without the others. The
+`quant_state` keeps the logical shape `(E, O, I)`. Stacks are read through [`expert_unpacker`] alone: bitsandbytes' own
+`dequantize_4bit` knows nothing of the filling, and on CPU it mixes the scales of rows shorter than a block up (0.50.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
+from typing import Protocol
 
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
+from torch.nn import functional as F
 
-from ..errors import OrdMoEModelError
+from ..errors import OrdMoEModelError, OrdMoERuntimeError
 
 
+# The smallest block, and bitsandbytes' default.
 BLOCK_SIZE = 64
+# Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
+NESTED_BLOCK_SIZE = 256
+# What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
+PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Matrices(Sized, Iterable[torch.Tensor], Protocol):
+    """The matrices of all experts, one after the other: a tensor of shape `(E, O, I)`, or something that reads them."""
 
 
 def is_packed(weight: torch.Tensor) -> bool:
@@ -26,57 +39,95 @@ def logical_shape(weight: torch.Tensor) -> torch.Size:
     return weight.quant_state.shape if is_packed(weight) else weight.shape
 
 
-def check_whole_blocks(name: str, shape: torch.Size) -> None:
-    """Raise [`OrdMoEModelError`] unless each expert of the stack `name` is a whole number of blocks."""
-    weights = shape[1:].numel()
-    if weights % BLOCK_SIZE:
-        raise OrdMoEModelError(
-            f"{name}: an expert has {shape[1]} x {shape[2]} = {weights} weights, which is not a multiple of the 4-bit "
-            f"block size {BLOCK_SIZE}, so its blocks would straddle experts. Add {name.rpartition('.')[0]!r} to "
-            "`llm_int8_skip_modules` to leave these experts unquantised."
-        )
-
-
 def pack_experts(
-    weight_EOI: torch.Tensor,
+    matrices: Matrices,
     name: str,
     quant_type: str = "nf4",
     use_double_quant: bool = False,
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
+    blocksize: int = BLOCK_SIZE,
 ) -> Params4bit:
-    """Pack a fused stack.
+    """Pack a fused stack, one expert at a time.
 
     Args:
-        weight_EOI (`torch.Tensor` of shape `(E, O, I)`): the stack in any floating dtype, in its own layout.
+        matrices (`torch.Tensor` of shape `(E, O, I)`, or a sized iterable of E of shape `(O, I)`): the stack in its own
+            layout. An iterable that reads its matrices when asked keeps memory at one of them.
         name (`str`): the parameter's name, for the error.
         quant_type (`str`, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
         use_double_quant (`bool`, defaults to `False`): also store the blocks' scales in 8 bits.
         compute_dtype (`torch.dtype`, *optional*): dtype that experts are unpacked to; the stack's own by default.
         quant_storage (`torch.dtype`, defaults to `torch.uint8`): dtype in which the bytes are presented.
+        blocksize (`int`, defaults to 64): weights that share a scale. An expert that is not a multiple of it is filled
+            up with zeros.
 
     Raises:
-        [`OrdMoEModelError`]: an expert's matrix is not a whole number of blocks.
+        [`OrdMoEModelError`]: the stack is in a dtype that bitsandbytes does not pack.
     """
-    check_whole_blocks(name, weight_EOI.shape)
-    packed = Params4bit(
-        weight_EOI,
+    bytes_EP = absmax_EN = None
+    for expert, matrix_OI in enumerate(matrices):
+        if matrix_OI.dtype not in PACKABLE_DTYPES:
+            raise OrdMoEModelError(
+                f"{name} is {matrix_OI.dtype}, which bitsandbytes does not pack in 4 bits: load it in bfloat16, "
+                "float16 or float32 (`dtype`), or add it to `llm_int8_skip_modules`."
+            )
+        weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
+        packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
+        if expert == 0:
+            bytes_EP = packed.new_empty(len(matrices), packed.numel())
+            absmax_EN = state.absmax.new_empty(len(matrices), state.absmax.numel())
+            shape = torch.Size([len(matrices), *matrix_OI.shape])
+        bytes_EP[expert], absmax_EN[expert] = packed.view(-1), state.absmax
+    return Params4bit(
+        bytes_EP.view(-1).view(quant_storage).view(-1, 1),
         requires_grad=False,
-        blocksize=BLOCK_SIZE,
+        quant_state=_stack_state(state, absmax_EN.view(-1), shape, use_double_quant, compute_dtype),
+        blocksize=blocksize,
         compress_statistics=use_double_quant,
         quant_type=quant_type,
         quant_storage=quant_storage,
-    ).to(weight_EOI.device)
-    if compute_dtype is not None:
-        packed.quant_state.dtype = compute_dtype
-    return packed
+        bnb_quantized=True,
+    )
+
+
+def _stack_state(
+    of_expert: bnb_functional.QuantState,
+    absmax: torch.Tensor,
+    shape: torch.Size,
+    use_double_quant: bool,
+    compute_dtype: torch.dtype | None,
+) -> bnb_functional.QuantState:
+    """The state of a whole stack: `of_expert`'s with all experts' scales, in 8 bits as bitsandbytes does it."""
+    nested = {}
+    if use_double_quant:
+        offset = absmax.mean()
+        absmax, state2 = bnb_functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        nested = {"offset": offset, "state2": state2}
+    return bnb_functional.QuantState(
+        absmax=absmax,
+        shape=shape,
+        dtype=compute_dtype or of_expert.dtype,
+        blocksize=of_expert.blocksize,
+        code=of_expert.code,
+        quant_type=of_expert.quant_type,
+        **nested,
+    )
 
 
 def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
 
     The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
+
+    Raises:
+        [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
     """
+    if packed.dtype != packed.quant_storage:
+        raise OrdMoERuntimeError(
+            f"Packed experts were cast from {packed.quant_storage} to {packed.dtype}, which destroys them, as "
+            "`model.to(dtype)` does where `bnb_4bit_quant_storage` is a floating dtype. Load the model anew, with the "
+            "dtype of everything else as `dtype` of `from_pretrained`."
+        )
     state = packed.quant_state
     num_experts, matrix_shape = state.shape[0], torch.Size(state.shape[1:])
     bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1, 1)
@@ -86,14 +137,24 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     absmax_E = absmax.float().view(num_experts, -1)
 
     def unpack(expert: int) -> torch.Tensor:
-        # Unpacked flat: with rows shorter than a block, bitsandbytes' CPU kernel mixes the blocks' scales up (0.50.2).
+        # Unpacked flat, for the sake of rows shorter than a block; what filled the last block up is cut off.
         expert_state = bnb_functional.QuantState(
             absmax=absmax_E[expert],
-            shape=torch.Size([matrix_shape.numel()]),
+            shape=torch.Size([2 * bytes_E.shape[1]]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        return bnb_functional.dequantize_4bit(bytes_E[expert], expert_state).view(matrix_shape)
+        weights = bnb_functional.dequantize_4bit(bytes_E[expert], expert_state)
+        return weights.view(-1)[: matrix_shape.numel()].view(matrix_shape)
 
     return unpack
+
+
+def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that the packed stack stands for (`torch.Tensor` of shape `(E, O, I)`), one expert at a time."""
+    unpack = expert_unpacker(packed)
+    weight_EOI = torch.empty(logical_shape(packed), dtype=dtype, device=packed.device)
+    for expert, matrix_OI in enumerate(weight_EOI):
+        matrix_OI.copy_(unpack(expert))
+    return weight_EOI

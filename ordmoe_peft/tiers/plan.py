@@ -28,6 +28,8 @@ class TierPlan:
         seed (`int`), step (`int`): what `random` grouping draws from.
         tier_weights (`str`): weights of the chosen experts: the `"router"`'s own, or these scaled to `"match"` what
             tier 1's sum to.
+        places (`torch.Tensor` of shape `(n, S)`, *optional*): for each position the place in its sample that `random`
+            draws for, −1 for padding; by default its column.
         num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
             the same order for a sample's tiers; by default each row is a sample.
         first_sample (`int`): samples of the same step before this forward's, for `random`: those of other
@@ -42,12 +44,13 @@ class TierPlan:
     step: int
     num_samples: int | None = None
     tier_weights: str = "router"
+    places: torch.Tensor | None = None
     first_sample: int = 0
 
     @property
     def is_top(self) -> bool:
         """Whether all rows are on tier 1, which is the model as it is."""
-        return bool((self.tiers == 1).all())
+        return self.places is None and bool((self.tiers == 1).all())
 
     def tier_of_token(
         self, num_tokens: int, device: torch.device, sequence_length: int, past_length: int = 0
@@ -113,6 +116,7 @@ def make_plan(
     step: int,
     num_samples: int | None = None,
     tier_weights: str = "router",
+    places: torch.Tensor | None = None,
     first_sample: int = 0,
 ) -> TierPlan:
     """Check a request against the model's MoE layers and make it a plan.
@@ -131,4 +135,4 @@ def make_plan(
     scope = layers_in_scope(layer_scope, len(layers))
     for index in sorted(scope):
         check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
-    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, first_sample)
+    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, places, first_sample)

@@ -62,6 +62,7 @@ def tier_routing(
     step: int = 0,
     num_samples: int | None = None,
     tier_weights: str | None = None,
+    places: torch.Tensor | None = None,
     first_sample: int = 0,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
@@ -80,6 +81,7 @@ def tier_routing(
         num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
             [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
+        places (`torch.Tensor` of shape `(B, S)`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
@@ -98,6 +100,7 @@ def tier_routing(
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
         first_sample=first_sample,
+        places=places,
     )
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
@@ -347,5 +350,7 @@ class _TierSelection(TorchFunctionMode):
         row_T = token_T // length
         if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
             row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
+        places = self.forward.plan.places
+        position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
         sample_T = row_T % num_samples if num_samples else row_T
-        return sample_T + self.forward.plan.first_sample, token_T % length + self.forward.past_length
+        return sample_T + self.forward.plan.first_sample, position_T

@@ -55,6 +55,8 @@ class OrdMoETrainingArguments(SFTConfig):
             `"generated"`, in each step every tier with a part in the objective writes its own.
         scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
             them or by the `"policy"`, tier 1.
+        share_prompt (`bool`, defaults to `True`): with `token_scope="response"`, compute each prompt once for all tiers
+            where the model allows; see [`~ordmoe_peft.training.prompt_sharing.PromptSharing`].
         tier_passes (`str`, defaults to `"auto"`): `"batched"`, one forward for all tiers, or `"sequential"`, a forward
             and backward for each, at the peak memory of supervised fine-tuning. Losses and gradients are the same but
             for rounding. Sequential, objectives other than `erl` take a further forward, without gradient, of each
@@ -105,6 +107,9 @@ class OrdMoETrainingArguments(SFTConfig):
     )
     scored_by: str = field(
         default="tier", metadata={"help": "Whether the 'tier' or the 'policy', tier 1, scores generated responses."}
+    )
+    share_prompt: bool = field(
+        default=True, metadata={"help": "With token_scope='response', compute each prompt once for all tiers."}
     )
     tier_passes: str = field(
         default="auto",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..errors import OrdMoEDataError
+from ..images import ENCODED, concatenated_images
 from ..responses import IGNORED_LABEL
 
 
@@ -31,8 +32,8 @@ def left_padded_prompts(inputs: dict[str, Any], pad_token_id: int) -> dict[str, 
     place_BS = torch.arange(longest, device=lengths_B.device) - (longest - lengths_B).unsqueeze(1)
     is_prompt_BS = place_BS >= 0
     return {
-        name: value.gather(1, place_BS.clamp(min=0)).where(is_prompt_BS, _filler(name, pad_token_id))
-        if _is_per_token(value, inputs)
+        name: value.gather(1, place_BS.clamp(min=0)).where(is_prompt_BS, filler(name, pad_token_id))
+        if is_per_token(value, inputs)
         else value
         for name, value in inputs.items()
         if name not in ("labels", "fused_lm_head")
@@ -42,23 +43,27 @@ def left_padded_prompts(inputs: dict[str, Any], pad_token_id: int) -> dict[str, 
 def stack_rows(batches: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Several batches' rows after one another, right-padded to the widest; images in the order of their rows."""
     width = max(batch["input_ids"].shape[1] for batch in batches)
-    return {
+    stacked = {
         name: torch.cat([_widened(name, batch[name], batch, width, pad_token_id) for batch in batches])
         if isinstance(value, torch.Tensor)
         else value
         for name, value in batches[0].items()
     }
+    encoded = [batch[ENCODED] for batch in batches if ENCODED in batch]
+    return stacked | ({ENCODED: concatenated_images(encoded)} if encoded else {})
 
 
 def _widened(name: str, value: torch.Tensor, batch: dict[str, Any], width: int, pad_token_id: int) -> torch.Tensor:
-    if not _is_per_token(value, batch) or value.shape[1] == width:
+    if not is_per_token(value, batch) or value.shape[1] == width:
         return value
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=_filler(name, pad_token_id))
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=filler(name, pad_token_id))
 
 
-def _is_per_token(value: Any, inputs: dict[str, Any]) -> bool:
+def is_per_token(value: Any, inputs: dict[str, Any]) -> bool:
+    """Whether one of the inputs has a value for each token, as `input_ids` has."""
     return isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape
 
 
-def _filler(name: str, pad_token_id: int) -> int:
+def filler(name: str, pad_token_id: int) -> int:
+    """What an input by that name holds where there is no token."""
     return {"input_ids": pad_token_id, "labels": IGNORED_LABEL}.get(name, 0)

@@ -19,6 +19,8 @@ from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
+from .packed_rows import PackedRows
+from .prompt_sharing import PromptSharing
 from .random_state import RandomState
 from .rows import stack_rows
 
@@ -68,6 +70,23 @@ class RowGroup:
     inputs: dict[str, Any]
 
 
+@dataclass
+class Forward:
+    """What a forward over several groups of rows says of them, as if each row had been one of its own.
+
+    Args:
+        outputs ([`~transformers.utils.ModelOutput`]): per-token fields, one group's rows after another's.
+        scored (`dict`): (log-probabilities, labels) of each group's tier, `(B, S)` each.
+        attention_mask_BS (`torch.Tensor` of shape `(B, S')`): of the first group's rows.
+        first_group (`Callable`): from router logits of all tokens to those of the first group's.
+    """
+
+    outputs: Any
+    scored: Scored
+    attention_mask_BS: torch.Tensor
+    first_group: Callable[[torch.Tensor], torch.Tensor]
+
+
 class TierPasses:
     """Stands in for the model in `SFTTrainer.compute_loss`: runs the tiers, answers with the batch's own rows.
 
@@ -90,6 +109,8 @@ class TierPasses:
         scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's router logits are needed.
+        sharing ([`~ordmoe_peft.training.prompt_sharing.PromptSharing`], *optional*): computes prompts once for all
+            tiers of a forward; without it each tier has rows of its own.
         step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
         tier_by_tier (`bool`): whether each tier has a forward of its own.
         looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward
@@ -109,6 +130,7 @@ class TierPasses:
         scored_by: str = "tier",
         needs_reference: bool = False,
         records_routing: bool = False,
+        sharing: PromptSharing | None = None,
         step: int = 0,
         first_sample: int = 0,
         tier_by_tier: bool = False,
@@ -119,6 +141,7 @@ class TierPasses:
         self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
         self.needs_reference, self.records_routing = needs_reference, records_routing
         self.draw = {"step": step, "first_sample": first_sample}
+        self.sharing = sharing
         self.tier_by_tier, self.looks_ahead = tier_by_tier, looks_ahead
         self.scores: TierScores | None = None
         self._groups: list[RowGroup] = []
@@ -135,6 +158,8 @@ class TierPasses:
             return self.model(**inputs)
         batch_size = len(inputs["labels"])
         self._groups = self._row_groups(inputs)
+        if self.sharing is not None and not self.sharing.is_judged and not self.tier_by_tier:
+            self._judge_sharing(self._groups)
         with torch.no_grad():
             reference = self._run_reference() if self.needs_reference else None
             self._scored = self._run_all([RowGroup(tier, tier, inputs) for tier in self.watched])
@@ -142,25 +167,25 @@ class TierPasses:
                 self._look_ahead()
         together = self._groups[:1] if self.tier_by_tier else self._groups
         with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
-            outputs, rows, scored = self._run(together)
-        self._scored |= scored
+            forward = self._run(together)
+        self._scored |= forward.scored
+        outputs = _first_rows(forward.outputs, batch_size)
         self.scores = TierScores(
             log_probs_CBS=self._stack(self._scored, 0),
             labels_CBS=self._stack(self._scored, 1),
             reference_CBS=None if reference is None else self._stack(reference, 0),
-            ntp_loss=-outputs.log_probs[:batch_size].sum() / outputs.label_mask[:batch_size].sum().clamp(min=1),
+            ntp_loss=-outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1),
             tiers=self._tiers_run(),
-            # Padding-free rows have no mask, and no padding.
-            attention_mask_BS=rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
-            router_logits=[logits[: len(logits) // len(together)] for logits in router_logits],
+            attention_mask_BS=forward.attention_mask_BS,
+            router_logits=[forward.first_group(logits) for logits in router_logits],
         )
-        return _first_rows(outputs, batch_size)
+        return outputs
 
     def run_pass(self, place: int) -> None:
         """Run pass `place`, from 1, after [`TierPasses.drop_graph`]; `scores` then has its graph."""
         draw = self._draws.get(place)
         with nullcontext() if draw is None else draw.replayed():
-            self._scored |= self._run([self._groups[place]])[2]
+            self._scored |= self._run([self._groups[place]]).scored
         self.scores = replace(
             self.scores,
             log_probs_CBS=self._stack(self._scored, 0),
@@ -181,7 +206,7 @@ class TierPasses:
     def _look_ahead(self) -> None:
         for place, group in enumerate(self._groups[1:], start=1):
             self._draws[place] = RandomState.now(group.inputs["input_ids"].device)
-            self._scored |= self._run([group])[2]
+            self._scored |= self._run([group]).scored
 
     def _run_reference(self) -> Scored:
         with self.moe_model.disable_adapter():
@@ -192,7 +217,7 @@ class TierPasses:
         batches = [[group] for group in groups] if self.tier_by_tier else [groups] if groups else []
         scored: Scored = {}
         for batch in batches:
-            scored |= self._run(batch)[2]
+            scored |= self._run(batch).scored
         return scored
 
     def _tiers_run(self) -> list[int]:
@@ -207,18 +232,47 @@ class TierPasses:
             groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, flags | rows))
         return groups
 
-    def _run(self, groups: list[RowGroup]) -> tuple[Any, dict[str, Any], Scored]:
-        """One forward. Returns its outputs, its rows, and what it says of each tier."""
+    def _run(self, groups: list[RowGroup]) -> Forward:
+        packed = None
+        if self.sharing is not None and self.sharing.is_judged:
+            packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
+        return self._run_rows(groups) if packed is None else self._run_packed(groups, packed)
+
+    def _run_rows(self, groups: list[RowGroup]) -> Forward:
+        """One forward, a row for each group and sample."""
         rows = stack_rows([group.inputs for group in groups], self.pad_token_id)
         batch_size = len(groups[0].inputs["labels"])
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
         with tier_routing(self.moe_model, tiers, num_samples=batch_size, **self.draw):
             outputs = self.model(**rows)
-        # With a model split over devices the head may be on another one than its inputs.
-        labels_BS = rows["labels"][:, 1:].to(outputs.log_probs.device)
-        log_probs, labels = outputs.log_probs.split(batch_size), labels_BS.split(batch_size)
-        return outputs, rows, {group.tier: (log_probs[i], labels[i]) for i, group in enumerate(groups)}
+        return Forward(
+            outputs,
+            _scored(outputs, groups, rows["labels"]),
+            # Padding-free rows have no mask, and no padding.
+            rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
+            lambda logits_TE: logits_TE[: len(logits_TE) // len(groups)],
+        )
+
+    def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
+        """One forward, a row for each sample."""
+        with tier_routing(self.moe_model, packed.tiers_NS, places=packed.places_NS, **self.draw):
+            outputs = packed.as_separate_rows(self.model(**packed.inputs))
+        labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
+        mask_BS = groups[0].inputs["attention_mask"]
+        return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier_logits)
+
+    def _judge_sharing(self, groups: list[RowGroup]) -> None:
+        """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
+        packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
+        if packed is None:
+            return
+        was_training = self.moe_model.training
+        self.moe_model.eval()
+        with torch.no_grad():
+            both = [self._run_packed(groups, packed).outputs, self._run_rows(groups).outputs]
+        self.moe_model.train(was_training)
+        self.sharing.judge(both[0].log_probs, both[1].log_probs, both[1].label_mask)
 
     def _stack(self, scored: Scored, part: int) -> torch.Tensor:
         width = max(group.inputs["labels"].shape[1] for group in self._groups) - 1
@@ -231,6 +285,14 @@ class TierPasses:
 
 def _widened(values_BS: torch.Tensor, width: int, filler: int) -> torch.Tensor:
     return torch.nn.functional.pad(values_BS, (0, width - values_BS.shape[1]), value=filler)
+
+
+def _scored(outputs: Any, groups: list[RowGroup], labels_NS: torch.Tensor) -> Scored:
+    """(Log-probabilities, labels) by tier, of outputs and labels of separate rows."""
+    # With a model split over devices the head may be on another one than its inputs.
+    labels_NS = labels_NS[:, 1:].to(outputs.log_probs.device)
+    parts = zip(outputs.log_probs.chunk(len(groups)), labels_NS.chunk(len(groups)), strict=True)
+    return {group.tier: part for group, part in zip(groups, parts, strict=True)}
 
 
 def _first_rows(outputs: Any, batch_size: int) -> Any:

@@ -16,6 +16,7 @@ from ..checkpoints import checkpoint_to_resume
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
+from ..images import encode_images
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
@@ -27,6 +28,7 @@ from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
 from .placement import check_placement
+from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
 from .step_guard import StepGuard
@@ -99,6 +101,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
+        self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         # Place in training of the last micro-batch, and how many were before it there, of this process.
         self._seen: tuple[Any, int] = (None, 0)
         check_placement(self.accelerator, self._is_generated)
@@ -193,6 +196,10 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._seen = (None, 0)
         return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
 
+    def _prompt_sharing(self) -> PromptSharing:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return PromptSharing(self.model, self._pad_token_id, dtype)
+
     @property
     def _is_generated(self) -> bool:
         return self.args.responses == "generated" and self.num_tiers > 1
@@ -278,6 +285,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._place:
             return self._later_loss(inputs, num_items_in_batch)
+        if self.num_tiers > 1:
+            with self.accelerator.autocast():  # as around the model's forward
+                inputs = encode_images(self.model, inputs)
         self._passes = self._tier_passes(model, inputs)
         result = super().compute_loss(self._passes, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
@@ -301,6 +311,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
+            sharing=self._sharing,
             **draw,
             tier_by_tier=self._place is not None if is_training else self._schedule.is_tier_by_tier(inputs),
             looks_ahead=not (is_training and self.objective.is_sum_over_tiers),

@@ -8,6 +8,7 @@ from peft.tuners import tuners_utils
 from peft.utils.peft_types import PeftType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from transformers import Trainer, modeling_layers
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 import ordmoe_peft  # noqa: F401
@@ -67,3 +68,12 @@ def test_experts_carry_the_flags_and_take_further_arguments():
         assert experts(1, 2, 3, expert_lora="factors") == "factors"
     finally:
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop("contract_test")
+
+
+def test_saving_reverts_the_conversions_that_the_model_lists():
+    model = models.qwen3_moe()
+    own, cut = model.state_dict(), "model.layers.0.mlp.experts.0.gate_proj.weight"
+    model._weight_conversions = []
+    assert revert_weight_conversion(model, own).keys() == own.keys()
+    model._weight_conversions = None
+    assert cut in revert_weight_conversion(model, own)

@@ -27,9 +27,38 @@ def test_compute_dtype_is_that_of_the_unpacked_expert():
     assert expert_unpacker(packed)(1).dtype == torch.bfloat16
 
 
-def test_blocks_that_would_straddle_experts_are_refused_by_name():
-    with pytest.raises(OrdMoEModelError, match=r"experts.down_proj.*9 x 7 = 63 weights.*llm_int8_skip_modules"):
-        pack_experts(torch.randn(2, 9, 7), "experts.down_proj")
+@pytest.mark.parametrize("use_double_quant", [False, True])
+@pytest.mark.parametrize("blocksize", [64, 128, 4096])
+def test_experts_that_are_not_whole_blocks_are_filled_up_and_cut_off_again(blocksize, use_double_quant):
+    stack = torch.randn(3, 9, 7)
+    packed = pack_experts(stack, "experts.down_proj", "nf4", use_double_quant, blocksize=blocksize)
+    assert logical_shape(packed) == stack.shape
+    assert packed.nbytes == 3 * blocksize / 2, "one block for each expert"
+    unpack = expert_unpacker(packed)
+    for expert in range(3):
+        alone = pack_experts(stack[expert : expert + 1], "experts.down_proj", "nf4", blocksize=blocksize)
+        got, wanted = unpack(expert), expert_unpacker(alone)(0)
+        assert got.shape == (9, 7)
+        if use_double_quant:
+            torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.0)
+        else:
+            assert torch.equal(got, wanted)
+        assert ((got - stack[expert]).abs().mean() / stack[expert].abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_bytes_can_be_presented_in_another_dtype(quant_storage):
+    stack = torch.randn(3, 9, 7)
+    packed = pack_experts(stack, "experts.down_proj", quant_storage=quant_storage)
+    assert packed.dtype == quant_storage
+    plain = pack_experts(stack, "experts.down_proj")
+    assert torch.equal(packed.data.view(-1).view(torch.uint8), plain.data.view(-1))
+    assert torch.equal(expert_unpacker(packed)(2), expert_unpacker(plain)(2))
+
+
+def test_a_dtype_that_bitsandbytes_does_not_pack_is_refused_by_name():
+    with pytest.raises(OrdMoEModelError, match=r"experts.down_proj is torch.float64.*llm_int8_skip_modules"):
+        pack_experts(torch.randn(2, 8, 8, dtype=torch.float64), "experts.down_proj")
 
 
 def test_a_dense_stack_is_not_packed():

@@ -1,0 +1,257 @@
+"""What a training step of OrdMoE costs beside supervised fine-tuning and DPO: time, memory and FLOPs.
+
+    python -m examples.benchmarks.tier_passes
+
+One model, one adapter, one batch, real trainers. Times are medians over rounds in which the trainers take turns; peak
+memory is that of a fresh process for each trainer, over what the loaded model holds; FLOPs are counted, not estimated.
+DPO gets the same prompts and responses as pairs of the same lengths, with its adapter switched off as the reference.
+Then `generate`, plain and held to a tier.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import DPOConfig, DPOTrainer
+
+from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
+from ordmoe_peft.cli.tables import print_table
+
+from .measuring import grouped_mm_flops, in_a_fresh_process, peak_of
+
+
+@dataclass
+class Options:
+    """Sizes of the model and of a batch."""
+
+    hidden_size: int = field(default=512, metadata={"help": "Hidden size H."})
+    layers: int = field(default=4, metadata={"help": "Decoder layers."})
+    experts: int = field(default=32, metadata={"help": "Experts per layer, E."})
+    top_k: int = field(default=4, metadata={"help": "Experts per token, K."})
+    expert_width: int = field(default=256, metadata={"help": "Expert width F."})
+    vocabulary: int = field(default=8192, metadata={"help": "Vocabulary."})
+    batch_size: int = field(default=4, metadata={"help": "Samples in a batch."})
+    tokens: int = field(default=320, metadata={"help": "Prompt and response of a sample together."})
+    steps: int = field(default=3, metadata={"help": "Timed steps of a trainer in a round; one more warms up."})
+    rounds: int = field(default=3, metadata={"help": "Rounds in which the trainers take turns."})
+    new_tokens: int = field(default=64, metadata={"help": "Tokens that `generate` writes."})
+    only: str | None = field(default=None, metadata={"help": "Internal: measure the memory of this row alone."})
+    prompt_parts: int = field(default=4, metadata={"help": "Internal: prompt tokens for each response token."})
+
+
+SFT, DPO = "SFT (C = 1)", "trl.DPOTrainer"
+# Row → the adapter's and the trainer's arguments.
+ORDMOE: dict[str, tuple[dict, dict]] = {
+    SFT: ({"num_tiers": 1}, {"balance_coef": 0.0}),
+    "C = 3, sequence scope, batched": ({}, {"tier_passes": "batched"}),
+    "C = 3, sequence scope, sequential": ({}, {"tier_passes": "sequential"}),
+    "C = 3, response scope, rows": ({"token_scope": "response"}, {"tier_passes": "batched", "share_prompt": False}),
+    "C = 3, response scope, shared prompt": ({"token_scope": "response"}, {"tier_passes": "batched"}),
+}
+
+
+class Clock(TrainerCallback):
+    """The seconds of each optimizer step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def words(options: Options) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "</s>": 1} | {f"w{index}": index for index in range(2, options.vocabulary)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+
+
+def samples(options: Options) -> Dataset:
+    """Random words; responses of the same length, chosen and rejected, each ended by the trainer's `</s>`."""
+    generator = torch.Generator().manual_seed(0)
+    response = options.tokens // (options.prompt_parts + 1)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{index}" for index in torch.randint(2, options.vocabulary, (length,), generator=generator))
+
+    rows = []
+    for _ in range(options.batch_size):
+        chosen, rejected = f" {text(response - 1)} </s>", f" {text(response - 1)} </s>"
+        rows.append({"prompt": text(options.tokens - response), "completion": chosen, "rejected": rejected})
+    return Dataset.from_list(rows)
+
+
+def adapted(options: Options, **settings: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=options.experts,
+        num_experts_per_tok=options.top_k,
+        moe_intermediate_size=options.expert_width,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return get_peft_model(Qwen3MoeForCausalLM(config), OrdMoEConfig(r=16, lora_alpha=32, **settings))
+
+
+def trainer_of(name: str, options: Options, folder: str) -> Any:
+    steps = {"max_steps": options.steps + 1, "per_device_train_batch_size": options.batch_size}
+    shared = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    shared |= steps | {"gradient_checkpointing": False, "max_length": None, "bf16": False}
+    dataset, tokenizer = samples(options), words(options)
+    if name == DPO:
+        pairs = dataset.rename_column("completion", "chosen")
+        args = DPOConfig(folder, router_aux_loss_coef=0.0, **shared)
+        model = adapted(options, num_tiers=1)
+        return DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    settings, arguments = ORDMOE[name]
+    args = OrdMoETrainingArguments(folder, **shared, **arguments)
+    dataset = dataset.remove_columns("rejected")
+    return OrdMoETrainer(adapted(options, **settings), args, dataset, processing_class=tokenizer)
+
+
+def flops(trainer: Any) -> int:
+    """Of one step, forward and backward."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    with FlopCounterMode(display=False, custom_mapping=grouped_mm_flops()) as counter:
+        trainer.training_step(trainer.model, batch, torch.tensor((batch.get("labels", torch.empty(0)) != -100).sum()))
+    trainer.model.zero_grad()
+    return counter.get_total_flops()
+
+
+def seconds_by_row(trainers: dict[str, Any], rounds: int) -> dict[str, float]:
+    clocks = {name: Clock() for name in trainers}
+    for name, trainer in trainers.items():
+        trainer.add_callback(clocks[name])
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            clocks[name].seconds.clear()
+            trainer.train()
+            seconds[name] += clocks[name].seconds[1:]
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def memory(name: str, options: Options) -> int:
+    """Peak bytes of training over the loaded model; call it in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(name, options, folder)
+        return peak_of(trainer.train)
+
+
+def cost_table(options: Options) -> None:
+    response = options.tokens // (options.prompt_parts + 1)
+    names = [*ORDMOE, DPO]
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {name: trainer_of(name, options, folder) for name in names}
+        counted = {name: flops(trainer) for name, trainer in trainers.items()}
+        seconds = seconds_by_row(trainers, options.rounds)
+    bytes_ = {
+        name: in_a_fresh_process("examples.benchmarks.tier_passes", only=name, **sizes(options)) for name in names
+    }
+    rows = [
+        [
+            name,
+            f"{1e3 * seconds[name]:.0f}",
+            *(f"{seconds[name] / seconds[other]:.2f}" for other in (SFT, DPO)),
+            f"{counted[name] / 1e9:.0f}",
+            f"{counted[name] / counted[SFT]:.2f}",
+            f"{bytes_[name] / 1e6:.0f}",
+            f"{bytes_[name] / bytes_[SFT]:.2f}",
+        ]
+        for name in names
+    ]
+    print_table(
+        f"\nA step of {options.batch_size} samples, {options.tokens - response} prompt and {response} response tokens; "
+        "ratios are to SFT's step, or to DPO's",
+        ["", "ms", "x SFT", "x DPO", "GFLOPs", "x SFT", "peak MB", "x SFT"],
+        rows,
+    )
+
+
+def sizes(options: Options) -> dict[str, int]:
+    return {name: value for name, value in vars(options).items() if name not in ("only", "rounds", "new_tokens")}
+
+
+def generation_table(options: Options) -> None:
+    model = adapted(options).eval()
+    prompts = torch.randint(2, options.vocabulary, (options.batch_size, 64), generator=torch.Generator().manual_seed(0))
+    arguments = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
+    arguments |= {"attention_mask": torch.ones_like(prompts)}
+
+    def plain() -> None:
+        model.generate(prompts, **arguments)
+
+    def held(tier: int) -> Callable[[], None]:
+        def run() -> None:
+            with tier_routing(model, tier=tier):
+                model.generate(prompts, **arguments)
+
+        return run
+
+    ways = {"plain": plain} | {f"tier {tier}": held(tier) for tier in (1, 2, 3)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for run in ways.values():
+        run()
+    for _ in range(max(options.rounds, 5)):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print_table(
+        f"\n`generate`: {options.batch_size} prompts of 64 tokens, {options.new_tokens} new tokens each",
+        ["", "ms", "x plain", "min", "max"],
+        [
+            [
+                name,
+                f"{1e3 * medians[name]:.0f}",
+                f"{medians[name] / medians['plain']:.3f}",
+                f"{1e3 * min(seconds[name]):.0f}",
+                f"{1e3 * max(seconds[name]):.0f}",
+            ]
+            for name in ways
+        ],
+    )
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+    logging.set_verbosity_error()
+    if options.only is not None:
+        print(json.dumps(memory(options.only, options)))
+        return
+    for options.prompt_parts in (4, 1):
+        cost_table(options)
+    generation_table(options)
+
+
+if __name__ == "__main__":
+    main()

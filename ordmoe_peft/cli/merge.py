@@ -1,0 +1,80 @@
+"""`ordmoe merge ADAPTER --output DIR`: the base with an adapter merged into it, as a model of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from trl import TrlParser
+
+from ..errors import OrdMoEConfigError
+from ..merging.on_disk import merge_checkpoint
+from .arguments import ModelArguments, with_model_first
+from .tables import print_table
+
+
+@dataclass
+class MergeArguments(ModelArguments):
+    """What to merge, into what, and how. `load_in_4bit` and its fields say how the base was loaded in training."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of the dense base; the one that the adapter names by default."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of what is written; auto keeps each tensor's own."})
+    attn_implementation: str | None = field(default=None, init=False)
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Round the base through the 4-bit recipe first, as the adapter saw it; the output is dense."},
+    )
+    adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
+    output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file to write, such as 500MB."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
+
+    def written_dtype(self) -> torch.dtype | None:
+        """The dtype that was asked for."""
+        dtype = getattr(torch, self.dtype, None)
+        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OrdMoEConfigError(f"dtype must be auto, bfloat16, float16 or float32, got {self.dtype!r}.")
+        return dtype
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (MergeArguments,),
+        prog="ordmoe merge",
+        description="Merge an adapter into its base on disk, stack by stack. Options can also stand in a YAML file "
+        "given as --config.",
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--adapter"))
+    missing = [name for name in ("adapter", "output") if not getattr(options, name)]
+    if missing:
+        raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe merge ADAPTER --output DIR`.")
+    summary = merge_checkpoint(
+        options.adapter,
+        options.output,
+        base=options.model_name_or_path,
+        revision=options.model_revision,
+        quantization_config=options.quantization_config(),
+        dtype=options.written_dtype(),
+        max_shard_size=options.max_shard_size,
+        trust_remote_code=options.trust_remote_code,
+        progressbar=True,
+    )
+    print_table(
+        f"{options.adapter} merged into {summary.base}",
+        ("merged weights", "rounded to 4 bits first", "copied tensors", "files", "size"),
+        [
+            (
+                str(summary.merged),
+                str(summary.rounded),
+                str(summary.copied),
+                str(summary.shards),
+                f"{summary.num_bytes / 1e9:.2f} GB",
+            )
+        ],
+    )
+    print(f"Merged model in {options.output}")

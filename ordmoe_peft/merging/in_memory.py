@@ -1,0 +1,264 @@
+"""Merging an adapter into a base that is packed in 4 bits, in memory.
+
+The result is dense by default: every packed weight of the model, adapted or not, becomes an ordinary parameter, one
+weight at a time, each freeing its bytes. Sums are in float32 and rounded once, to the dtype of the input embeddings,
+which is what the hidden states of the model are in; a dense linear layer of another dtype could not run on them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate.hooks import add_hook_to_module
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from .._compat import keep_linear4bit_layout, save_in_original_format
+from ..errors import OrdMoEModelError
+from ..layers.param_wrapper import ParamWrapper, check_finite
+from ..moe_layers import without_wrappers
+from ..quantization.storage import dense_stack, expert_unpacker, is_packed, logical_shape, pack_experts
+from .survival import RequantizationReport, Survival, SurvivalSum
+
+
+def has_packed_weights(model: nn.Module) -> bool:
+    """Whether any weight of `model` is packed in 4 bits."""
+    return any(is_packed(parameter) for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A packed weight of a model, and the LoRA layer on it, if there is one.
+
+    Args:
+        name (`str`): its name in the unwrapped model.
+        owner (`nn.Module`), attribute (`str`): where it is.
+        layer ([`~peft.tuners.lora.LoraLayer`], *optional*): what adapts it.
+        adapters (`list[str]`): the adapters to merge.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    layer: LoraLayer | None
+    adapters: list[str]
+
+    @property
+    def packed(self) -> Params4bit:
+        return getattr(self.owner, self.attribute)
+
+    def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Its matrices, one for each expert, as they are and as they are with the adapters, in float32."""
+        count, unpack = unpacker(self.packed)
+        for index in range(count):
+            base_OI = unpack(index).float()
+            if not self.adapters:
+                yield base_OI, base_OI
+            elif isinstance(self.layer, ParamWrapper):
+                yield base_OI, base_OI + self.layer.delta(self.adapters, index)
+            else:
+                yield base_OI, _merged_linear(self.layer, self.adapters, base_OI)
+
+    def merged(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight with the adapters in it."""
+        shape = logical_shape(self.packed)
+        dense = torch.empty(shape, dtype=dtype, device=self.packed.device)
+        for rows, (_, merged_OI) in zip(dense.view(-1, *shape[-2:]), self.matrices(), strict=True):
+            rows.copy_(merged_OI)
+        return dense
+
+
+def unpacker(packed: Params4bit) -> tuple[int, Callable[[int], torch.Tensor]]:
+    """How many matrices a packed weight holds, and a function that unpacks one."""
+    shape = logical_shape(packed)
+    return (shape[0], expert_unpacker(packed)) if len(shape) == 3 else (1, lambda _: dequantize_bnb_weight(packed))
+
+
+def dense_weight(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a packed weight stands for."""
+    is_stack = len(logical_shape(packed)) == 3
+    return dense_stack(packed, dtype) if is_stack else dequantize_bnb_weight(packed).to(dtype)
+
+
+def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tensor) -> torch.Tensor:
+    for name in adapters:
+        variant = layer.lora_variant.get(name)  # such as DoRA's
+        if variant is None:
+            weight_OI = weight_OI + layer.get_delta_weight(name)
+        else:
+            weight_OI = variant.merge_safe(layer, name, weight_OI)
+    return weight_OI
+
+
+def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[PackedWeight]:
+    """All packed weights of `model`, each with what is to be merged into it."""
+    layers = {}
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            layers[module.get_base_layer(), module.parameter_name] = module
+        elif isinstance(module, LoraLinear4bit):
+            layers[module.get_base_layer(), "weight"] = module
+    found = []
+    for wrapped_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if is_packed(parameter):
+                layer = layers.get((module, attribute))
+                names = [] if layer is None else check_adapters_to_merge(layer, adapter_names)
+                found.append(
+                    PackedWeight(
+                        without_wrappers(f"{wrapped_name}.{attribute}"),
+                        module,
+                        attribute,
+                        layer,
+                        [name for name in names if name in layer.lora_A],
+                    )
+                )
+    return found
+
+
+@torch.no_grad()
+def merge_packed(
+    model: PreTrainedModel,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+    requantize: bool = False,
+) -> RequantizationReport | None:
+    """Merge the adapters on `model`, whose base is packed, and leave the LoRA layers to be taken off.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): with PEFT's layers in it; changed in place.
+        progressbar (`bool`, defaults to `False`): show one bar for the packed weights.
+        safe_merge (`bool`, defaults to `False`): look for NaN and infinity first, before anything changes.
+        adapter_names (`list[str]`, *optional*): the active adapters by default.
+        requantize (`bool`, defaults to `False`): pack the merged weights again, by the recipe that each was packed by,
+            and leave the others packed. Without it, no weight of the model is packed afterwards.
+
+    Returns:
+        [`RequantizationReport`] with `requantize`, else `None`.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    weights = packed_weights(model, adapter_names)
+    _check_mergeable(weights)
+    if safe_merge:
+        _check_all_finite(model, weights, dtype, adapter_names)
+    report = RequantizationReport()
+    for weight in tqdm(weights, disable=not progressbar, desc="Merging 4-bit weights"):
+        if not requantize:
+            _put_dense(model, weight, dtype)
+        elif weight.adapters:
+            report.weights.append(_repack(weight, dtype))
+        if weight.adapters:
+            _merge_bias(weight)
+    packed_layers = {weight.layer for weight in weights}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and module not in packed_layers:
+            module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    return report if requantize else None
+
+
+def _check_mergeable(weights: list[PackedWeight]) -> None:
+    for weight in weights:
+        if len(weight.adapters) > 1 and any(name in weight.layer.lora_variant for name in weight.adapters):
+            raise OrdMoEModelError(
+                f"Cannot merge {weight.adapters} together into {weight.name}: one of them is a variant of LoRA such as "
+                "DoRA, which depends on the weight before the others. Merge one adapter."
+            )
+        has_bias = getattr(weight.owner, "bias", None) is not None
+        if any(weight.layer.lora_bias[name] for name in weight.adapters) and not has_bias:
+            raise OrdMoEModelError(
+                f"Cannot merge {weight.adapters} into {weight.name}: `lora_bias` trained a bias, but there is none."
+            )
+
+
+def _check_all_finite(
+    model: nn.Module, weights: list[PackedWeight], dtype: torch.dtype, adapter_names: list[str] | None
+) -> None:
+    for weight in weights:
+        for _, merged_OI in weight.matrices() if weight.adapters else ():
+            check_finite(merged_OI.to(dtype), weight.name, weight.adapters)
+    packed_layers = {weight.layer for weight in weights}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module not in packed_layers:
+            for adapter in [each for each in check_adapters_to_merge(module, adapter_names) if each in module.lora_A]:
+                for factor in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+                    check_finite(factor, without_wrappers(name), [adapter])
+
+
+def _put_dense(model: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> None:
+    dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
+    if not isinstance(weight.owner, Linear4bit):
+        setattr(weight.owner, weight.attribute, dense)
+        return
+    old = weight.owner
+    with torch.device("meta"):
+        linear = nn.Linear(old.in_features, old.out_features, bias=False)
+    linear.weight, linear.bias = dense, old.bias
+    linear.train(old.training)
+    if hasattr(old, "_hf_hook"):  # accelerate's, which moves inputs between devices
+        add_hook_to_module(linear, old._hf_hook)
+    if weight.layer is not None:
+        weight.layer.base_layer = linear
+    else:
+        model.set_submodule(weight.name.removesuffix(f".{weight.attribute}"), linear)
+
+
+def _repack(weight: PackedWeight, dtype: torch.dtype) -> Survival:
+    """Pack the merged weight as it was packed before, and say what is left of the delta."""
+    old = weight.packed
+    new = packed_like(old, weight.merged(dtype), weight.name)
+    _, unpack = unpacker(new)
+    survival = SurvivalSum()
+    for index, (base_OI, merged_OI) in enumerate(weight.matrices()):
+        survival.add(base_OI, merged_OI, unpack(index))
+    setattr(weight.owner, weight.attribute, new)
+    if isinstance(weight.owner, Linear4bit):
+        weight.owner.quant_state = new.quant_state
+        keep_linear4bit_layout(weight.owner)
+    return survival.survival(weight.name)
+
+
+def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
+    """`dense` packed by the recipe of `old`."""
+    if dense.dim() == 3:
+        return pack_experts(
+            dense,
+            name,
+            quant_type=old.quant_type,
+            use_double_quant=old.compress_statistics,
+            compute_dtype=old.quant_state.dtype,
+            quant_storage=old.quant_storage,
+            blocksize=old.blocksize,
+        )
+    new = Params4bit(
+        dense,
+        requires_grad=False,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+    ).to(dense.device)
+    new.quant_state.dtype = old.quant_state.dtype
+    return new
+
+
+def _merge_bias(weight: PackedWeight) -> None:
+    """Add what `lora_bias` trained to the linear layer's bias."""
+    for name in weight.adapters:
+        if weight.layer.lora_bias[name]:
+            bias = weight.layer.get_base_layer().bias
+            bias.data += weight.layer.scaling[name] * weight.layer.lora_B[name].bias
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Take off the marks by which transformers and PEFT know a quantised model, and save it as its family is saved."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+        save_in_original_format(model)
+    model.is_loaded_in_4bit = False

@@ -1,0 +1,221 @@
+"""Merging an adapter into a checkpoint, on disk: a shard and a stack are all that is in memory.
+
+The adapter is attached to a model without weights. Then, stack by stack, the tensors of the checkpoint become the
+parameter that they make, PEFT's layers merge into it, and it goes back to the names and layout that it was read under.
+What the adapter does not touch is copied as it is, even tensors that transformers does not know. A base that we saved
+in 4 bits becomes dense, all of it, under the names of the model's parameters.
+
+By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
+other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
+merged model computes what was trained.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from tqdm.auto import tqdm
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import convert_file_size_to_int
+
+from ..config import OrdMoEConfig
+from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..files import whole_folder
+from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from .card import model_card
+from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .host import Host, empty_model
+from .plan import Work, into_shards, plan_work, written_dtype
+from .rounding import Rounding
+from .sources import PackedSource, check_source, find_sources
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What merging on disk did.
+
+    Args:
+        base (`str`): the base.
+        merged (`int`): parameters that the adapter changed.
+        rounded (`int`): parameters that were rounded through the 4-bit recipe first.
+        copied (`int`): tensors that were copied.
+        shards (`int`), num_bytes (`int`): what was written.
+    """
+
+    base: str
+    merged: int
+    rounded: int
+    copied: int
+    shards: int
+    num_bytes: int
+
+
+def merge_checkpoint(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    quantization_config: MoeBitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    progressbar: bool = False,
+) -> MergeSummary:
+    """Write the base with the adapter merged into it to `output`, which plain `from_pretrained` loads.
+
+    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
+    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
+    for NaN and infinity. The base is only read, and `output` appears when it is complete.
+
+    Args:
+        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
+        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by us; the one that
+            the adapter names, by default.
+        revision (`str`, *optional*): branch, tag or commit of the base on the hub.
+        quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
+            the deltas are added, as loading with it would; the output is dense all the same. The weights as they are
+            stored, by default.
+        dtype (`torch.dtype`, *optional*): of the floating-point tensors that are written; each one's own by default, or
+            that of the base's configuration where it is stored in 4 bits.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
+        trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
+        progressbar (`bool`, defaults to `False`): show one bar for the tensors.
+
+    Raises:
+        [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, or `output` is taken.
+        [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised by others, or is
+            stored in a form that cannot be written back; or a merged weight is not finite.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
+    shard_size = _shard_size(max_shard_size)
+    adapter_config = _adapter_config(adapter)
+    base = base or adapter_config.base_model_name_or_path
+    if not base:
+        raise OrdMoEConfigError(f"{adapter} does not name its base: give `base` (`--model_name_or_path`).")
+    checkpoint = open_checkpoint(checkpoint_folder(base, revision))
+    recipe = stored_recipe(checkpoint.folder)
+    if recipe is not None and quantization_config is not None:
+        raise OrdMoEConfigError(
+            f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
+        )
+    host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
+    skeleton = empty_model(checkpoint.folder, trust_remote_code)
+    sources = find_sources(skeleton, checkpoint.files, recipe, dtype or skeleton.config.dtype)
+    parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
+    rounding = None
+    if quantization_config is not None:
+        rounding = Rounding(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
+    changed = rounding.names if rounding else {source.target for source in sources if isinstance(source, PackedSource)}
+    works = plan_work(checkpoint, host, parameters, changed, dtype)
+    shards = list(into_shards(works, shard_size))
+
+    with whole_folder(output) as unfinished, tqdm(total=len(works), disable=not progressbar, desc="Merging") as bar:
+        writer = ShardWriter(unfinished, len(shards))
+        for shard in shards:
+            tensors: dict[str, torch.Tensor] = {}
+            for work in shard:
+                tensors |= finished(work, host, checkpoint, rounding, dtype)
+                bar.update()
+            writer.write(tensors)
+            del tensors
+        writer.close()
+        _copy_files_beside(checkpoint.folder, unfinished, dtype)
+        card = model_card(str(base), str(adapter), adapter_config, quantization_config)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    return MergeSummary(
+        base=str(base),
+        merged=sum(len(work.layers) for work in works),
+        rounded=len(rounding.names) if rounding else 0,
+        copied=sum(len(work.names) for work in works if not work.sources),
+        shards=len(shards),
+        num_bytes=writer.total_size,
+    )
+
+
+def _shard_size(size: int | str) -> int:
+    try:
+        return convert_file_size_to_int(size)
+    except ValueError as error:
+        raise OrdMoEConfigError(f"max_shard_size={size!r} is not a size: give bytes, or such as '5GB'.") from error
+
+
+def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
+    if Path(adapter).is_dir() and not (Path(adapter) / ADAPTER_CONFIG_NAME).is_file():
+        raise OrdMoEConfigError(f"{adapter} is not a saved adapter: it has no {ADAPTER_CONFIG_NAME}.")
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, OrdMoEConfig):
+        raise OrdMoEConfigError(f"{adapter} holds a {config.peft_type} adapter, not an OrdMoE one.")
+    return config
+
+
+def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
+    """How the base is stored in 4 bits, or `None` where it is dense.
+
+    Raises:
+        [`OrdMoEModelError`]: it is quantised by something else.
+    """
+    recipe = json.loads((folder / CONFIG_NAME).read_text()).get("quantization_config")
+    if recipe is None:
+        return None
+    if recipe.get("quant_method") != QUANT_METHOD:
+        raise OrdMoEModelError(
+            f"{folder} is quantised by {recipe.get('quant_method')!r}, which merging on disk does not read. Dequantise "
+            "it first: load it with transformers, `model.dequantize()`, and save it."
+        )
+    return MoeBitsAndBytesConfig.from_dict(recipe)
+
+
+@torch.no_grad()
+def finished(
+    work: Work, host: Host, checkpoint: Checkpoint, rounding: Rounding | None, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of `work` as they are to be written."""
+    tensors = checkpoint.read(work.names)
+    packed = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
+    for name in tensors.keys() - packed:
+        tensors[name] = tensors[name].to(written_dtype(tensors[name].dtype, dtype))
+    made = []
+    for source in work.sources:
+        parameters = source.to_parameters({name: tensors.pop(name) for name in source.names})
+        made.append(list(parameters))
+        for name in made[-1]:
+            value = parameters.pop(name)
+            if len(source.names) == 1:  # then it may still be pages of the file, which are not ours to write to
+                value = value.clone()
+            host.put(name, value if rounding is None or name not in rounding.names else rounding(name, value))
+            del value
+    for layer in work.layers:
+        layer.merge(safe_merge=True)
+    for source, names in zip(work.sources, made, strict=True):
+        written = source.to_tensors({name: host.take(name) for name in names})
+        tensors |= {name: tensor.contiguous() for name, tensor in written.items()}
+    return tensors
+
+
+def _copy_files_beside(folder: Path, output: Path, dtype: torch.dtype | None) -> None:
+    """Copy all but weights; the configuration says what the merged model is, a dense one."""
+    for path in files_beside(folder):
+        shutil.copyfile(path, output / path.name)
+    config = json.loads((output / CONFIG_NAME).read_text())
+    changed = {name: value for name, value in config.items() if name != "quantization_config"}
+    if dtype is not None:
+        changed = _with_dtype(changed, str(dtype).removeprefix("torch."))
+    if changed != config:
+        (output / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A configuration, and those inside it, with another dtype."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype) for key, value in config.items()
+    }

@@ -1,0 +1,89 @@
+"""Packed weights on disk: what is written beside their bytes, and how they are put together again.
+
+A packed weight is saved as bitsandbytes saves that of a linear layer: its bytes under its own name, its scales, code
+book and sizes under that name with an ending. Source of the seam on loading: `Bnb4bitDeserialize` in
+`transformers/integrations/bitsandbytes.py`, which knows linear layers alone.
+"""
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from .storage import is_packed
+
+
+# Endings of what `QuantState.as_dict(packed=True)` gives (`bitsandbytes/functional.py`); not every weight has all.
+QUANT_STATE_ENDINGS = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
+
+
+def state_dict_with_quant_states(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`model.state_dict()`, in which the state of each packed weight lies beside its bytes.
+
+    Of bitsandbytes' own layers it does so already; a fused stack is a parameter of a module that knows nothing of it.
+    """
+    state_dict = model.state_dict()
+    for name, parameter in model.named_parameters():
+        if is_packed(parameter):
+            for ending, tensor in parameter.quant_state.as_dict(packed=True).items():
+                state_dict[f"{name}.{ending}"] = tensor
+    return state_dict
+
+
+class PutTogether(ConversionOps):
+    """Makes one packed weight of its bytes and its state.
+
+    Args:
+        hf_quantizer ([`~transformers.quantizers.HfQuantizer`]): transformers leaves the dtype of what an operation with
+            this attribute loads alone.
+    """
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: nn.Module,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        if len(input_dict) == 1:
+            return input_dict  # No state: the quantizer's check after loading says so by name.
+        (name,) = target_patterns
+        tensors = {key.removeprefix(f"{name}."): tensors[0] for key, tensors in input_dict.items()}
+        packed_bytes = tensors.pop(name)
+        module, _ = get_module_from_name(model, full_layer_name)
+        packed = Params4bit.from_prequantized(
+            packed_bytes,
+            tensors,
+            device=packed_bytes.device,
+            module=module if isinstance(module, Linear4bit) else None,
+        )
+        if not isinstance(module, Linear4bit):
+            packed.quant_state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
+        return {name: packed}
+
+
+def packed_weight_conversions(names: list[str], base_model_prefix: str, hf_quantizer) -> list[WeightConverter]:
+    """What puts the packed weights `names` together from a checkpoint in the model's own names.
+
+    One by name for each, without the prefix that a model without a head lacks: every other tensor of the checkpoint is
+    left to transformers, which loads it in the dtype that was asked for.
+    """
+    stems = [name.removeprefix(f"{base_model_prefix}.") for name in names]
+    return [
+        WeightConverter(
+            [stem, *(f"{stem}.{ending}" for ending in QUANT_STATE_ENDINGS)], stem, [PutTogether(hf_quantizer)]
+        )
+        for stem in stems
+    ]

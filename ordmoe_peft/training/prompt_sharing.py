@@ -1,0 +1,125 @@
+"""Which models share prompts between tiers, and the mask that they take."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .._compat import attention_implementation
+from ..generation import placeholder_ids
+from ..images import row_positions
+from ..tiers.routing import adapter_config
+from .packed_rows import PackedRows, branch_mask, pack_rows
+
+
+logger = logging.get_logger(__name__)
+
+# Attention functions that take any mask, and kinds of layers that attend by one.
+ATTENTION_WITH_MASK = ("sdpa", "eager")
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class PromptSharing:
+    """Packs tiers' rows so that each prompt is computed once, where that gives what separate rows give.
+
+    What is known to break it is looked up when it is made: scope, attention function, kinds of layers. What is not
+    known shows in the first batch, which is to be run both ways and given to `judge`. Where it cannot be used, a
+    warning says why, once.
+
+    Args:
+        model (`nn.Module`): a MoE model with an adapter.
+        pad_token_id (`int`): fills rows that are shorter than others.
+        dtype (`torch.dtype`): that of the computation; how equal both ways must be depends on it.
+
+    Attributes:
+        is_possible (`bool`): whether prompts are shared.
+        is_judged (`bool`): whether both ways were compared.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int, dtype: torch.dtype):
+        self.model, self.pad_token_id, self.dtype = model, pad_token_id, dtype
+        self.is_possible, self.is_judged = adapter_config(model).token_scope == "response", False
+        self.placeholder_ids = torch.tensor(placeholder_ids(model), dtype=torch.long)
+        if self.is_possible and (reason := reason_for_separate_rows(model)) is not None:
+            self._give_up(reason)
+
+    def pack(self, batches: list[dict[str, Any]], tiers: list[int]) -> PackedRows | None:
+        """Rows of several tiers as one row each, with their mask; `None` where they need rows of their own.
+
+        Args:
+            batches (list of `dict`): for each tier its rows, see [`~ordmoe_peft.training.packed_rows.pack_rows`].
+            tiers (list of `int`): the tier of each batch.
+        """
+        if not self.is_possible or len(batches) < 2:
+            return None
+        packed = pack_rows(batches, tiers, row_positions(self.model, batches[0]), self.pad_token_id)
+        ids_NS = packed.inputs["input_ids"]
+        in_branch_NS = packed.segments_NS > 1
+        if torch.isin(ids_NS[in_branch_NS], self.placeholder_ids.to(ids_NS.device)).any():
+            logger.warning_once(
+                "Images after the first response are not shared between tiers: batches with such samples take rows of "
+                "their own for each tier."
+            )
+            return None
+        packed.inputs["attention_mask"] = self._mask(packed)
+        return packed
+
+    def judge(self, packed_log_probs: torch.Tensor, log_probs: torch.Tensor, mask: torch.Tensor) -> None:
+        """Compare log-probabilities of one batch in both ways, and give up where they are not the same.
+
+        Rounding alone can send a token to another expert, so the mean over tokens is held against the square root of
+        the precision.
+        """
+        if not mask.any():
+            return
+        self.is_judged = True
+        difference = (packed_log_probs - log_probs)[mask].abs().mean().item()
+        if not difference <= torch.finfo(self.dtype).eps ** 0.5:
+            self._give_up(f"it changes log-probabilities by {difference:.2g} a token in the first batch")
+
+    def _mask(self, packed: PackedRows) -> torch.Tensor | dict[str, torch.Tensor]:
+        windows = attention_windows(self.model)
+        masks = {kind: branch_mask(packed, window) for kind, window in windows.items()}
+        if attention_implementation(self.model) == "eager":  # which adds its mask to the scores
+            masks = {kind: self._as_bias(mask) for kind, mask in masks.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_bias(self, mask: torch.Tensor) -> torch.Tensor:
+        least = torch.finfo(self.dtype).min
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(~mask, least)
+
+    def _give_up(self, reason: str) -> None:
+        self.is_possible = False
+        logger.warning(
+            f"Each tier computes prompts anew, in rows of its own, as sharing them is not possible: {reason}."
+        )
+
+
+def reason_for_separate_rows(model: nn.Module) -> str | None:
+    """Why a packed row would not be what separate rows are, as far as configurations tell; `None` for no reason."""
+    implementation = attention_implementation(model)
+    if implementation not in ATTENTION_WITH_MASK:
+        return (
+            f"attn_implementation={implementation!r} takes no mask of branches ({' and '.join(ATTENTION_WITH_MASK)} do)"
+        )
+    others = sorted({*attention_windows(model)} - {FULL, SLIDING})
+    if others:
+        return f"layers of kind {', '.join(others)} do not attend by a mask"
+    if len(attention_windows(model)) > 1 and model.config.get_text_config() is not model.config:
+        return "full and sliding attention take masks of their own, which cannot be passed to a model with images"
+    return None
+
+
+def attention_windows(model: nn.Module) -> dict[str, int | None]:
+    """Kind of the text model's layers → tokens that these see, their own included; `None` for all.
+
+    The rule is transformers' own (`masking_utils.py`, `create_masks_for_generate`).
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = [FULL if window is None else SLIDING]
+        kinds = kinds if getattr(config, "attention_chunk_size", None) is None else ["chunked_attention"]
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}

@@ -1,0 +1,128 @@
+"""`quantize_experts_`: what it packs, what it says it did, and what it refuses without touching the model."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig
+
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from ordmoe_peft.quantization import quantizer
+from ordmoe_peft.quantization.storage import is_packed
+from tests import models
+
+
+def packed_parameters(model) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if is_packed(parameter)}
+
+
+def test_packs_the_experts_as_loading_does_and_nothing_else(model, batch, tmp_path):
+    config = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=True)
+    model.save_pretrained(tmp_path)
+    loaded = packed_parameters(type(model).from_pretrained(tmp_path, quantization_config=config))
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert quantize_experts_(model, config) is model
+    packed = packed_parameters(model)
+    assert set(packed) == {name for name in loaded if "experts" in name}
+    for name, parameter in model.named_parameters():
+        if name in packed:
+            assert torch.equal(parameter, loaded[name]), name
+            assert parameter.quant_state == loaded[name].quant_state
+        else:
+            assert torch.equal(parameter, dense[name]), name
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_the_model_is_like_a_loaded_one_to_others():
+    model = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig(bnb_4bit_quant_type="fp4"))
+    assert model.is_quantized
+    assert model.is_loaded_in_4bit
+    assert model.hf_quantizer.is_trainable
+    said = model.config.to_dict()["quantization_config"]
+    assert said["quant_method"] == model.quantization_method == "ordmoe_peft"
+    assert said["bnb_4bit_quant_type"] == "fp4"
+    with pytest.raises(ValueError, match="not supported for quantized"):
+        model.half()
+
+
+def test_dense_stacks_are_freed_one_by_one(monkeypatch):
+    model = models.qwen3_moe()
+    dense = {name: weakref.ref(model.get_parameter(name)) for name, p in model.named_parameters() if p.dim() == 3}
+    alive = []
+    pack = quantizer.pack_experts
+
+    def counting(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in dense.values()))
+        return pack(*args, **kwargs)
+
+    monkeypatch.setattr(quantizer, "pack_experts", counting)
+    quantize_experts_(model)
+    assert alive == list(range(len(dense), 0, -1))
+
+
+def test_the_callers_config_is_left_as_it_was():
+    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layers.1.mlp.experts"])
+    before = config.to_dict()
+    model = quantize_experts_(models.qwen3_moe(), config)
+    assert config.to_dict() == before
+    assert not is_packed(model.model.layers[1].mlp.experts.down_proj)
+    assert is_packed(model.model.layers[0].mlp.experts.down_proj)
+
+
+def test_an_adapter_goes_on_top(model, batch):
+    tuned = get_peft_model(quantize_experts_(model), OrdMoEConfig(r=4))
+    tuned(**batch).logits.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in tuned.parameters() if parameter.requires_grad)
+
+
+def adapted(model) -> PeftModel:
+    return get_peft_model(model, OrdMoEConfig(r=4))
+
+
+def with_wrapped_attention(model):
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+def with_a_shared_stack(model):
+    first, second = model.model.layers[0].mlp.experts, model.model.layers[1].mlp.experts
+    second.down_proj = first.down_proj
+    return model
+
+
+@pytest.mark.parametrize(
+    ("prepare", "config", "error"),
+    [
+        (quantize_experts_, None, r"quantised already, by 'ordmoe_peft'.*dequantize\(\)"),
+        (adapted, None, "PeftModel.*Quantise the base first"),
+        (with_wrapped_attention, None, r"has an adapter, on model\.layers\.0\.self_attn\.q_proj.*unload\(\)"),
+        (with_a_shared_stack, None, r"layers\.0\.mlp\.experts\.down_proj and .*layers\.1.* one and the same"),
+        (lambda model: model.to("meta"), None, r"gate_up_proj is not in memory"),
+        (lambda model: model.double(), None, r"gate_up_proj is torch\.float64"),
+        (lambda model: model, {"llm_int8_skip_modules": ["experts"]}, "names all experts"),
+    ],
+    ids=["quantised", "PeftModel", "adapter", "shared", "meta", "float64", "all skipped"],
+)
+def test_refuses(prepare, config, error):
+    model = prepare(models.qwen3_moe())
+    before = dict(model.named_parameters(remove_duplicate=False))
+    implementation = model.get_experts_implementation()
+    with pytest.raises(OrdMoEModelError, match=error):
+        quantize_experts_(model, MoeBitsAndBytesConfig(**(config or {})))
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert model.get_experts_implementation() == implementation
+
+
+def test_refuses_a_model_without_experts_and_the_stock_config():
+    with pytest.raises(OrdMoEModelError, match="no MoE layers"):
+        quantize_experts_(models.qwen3_dense())
+    with pytest.raises(OrdMoEConfigError, match="takes a MoeBitsAndBytesConfig, got BitsAndBytesConfig"):
+        quantize_experts_(models.qwen3_moe(), BitsAndBytesConfig(load_in_4bit=True))
