@@ -31,7 +31,7 @@ class Matrices(Sized, Iterable[torch.Tensor], Protocol):
 
 def is_packed(weight: torch.Tensor) -> bool:
     """Whether `weight` holds 4-bit blocks rather than numbers."""
-    return isinstance(weight, Params4bit) and weight.quant_state is not None
+    return getattr(weight, "quant_state", None) is not None
 
 
 def logical_shape(weight: torch.Tensor) -> torch.Size:
