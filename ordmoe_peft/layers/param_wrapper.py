@@ -6,8 +6,8 @@ import torch
 from peft.tuners.lora import layer as lora_layer
 
 from ..errors import OrdMoEModelError
+from ..ops.frozen_experts import LowRank
 from ..quantization.storage import is_packed, logical_shape
-from .experts_forward import LoraFactors
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -27,14 +27,10 @@ class ParamWrapper(lora_layer.ParamWrapper):
         self._param_ndim = 3
         return in_features, out_features
 
-    def factors(self, adapter_name: str) -> LoraFactors:
-        """The adapter's factors per expert: `lora_A` rows run over (expert, r), `lora_B` columns over (r, expert)."""
-        A_weight, B_weight = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return LoraFactors(
-            A_ERI=A_weight.view(self.num_experts, -1, A_weight.shape[-1]),
-            B_EOR=B_weight.view(len(B_weight), -1, self.num_experts).permute(2, 0, 1),
-            scaling=self.scaling[adapter_name],
-        )
+    def low_rank(self, adapter_name: str) -> LowRank:
+        """The adapter's update of all experts."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if is_packed(self.get_param()):
@@ -52,5 +48,5 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if active:
             expert_lora = kwargs.pop("expert_lora", {})
-            kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.factors(name) for name in active]}
+            kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.low_rank(name) for name in active]}
         return self.base_layer(x, *args, **kwargs)

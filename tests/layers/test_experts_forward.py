@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from ordmoe_peft.layers.experts_forward import LoraFactors, experts_forward
+from ordmoe_peft.layers.experts_forward import experts_forward
+from ordmoe_peft.ops.frozen_experts import LowRank
 from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
@@ -59,10 +60,8 @@ def build_lora(module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-def factors(A, B, scaling=0.5) -> list[LoraFactors]:
-    return [
-        LoraFactors(A.view(NUM_EXPERTS, R, -1), B.view(len(B), R, NUM_EXPERTS).permute(2, 0, 1), scaling),
-    ]
+def factors(A, B, scaling=0.5) -> list[LowRank]:
+    return [LowRank(A, B, NUM_EXPERTS, scaling)]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
