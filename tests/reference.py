@@ -28,9 +28,12 @@ def experts(
         for expert, weight in zip(experts_K.tolist(), weights_K, strict=True):
             up = project("gate_up_proj" if module.has_gate else "up_proj", x_H, expert)
             inner_F = module._apply_gate(up.unsqueeze(0)).squeeze(0) if module.has_gate else module.act_fn(up)
-            total_H = total_H + weight * project("down_proj", inner_F, expert)
+            output_H = project("down_proj", inner_F, expert)
+            total_H = total_H + weight * (
+                module.post_expert_norm(output_H) if module.has_post_expert_norm else output_H
+            )
         outputs.append(total_H)
-    return torch.stack(outputs)
+    return torch.stack(outputs) if outputs else hidden_states_TH * 1
 
 
 def expert_deltas(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, scaling: float) -> torch.Tensor:

@@ -1,13 +1,39 @@
-"""LoRA on the parameters of fused experts, applied to activations instead of weights."""
+"""LoRA on parameters: of fused experts, applied to activations instead of weights, and of routers."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora_layer
+from torch.func import functional_call
 
 from ..errors import OrdMoEModelError
-from ..ops.frozen_experts import LowRank
+from ..ops.frozen_experts import LowRank, transposed_B
 from ..quantization.storage import is_packed, logical_shape
+
+
+@dataclass(frozen=True)
+class KeptTransposed:
+    """`B` transposed, kept between forwards without gradients: making it costs more than a decoding step's use of it.
+
+    Args:
+        source (`torch.Tensor`): shares memory with the `B` that it was made of, so that no other can take its address.
+        version (`int`), row (`torch.Tensor`): of that `B`, which may have been written to since.
+        B_REO (`torch.Tensor` of shape `(R, E, O)`): what is kept.
+    """
+
+    source: torch.Tensor
+    version: int
+    row: torch.Tensor
+    B_REO: torch.Tensor
+
+    def is_of(self, B: torch.Tensor) -> bool:
+        """Whether it is made of `B` as it is now.
+
+        Writing through `.data` does not count as a version; a row of numbers of all experts gives that away.
+        """
+        is_same = B.data_ptr() == self.source.data_ptr() and B.dtype == self.source.dtype and B._version == self.version
+        return is_same and torch.equal(B[0], self.row)
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -30,7 +56,16 @@ class ParamWrapper(lora_layer.ParamWrapper):
     def low_rank(self, adapter_name: str) -> LowRank:
         """The adapter's update of all experts."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
+        update = LowRank(A, B, self.num_experts, self.scaling[adapter_name])
+        kept = self.__dict__.setdefault("kept_transposed_B", {})
+        if torch.is_grad_enabled() or B.device.type != "cpu" or B.is_inference():
+            kept.pop(adapter_name, None)
+            return update
+        if adapter_name not in kept or not kept[adapter_name].is_of(B):
+            weight = self.get_param()
+            dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
+            kept[adapter_name] = KeptTransposed(B.detach(), B._version, B[0].clone(), transposed_B(update, dtype))
+        return replace(update, B_REO=kept[adapter_name].B_REO)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if is_packed(self.get_param()):
@@ -50,3 +85,23 @@ class ParamWrapper(lora_layer.ParamWrapper):
             expert_lora = kwargs.pop("expert_lora", {})
             kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.low_rank(name) for name in active]}
         return self.base_layer(x, *args, **kwargs)
+
+
+class RouterParamWrapper(lora_layer.ParamWrapper):
+    """PEFT's [`~peft.tuners.lora.layer.ParamWrapper`] for the weight of a router, swapped in for a call.
+
+    PEFT's own registers and removes a parametrization in every forward, which makes a class each time: more than a
+    decoding step's router costs.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        weight = self.get_param()
+        for name in active:
+            weight = weight + self.get_delta_weight(name)
+        return functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class ExpertTiles:
         token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
         gaps (`torch.Tensor`, *optional*): the slots without a row, `None` where there are none.
         expert_P (`torch.Tensor` of shape `(P,)`): the expert of each tile; S = P · `tile`.
-        blocks (`list` of `(expert, start, end)`): the slots with rows, of each expert that has any.
+        experts (`list` of `int`): the experts that have rows.
+        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `experts` in turn.
         tile (`int`): slots per tile.
         top_k (`int`): K.
     """
@@ -70,7 +71,8 @@ class ExpertTiles:
     token_S: torch.Tensor
     gaps: torch.Tensor | None
     expert_P: torch.Tensor
-    blocks: list[tuple[int, int, int]]
+    experts: list[int]
+    sizes: list[int]
     tile: int
     top_k: int
 
@@ -82,13 +84,17 @@ class ExpertTiles:
         """A view by tile (`torch.Tensor` of shape `(P, tile, I)`)."""
         return x_SI.view(len(self.expert_P), self.tile, x_SI.shape[-1])
 
+    def blocks(self, x_SI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of the slots to multiply, for each of `experts`."""
+        return x_SI.split(self.sizes)[::2]
+
     def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
         """Write zeros where no row is."""
         return x_SI if self.gaps is None else x_SI.index_fill_(0, self.gaps, 0)
 
     def are_experts(self, num_experts: int) -> bool:
         """Whether tile e is expert e's and there is one for each."""
-        return len(self.expert_P) == len(self.blocks) == num_experts
+        return len(self.expert_P) == len(self.experts) == num_experts
 
     def of_slots(self, x_EI: torch.Tensor) -> torch.Tensor:
         """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
@@ -98,33 +104,39 @@ class ExpertTiles:
         """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
         return x_SI.index_select(0, self.slot_N).view(-1, self.top_k, x_SI.shape[-1])
 
+    def sum_by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
+        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
 
-def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int) -> ExpertTiles:
+
+def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step: int = 1) -> ExpertTiles:
     """Lay the routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) out by expert.
 
     Args:
-        tile_cost (`int`): what a tile costs beside its rows, in rows; 0 leaves no gaps.
+        tile_cost (`int`, defaults to 0): what a tile costs beside its rows, in rows; 0 leaves no gaps.
+        row_step (`int`, defaults to 1): from so many rows on, tiles and blocks to multiply are multiples of it, where
+            there are gaps.
     """
     expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
     rows_of = {expert: rows for expert, rows in enumerate(torch.bincount(expert_N).tolist()) if rows}
-    tile = best_tile(list(rows_of.values()), tile_cost)
+    tile = best_tile(list(rows_of.values()), tile_cost, row_step)
     tiles_of = {expert: -(-rows // tile) for expert, rows in rows_of.items()}
-    blocks, slot = [], 0
+    sizes, shifts, slot, row = [], [], 0, 0
     for expert, rows in rows_of.items():
-        blocks.append((expert, slot, slot + rows))
-        slot += tiles_of[expert] * tile
-    shift_of = [
-        start - row for (_, start, _), row in zip(blocks, accumulate(rows_of.values(), initial=0), strict=False)
-    ]
+        shifts.append(slot - row)
+        slots = tiles_of[expert] * tile
+        block = min(whole_steps(rows, row_step), slots)
+        sizes += [block, slots - block]
+        slot, row = slot + slots, row + rows
 
     def on_device(values: Iterable[int]) -> torch.Tensor:
         return torch.tensor([*values], dtype=torch.long, device=order_N.device)
 
     row_N = torch.arange(len(order_N), device=order_N.device)
-    sorted_slot_N = row_N + on_device(shift_of).repeat_interleave(on_device(rows_of.values()))
+    sorted_slot_N = row_N + on_device(shifts).repeat_interleave(on_device(rows_of.values()))
     token_S = order_N.new_zeros(slot).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
     gaps = None
-    if slot > len(order_N):
+    if slot > row:
         is_gap_S = torch.ones(slot, dtype=torch.bool, device=order_N.device).index_fill_(0, sorted_slot_N, False)
         gaps = is_gap_S.nonzero().squeeze(1)
     return ExpertTiles(
@@ -132,17 +144,25 @@ def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int) -> ExpertTil
         token_S=token_S,
         gaps=gaps,
         expert_P=on_device(rows_of).repeat_interleave(on_device(tiles_of.values())),
-        blocks=blocks,
+        experts=[*rows_of],
+        sizes=sizes,
         tile=tile,
         top_k=top_k_index_TK.shape[-1],
     )
 
 
-def best_tile(rows_of_experts: list[int], tile_cost: int) -> int:
+def best_tile(rows_of_experts: list[int], tile_cost: int, row_step: int = 1) -> int:
     """The rows per tile at which tiles cost least: their slots, gaps included, and `tile_cost` for each tile.
 
     Few large tiles have many gaps where experts' numbers of rows differ; many small ones repeat each expert's factors.
     """
+    if tile_cost == 0:
+        return 1
     largest = max(rows_of_experts, default=1)
-    sizes = {-(-largest // 2**halvings) for halvings in range(largest.bit_length() + 1)}
+    sizes = {whole_steps(-(-largest // 2**halvings), row_step) for halvings in range(largest.bit_length() + 1)}
     return min(sizes, key=lambda tile: (tile + tile_cost) * sum(-(-rows // tile) for rows in rows_of_experts))
+
+
+def whole_steps(rows: int, row_step: int) -> int:
+    """`rows`, or the next multiple of `row_step` where it is larger than that."""
+    return rows if rows < row_step else -(-rows // row_step) * row_step

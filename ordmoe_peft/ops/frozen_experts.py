@@ -124,7 +124,10 @@ class _FrozenExperts(torch.autograd.Function):
             down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
             # Weighted and summed as transformers does it, rounding included.
-            y_TH = (tiles.by_token(y_SH) * weights_TK.unsqueeze(-1)).sum(dim=1).to(x_TH.dtype)
+            y_TKH = tiles.by_token(y_SH)
+            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
+            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
+            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
         ctx.experts, ctx.tiles = experts, tiles
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
@@ -163,7 +166,7 @@ class _FrozenExperts(torch.autograd.Function):
                 grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x)
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
-                grad_TH = tiles.by_token(grad_x_SH).sum(dim=1).to(x_TH.dtype) if needs_x else None
+                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
             grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
@@ -171,8 +174,8 @@ class _FrozenExperts(torch.autograd.Function):
 def _project(projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles) -> list[torch.Tensor]:
     """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
     y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
-    for expert, start, end in tiles.blocks:
-        torch.mm(x_SI[start:end], projection.matrix(expert), out=y_SO[start:end])
+    for expert, x_MI, y_MO in zip(tiles.experts, tiles.blocks(x_SI), tiles.blocks(y_SO), strict=True):
+        torch.mm(x_MI, projection.matrix(expert), out=y_MO)
     tiles.blank_gaps_(y_SO)
     if projection.bias_EO is not None:
         y_SO += tiles.of_slots(projection.bias_EO)
@@ -197,8 +200,8 @@ def _input_grad(
     grad_SI = None
     if needed:
         grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
-        for expert, start, end in tiles.blocks:
-            torch.mm(grad_SO[start:end], projection.matrix(expert).t(), out=grad_SI[start:end])
+        for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
+            torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
         tiles.blank_gaps_(grad_SI)
     small_grads = []
     for lora, B_REO in zip(projection.lora, saved[1::2], strict=True):
@@ -227,11 +230,11 @@ def _factor_grads(
         grad_A = grad_B = None
         if needs[2 * place]:
             grad_PRI = torch.bmm((small_grads[place] * scale).transpose(1, 2), tiles.tiles(x_SI))
-            grad_A = _sum_by_expert(grad_PRI, lora.num_experts, tiles, lora.A.dtype).reshape(lora.A.shape)
+            grad_A = _sum_by_expert(grad_PRI, lora.num_experts, tiles).reshape(lora.A.shape).to(lora.A.dtype)
         if needs[2 * place + 1]:
             grad_PRO = torch.bmm((saved[2 * place] * scale).transpose(1, 2), tiles.tiles(grad_SO))
-            grad_ERO = _sum_by_expert(grad_PRO, lora.num_experts, tiles, lora.B.dtype)
-            grad_B = grad_ERO.transpose(0, 1).reshape(lora.B.shape[::-1]).t().contiguous()
+            grad_ERO = _sum_by_expert(grad_PRO, lora.num_experts, tiles)
+            grad_B = grad_ERO.transpose(0, 1).reshape(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
         grads += [grad_A, grad_B]
     return grads
 
@@ -239,7 +242,11 @@ def _factor_grads(
 def _A_of_tiles(lora: LowRank, tiles: ExpertTiles, dtype: torch.dtype) -> torch.Tensor:
     """Each tile's A (`torch.Tensor` of shape `(P, R, I)`)."""
     A_ERI = lora.A_ERI.detach()
-    return (A_ERI if tiles.are_experts(lora.num_experts) else A_ERI.index_select(0, tiles.expert_P)).to(dtype)
+    if tiles.are_experts(lora.num_experts):
+        return A_ERI.to(dtype)
+    if len(tiles.expert_P) < lora.num_experts:
+        return A_ERI.index_select(0, tiles.expert_P).to(dtype)
+    return A_ERI.to(dtype).index_select(0, tiles.expert_P)
 
 
 def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
@@ -248,11 +255,13 @@ def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
     return B_RPO.transpose(0, 1)
 
 
-def _sum_by_expert(x_PRI: torch.Tensor, num_experts: int, tiles: ExpertTiles, dtype: torch.dtype) -> torch.Tensor:
-    """The sum over each expert's tiles (`torch.Tensor` of shape `(E, R, I)`), in `dtype`."""
-    x_PRI = x_PRI.to(dtype)
+def _sum_by_expert(x_PRI: torch.Tensor, num_experts: int, tiles: ExpertTiles) -> torch.Tensor:
+    """The sum over each expert's tiles (`torch.Tensor` of shape `(E, R, I)`), added up in 32 bits."""
     if tiles.are_experts(num_experts):
         return x_PRI
+    if len(tiles.expert_P) == len(tiles.experts):
+        return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_copy_(0, tiles.expert_P, x_PRI)
+    x_PRI = x_PRI.to(torch.promote_types(x_PRI.dtype, torch.float32))
     return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_add_(0, tiles.expert_P, x_PRI)
 
 

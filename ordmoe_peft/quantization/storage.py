@@ -84,12 +84,14 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
     absmax_E = absmax.float().view(num_experts, -1)
+    # By rows, which bitsandbytes' CPU kernel shares out among threads; flat where rows are not whole blocks, whose
+    # scales it mixes up (0.50.2).
+    rows_shape = matrix_shape if matrix_shape[-1] % state.blocksize == 0 else torch.Size([matrix_shape.numel()])
 
     def unpack(expert: int) -> torch.Tensor:
-        # Unpacked flat: with rows shorter than a block, bitsandbytes' CPU kernel mixes the blocks' scales up (0.50.2).
         expert_state = bnb_functional.QuantState(
             absmax=absmax_E[expert],
-            shape=torch.Size([matrix_shape.numel()]),
+            shape=rows_shape,
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
