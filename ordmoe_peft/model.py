@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ._compat import experts_implementation
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
-from .layers.param_wrapper import ParamWrapper, RouterParamWrapper
+from .layers import param_wrapper, router_wrapper
 from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped
 from .quantization.storage import is_packed
 from .targets import base_moe, coverage_report, resolve_targets
@@ -58,8 +58,8 @@ class OrdMoEModel(LoraModel):
     def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if kwargs.get("parameter_name"):
             arguments = {name: kwargs[name] for name in ("parameter_name", "r", "lora_alpha")}
-            wrapper = ParamWrapper if is_fused_experts(unwrapped(target)) else RouterParamWrapper
-            return wrapper(target, adapter_name, config=lora_config, **arguments)
+            layer = param_wrapper if is_fused_experts(unwrapped(target)) else router_wrapper
+            return layer.ParamWrapper(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _check_merge_allowed(self) -> None:

@@ -33,7 +33,7 @@ def experts(
                 module.post_expert_norm(output_H) if module.has_post_expert_norm else output_H
             )
         outputs.append(total_H)
-    return torch.stack(outputs) if outputs else hidden_states_TH * 1
+    return torch.stack(outputs)
 
 
 def expert_deltas(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int, scaling: float) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""LoRA on parameters: of fused experts, applied to activations instead of weights, and of routers."""
+"""LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora_layer
-from torch.func import functional_call
 
 from ..errors import OrdMoEModelError
 from ..ops.frozen_experts import LowRank, transposed_B
@@ -85,23 +84,3 @@ class ParamWrapper(lora_layer.ParamWrapper):
             expert_lora = kwargs.pop("expert_lora", {})
             kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.low_rank(name) for name in active]}
         return self.base_layer(x, *args, **kwargs)
-
-
-class RouterParamWrapper(lora_layer.ParamWrapper):
-    """PEFT's [`~peft.tuners.lora.layer.ParamWrapper`] for the weight of a router, swapped in for a call.
-
-    PEFT's own registers and removes a parametrization in every forward, which makes a class each time: more than a
-    decoding step's router costs.
-    """
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check_forward_args(x, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
-        if not active:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self.get_param()
-        for name in active:
-            weight = weight + self.get_delta_weight(name)
-        return functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs)

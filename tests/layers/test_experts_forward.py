@@ -22,7 +22,6 @@ LAYOUTS = {
     "normed": {"has_post_expert_norm": True},
 }
 ROUTINGS = {
-    "no tokens": torch.empty(0, 2, dtype=torch.long),
     "one expert with most tokens": [[1, e] for e in (0, 2, 3, 4)] + [[1, 0]] * 20,
     "mixed, one expert empty": [[2, 0], [0, 3], [2, 3], [1, 0]],
     "all tokens on one expert": [[3], [3], [3]],
@@ -77,7 +76,7 @@ def factors(A, B, scaling=0.5) -> list[LowRank]:
 def test_values_and_gradients(flags, routing, packed):
     module = build_experts(**flags)
     lora = build_lora(module)
-    index = torch.as_tensor(routing)
+    index = torch.tensor(routing)
     x = torch.randn(len(index), HIDDEN, requires_grad=True)
     weights = torch.rand(index.shape, requires_grad=True)
     if packed:
@@ -133,6 +132,18 @@ def test_without_an_adapter_the_bits_are_those_of_grouped_mm(tokens, dtype):
     x, weights = torch.randn(tokens, HIDDEN, dtype=dtype), torch.rand(tokens, 2, dtype=dtype)
     wanted = grouped_mm_experts_forward(module, x, index, weights)
     assert torch.equal(experts_forward(module, x, index, weights), wanted)
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero():
+    module = build_experts()
+    lora = build_lora(module)
+    x, weights = torch.empty(0, HIDDEN, requires_grad=True), torch.empty(0, 2, requires_grad=True)
+    index = torch.empty(0, 2, dtype=torch.long)
+    output = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    assert output.shape == (0, HIDDEN)
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not tensor.grad.any() for ab in lora.values() for tensor in ab)
 
 
 def test_only_gradients_that_are_asked_for_are_computed():
@@ -205,6 +216,7 @@ def test_compiled_experts_compute_the_same():
     torch.testing.assert_close(compiled(x), run(x))
     gradients = [torch.autograd.grad(function(x).pow(2).sum(), x)[0] for function in (compiled, run)]
     torch.testing.assert_close(*gradients)
+    torch.compiler.reset()
     with pytest.raises(RuntimeError, match="lays rows out by expert on the host"):
         torch.compile(run, backend="aot_eager", fullgraph=True)(x)
 
