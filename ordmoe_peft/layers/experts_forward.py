@@ -23,10 +23,10 @@ from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 # What a tile costs beside its rows: R rows of both factors are gathered, forward and backward, and their gradients
 # are summed.
-TILE_COST_PER_R = 3
+TILE_COST_PER_R = 1
 # In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
 # rows up to multiples of this makes them few.
-ROW_STEP = 8
+ROW_STEP = 4
 
 
 def experts_forward(

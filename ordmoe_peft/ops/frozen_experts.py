@@ -121,7 +121,7 @@ class _FrozenExperts(torch.autograd.Function):
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
         with torch.autocast(x_TH.device.type, enabled=False):
             up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
-            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles)
+            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
             # Weighted and summed as transformers does it, rounding included.
             y_TKH = tiles.by_token(y_SH)
@@ -144,8 +144,8 @@ class _FrozenExperts(torch.autograd.Function):
 
         with torch.autocast(x_TH.device.type, enabled=False):
             weight_S = weights_TK.new_zeros(len(tiles.token_S)).index_copy_(0, tiles.slot_N, weights_TK.reshape(-1))
-            weight_S1 = weight_S.to(down.dtype).unsqueeze(1)
-            grad_SH = tiles.blank_gaps_(tiles.rows(grad_TH.to(down.dtype)))
+            weight_S1 = weight_S.to(down.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
+            grad_SH = tiles.rows(grad_TH.to(down.dtype))
             if ctx.experts.norm is not None:
                 y_SH, through_norm = _rerun(ctx.experts.norm, down_SH)
                 grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
@@ -163,7 +163,7 @@ class _FrozenExperts(torch.autograd.Function):
             grads_up, grad_TH = [None] * len(needs_up), None
             if needs_x or any(needs_up):
                 grad_up_SO = through_gate(grad_a_SF.mul_(weight_S1))
-                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x)
+                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x, False)
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
                 grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
@@ -171,12 +171,15 @@ class _FrozenExperts(torch.autograd.Function):
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
 
-def _project(projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles) -> list[torch.Tensor]:
+def _project(
+    projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles, gaps_count: bool = True
+) -> list[torch.Tensor]:
     """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
     y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
     for expert, x_MI, y_MO in zip(tiles.experts, tiles.blocks(x_SI), tiles.blocks(y_SO), strict=True):
         torch.mm(x_MI, projection.matrix(expert), out=y_MO)
-    tiles.blank_gaps_(y_SO)
+    if gaps_count:  # what memory held there may be no number, which times 0 is none either
+        tiles.blank_gaps_(y_SO)
     if projection.bias_EO is not None:
         y_SO += tiles.of_slots(projection.bias_EO)
     saved = []
@@ -195,14 +198,19 @@ def _input_grad(
     saved: list[torch.Tensor],
     tiles: ExpertTiles,
     needed: bool = True,
+    gaps_count: bool = True,
 ) -> list[torch.Tensor | None]:
-    """The gradient of the projection's input, where `needed`, and `grad B` (P, M, R) for each update."""
+    """The gradient of the projection's input, where `needed`, and `grad B` (P, M, R) for each update.
+
+    Gaps are left as they are where they do not count, because no sum runs over them.
+    """
     grad_SI = None
     if needed:
         grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
         for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
             torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
-        tiles.blank_gaps_(grad_SI)
+        if gaps_count:
+            tiles.blank_gaps_(grad_SI)
     small_grads = []
     for lora, B_REO in zip(projection.lora, saved[1::2], strict=True):
         small_PMR = torch.bmm(tiles.tiles(grad_SO), _B_of_tiles(B_REO, tiles).transpose(1, 2))
