@@ -56,7 +56,11 @@ class ParamWrapper(lora_layer.ParamWrapper):
     def low_rank(self, adapter_name: str) -> LowRank:
         """The adapter's update of all experts."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        update = LowRank(A, B, self.num_experts, self.scaling[adapter_name])
+        return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
+
+    def _low_rank_to_run(self, adapter_name: str) -> LowRank:
+        update = self.low_rank(adapter_name)
+        B = update.B
         kept = self.__dict__.setdefault("kept_transposed_B", {})
         if torch.is_grad_enabled() or B.device.type != "cpu" or B.is_inference():
             kept.pop(adapter_name, None)
@@ -70,8 +74,8 @@ class ParamWrapper(lora_layer.ParamWrapper):
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""
         delta_OI = sum(
-            factors.scaling * (factors.B_EOR[expert] @ factors.A_ERI[expert])
-            for factors in map(self.factors, adapter_names)
+            update.scaling * (update.B_EOR[expert] @ update.A_ERI[expert])
+            for update in map(self.low_rank, adapter_names)
         )
         return delta_OI.T if self.get_base_layer().is_transposed else delta_OI
 
@@ -116,7 +120,10 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if active:
             expert_lora = kwargs.pop("expert_lora", {})
-            kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.low_rank(name) for name in active]}
+            kwargs["expert_lora"] = {
+                **expert_lora,
+                self.parameter_name: [self._low_rank_to_run(name) for name in active],
+            }
         return self.base_layer(x, *args, **kwargs)
 
 
