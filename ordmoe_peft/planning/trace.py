@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .._compat import storage_id
+
 
 aten = torch.ops.aten
 DEVICE = torch.device("cpu")
@@ -43,7 +45,7 @@ class MemoryTrace(TorchDispatchMode):
     def __init__(self, fakes: FakeTensorMode, at_hand: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.fakes, self.live, self.peak = fakes, 0, 0
-        self._counted = {tensor.untyped_storage()._cdata: 0 for tensor in at_hand}
+        self._counted = {storage_id(tensor.untyped_storage()): 0 for tensor in at_hand}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = self._run(func, args, kwargs or {})
@@ -72,7 +74,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self._counted:
             return
         self._counted[key] = storage.nbytes()

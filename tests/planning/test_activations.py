@@ -1,5 +1,7 @@
 """The traced step against the real one, by torch's own count of allocations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -84,6 +86,17 @@ def test_more_rows_take_more_and_checkpointing_less():
     one, two = (planned(config, StepShape(rows, 64, gradient_checkpointing=False)) for rows in (1, 2))
     assert 1.5 * one.kept < two.kept <= 2 * one.kept
     assert planned(config, StepShape(2, 64)).kept < two.kept / 3
+
+
+def test_tiers_take_rows_of_their_own_and_share_images():
+    """Text of two tiers is text of two samples; images are encoded once, before what is kept."""
+    text = models.qwen3_moe().config
+    two_tiers, two_samples = StepShape(2, 32, tiers=2), StepShape(4, 32)
+    assert planned(text, two_tiers) == planned(text, two_samples)
+    images = {"images_per_row": 1, "image_tokens": 9, "encodes_first": True}
+    config = models.qwen3_vl_moe(vision_config={"depth": 12}).config
+    two_tiers, two_samples = (planned(config, replace(shape, **images)) for shape in (two_tiers, two_samples))
+    assert two_tiers.peak < two_samples.peak
 
 
 def test_the_head_on_cuda_takes_less_than_on_cpu():
