@@ -78,7 +78,8 @@ def test_a_known_model_needs_no_hub(capsys, monkeypatch):
 def test_a_training_recipe(folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "lora_r: 4\nerl_coef: 0.1\nrewards: [1, 0.9, 0]\nmax_length: 32\nper_device_train_batch_size: 1\noptim: adamw_8bit\n"
+        "lora_r: 4\nerl_coef: 0.1\nrewards: [1, 0.9, 0]\nmax_length: 32\n"
+        "per_device_train_batch_size: 1\noptim: adamw_8bit\n"
     )
     assert run(folder, "--config", recipe) == 0
     printed = capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_rows_of_a_forward(settings, tiers, rows):
 
 
 def test_suggestions_come_in_order_and_stop_where_it_fits():
-    config = models.qwen3_moe(vocab_size=512).config
+    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=1).config
     small = SMALL | {"sequence_length": 1024, "r": 16}
     settings = PlanSettings(gradient_checkpointing=False, tier_passes="batched", **small)
     plan = plan_memory(config, settings)
@@ -99,10 +99,11 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_a_suggestion_keeps_the_rest_of_the_quantisation():
-    config = models.qwen3_moe().config
-    quantization = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128, llm_int8_skip_modules=["model.layers.0"])
+    config = models.qwen3_moe(num_hidden_layers=1, moe_intermediate_size=1024).config
+    quantization = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128, llm_int8_skip_modules=["lm_head"])
     settings = PlanSettings(quantization=quantization, **(SMALL | {"batch_size": 1}))
-    (way,) = suggest(config, settings, plan := plan_memory(config, settings), limit=plan.total - 1)
+    plan = plan_memory(config, settings)
+    (way,) = suggest(config, settings, plan, limit=plan.total - 1)
     assert way.options == "--use_bnb_nested_quant true"
     assert way.settings.quantization.to_dict() == quantization.to_dict() | {"bnb_4bit_use_double_quant": True}
     assert not quantization.bnb_4bit_use_double_quant, "what was given stays as it is"
