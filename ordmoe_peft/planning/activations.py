@@ -4,6 +4,7 @@ A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers a
 the others are added by kind.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,8 +20,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import OrdMoEConfigError
 from ..images import encode_images
+from ..layers.experts_forward import grouped_forward
 from ..moe_layers import find_moe_layers
-from ..quantization.storage import stored_tensors
+from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
 from .lm_head import log_probs_as_on_cuda
 from .trace import MemoryTrace, fake_of
@@ -41,7 +43,8 @@ class StepShape:
             tiers.
         gradient_checkpointing (`bool`, defaults to `True`): run layers again in backward.
         autocast (`torch.dtype`, *optional*): dtype of mixed precision (`bf16=True` of the training arguments).
-        device (`str`, defaults to `"cuda"`): whose LM head is traced: on CPU, TRL's makes several more copies.
+        device (`str`, defaults to `"cuda"`): whose LM head and dense experts are traced: on CPU, TRL's head makes
+            several more copies, and experts run one after another.
     """
 
     samples: int
@@ -84,7 +87,9 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     """
     base = model.get_base_model()
     inputs = step_inputs(base.config, shape)
-    if shape.device != "cuda":
+    if shape.device == "cuda":
+        _group_dense_experts(model)
+    else:
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
     missing = _cut_layers(model, _unlike_the_rest(base.config, shape))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -189,6 +194,13 @@ def _kind(layer: nn.Module) -> tuple:
         if isinstance(value, (bool, int, float, str, type(None))) and not key.endswith(("idx", "index"))
     )
     return tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()), settings
+
+
+def _group_dense_experts(model: nn.Module) -> None:
+    """Have dense experts run as on CUDA: fake tensors are on the CPU, where these run expert by expert."""
+    for layer in find_moe_layers(model):
+        if not is_packed(layer.experts.down_proj):
+            layer.experts.forward = functools.partial(grouped_forward, layer.experts)
 
 
 def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:

@@ -15,6 +15,9 @@ from ordmoe_peft.planning.weights import build_meta_model
 from tests import models
 
 
+NF4 = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)
+
+
 def adapted(model):
     return get_peft_model(model, OrdMoEConfig(r=4, num_tiers=1), low_cpu_mem_usage=model.device.type == "meta")
 
@@ -66,9 +69,8 @@ def test_estimate_is_near_what_is_allocated(family, checkpointing):
 def test_packed_experts_are_near_what_is_allocated(tmp_path):
     shape = StepShape(2, 48, gradient_checkpointing=False, device="cpu")
     models.qwen3_moe(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(tmp_path)
-    config = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16)
-    model = type(models.qwen3_moe()).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
-    estimate = planned(models.qwen3_moe(num_hidden_layers=4).config, shape, config)
+    model = type(models.qwen3_moe()).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=NF4)
+    estimate = planned(models.qwen3_moe(num_hidden_layers=4).config, shape, NF4)
     kept, peak = measured(model, shape)
     assert estimate.kept == pytest.approx(kept, rel=0.15)
     assert estimate.peak == pytest.approx(peak, rel=0.15)
@@ -100,9 +102,18 @@ def test_tiers_take_rows_of_their_own_and_share_images():
 
 
 def test_the_head_on_cuda_takes_less_than_on_cpu():
-    config = models.qwen3_moe().config
-    on_cuda, on_cpu = (planned(config, StepShape(1, 64, device=device)) for device in ("cuda", "cpu"))
-    assert on_cuda.peak <= on_cpu.peak
+    config = models.qwen3_moe(vocab_size=4096).config
+    on_cuda, on_cpu = (planned(config, StepShape(1, 64, device=device), NF4).peak for device in ("cuda", "cpu"))
+    assert on_cuda < on_cpu
+
+
+def test_dense_experts_on_cuda_keep_what_autograd_keeps_of_grouped_products():
+    config = models.qwen3_moe(num_experts_per_tok=4).config
+    shapes = [StepShape(2, 64, gradient_checkpointing=False, device=device) for device in ("cuda", "cpu")]
+    on_cuda, on_cpu = (planned(config, shape).kept for shape in shapes)
+    assert on_cuda > on_cpu
+    on_cuda, on_cpu = (planned(config, shape, NF4).kept for shape in shapes)
+    assert on_cuda == pytest.approx(on_cpu, rel=0.1), "packed ones run one after another on both"
 
 
 @pytest.mark.parametrize(
