@@ -60,7 +60,8 @@ class MemoryTrace(TorchDispatchMode):
             return _really(func, args, kwargs)
         if func is aten.index.Tensor:
             args = (args[0], _indices(args[1]))
-        args, kwargs = tree_map(self._as_fake, (args, kwargs))
+        if any(_is_meta(tensor) for tensor in tensors):
+            args, kwargs = tree_map(self._as_fake, (args, kwargs))
         output = func(*args, **kwargs)
         if func in (aten.topk.default, aten.sort.default, aten.sort.stable):
             return (output[0], _really(_even_choice, (output[1].shape, tensors[0].shape[-1])))
@@ -69,8 +70,7 @@ class MemoryTrace(TorchDispatchMode):
         return output
 
     def _as_fake(self, leaf: Any) -> Any:
-        is_meta = isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type == "meta"
-        return fake_of(leaf, self.fakes) if is_meta else leaf
+        return fake_of(leaf, self.fakes) if _is_meta(leaf) else leaf
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -84,6 +84,10 @@ class MemoryTrace(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._counted.pop(key)
+
+
+def _is_meta(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type == "meta"
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -62,7 +62,8 @@ def test_estimate_is_near_what_is_allocated(family, checkpointing):
     estimate = planned(model.config, shape)
     kept, peak = measured(model, shape)
     # Checkpointing keeps the random state of each layer, 5 KB, which is much for so small a model and nothing else.
-    assert estimate.kept == pytest.approx(kept, rel=0.15, abs=5 * torch.get_rng_state().nbytes)
+    kept -= checkpointing * 5 * torch.get_rng_state().nbytes
+    assert estimate.kept == pytest.approx(kept, rel=0.15)
     assert estimate.peak == pytest.approx(peak, rel=0.15)
 
 
