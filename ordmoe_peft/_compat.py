@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -101,6 +101,22 @@ def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
     plan = {re.compile(pattern.replace("*", ".*")): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     return {name: kept for name in names for pattern, kept in plan.items() if pattern.search(name)}
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """A number that tells storages apart, also those without memory, whose address is 0.
+
+    There is no public one (torch 2.13).
+    """
+    return storage._cdata
+
+
+def quantize_linear_weight_(weight: Params4bit) -> Params4bit:
+    """Pack `weight` on whatever device it is on, the meta device too.
+
+    `Params4bit.to` does so on devices that hold numbers alone (bitsandbytes 0.50.2, `bitsandbytes/nn/modules.py`).
+    """
+    return weight._quantize(weight.device)
 
 
 class WholeCheckpoints:

@@ -113,7 +113,8 @@ class Case:
     @property
     def plan_settings(self) -> PlanSettings:
         quantization = None if self.quantization is None else MoeBitsAndBytesConfig(**self.quantization)
-        return PlanSettings(quantization=quantization, device="cpu", **{"r": 8, "batch_size": 2, **self.settings})
+        common = {"r": 8, "batch_size": 2, "tier_passes": "batched"}
+        return PlanSettings(quantization=quantization, device="cpu", **common | self.settings)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -135,6 +136,9 @@ CASES = [
     Case("gpt_oss", {"sequence_length": 512}, BF16),
     Case("deepseek_v2", PLAIN | {"num_tiers": 4}),
     Case("mixtral", {"sequence_length": 512, "num_tiers": 2}, BF16),
+    Case("qwen3_moe", PLAIN | {"batch_size": 4, "r": 16, "tier_passes": "sequential"}),
+    Case("qwen3_moe", {"sequence_length": 512, "tier_passes": "sequential"}, BF16),
+    Case("qwen3_vl_moe", PLAIN | {"images_per_sample": 1, "image_tokens": 64, "tier_passes": "sequential"}),
 ]
 
 
@@ -149,7 +153,7 @@ def measure(case: Case) -> int:
             folder, dtype=torch.bfloat16, quantization_config=settings.quantization
         )
         model = get_peft_model(model, settings.adapter_config())
-        batch = step_inputs(config, settings.step_shape(settings.batch_size))
+        batch = step_inputs(config, settings.step_shape())
         batch = {name: make() if callable(make) else make for name, make in batch.items()}
         trainer = MeasuringTrainer(
             model,
@@ -160,6 +164,7 @@ def measure(case: Case) -> int:
                 max_steps=1,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 gradient_checkpointing_kwargs={"use_reentrant": False},
+                tier_passes=settings.tier_passes,
                 log_tiers_every=0,
                 max_length=None,
                 bf16=True,
@@ -217,7 +222,7 @@ def run(index: int) -> list[str]:
     planned, measured = plan_memory(case.config, settings).activations.peak, measure(case)
     images = f"{settings.images_per_sample} x {settings.image_tokens}" if settings.images_per_sample else ""
     bits = "bf16" if case.quantization is None else "nf4" + ", double" * settings.quantization.bnb_4bit_use_double_quant
-    shape = [settings.batch_size, settings.sequence_length, settings.num_tiers]
+    shape = [settings.batch_size, settings.sequence_length, settings.num_tiers, settings.tier_passes]
     return [
         f"{index}: {case.model}",
         *map(str, shape),
@@ -237,7 +242,19 @@ def main() -> None:
     cases = range(len(CASES)) if chosen is None else [chosen]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [pool.apply(run, (index,)) for index in cases]
-    columns = ["model", "batch", "seq", "C", "images", "ckpt", "bits", "planned MiB", "measured MiB", "off by"]
+    columns = [
+        "model",
+        "batch",
+        "seq",
+        "C",
+        "passes",
+        "images",
+        "ckpt",
+        "bits",
+        "planned MiB",
+        "measured MiB",
+        "off by",
+    ]
     print_table("Peak of a training step over weights, gradients and optimizer", columns, rows)
 
 

@@ -57,7 +57,7 @@ def experts_forward(
     weight = self.down_proj
     if is_packed(weight) or (weight.device.type == "cpu" and not is_trained(self)):
         return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    return _grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
 
 
 def is_trained(experts: nn.Module) -> bool:
@@ -97,9 +97,15 @@ def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Pro
     return Projection(matrix, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
 
 
-def _grouped_forward(
-    experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
+def grouped_forward(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    expert_lora: dict[str, list[LowRank]] | None = None,
 ) -> torch.Tensor:
+    """[`experts_forward`] of dense experts on an accelerator: all experts' products at once."""
+    lora = expert_lora or {}
     groups = group_by_expert(index_TK, experts.num_experts)
     expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias else None
     rows_NF = _grouped_project(experts, _up_name(experts), x_TH[groups.token_N], expert_N, groups, lora)

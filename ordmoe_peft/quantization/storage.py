@@ -39,6 +39,15 @@ def logical_shape(weight: torch.Tensor) -> torch.Size:
     return weight.quant_state.shape if is_packed(weight) else weight.shape
 
 
+def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold `weight`: itself, and the scales and code tables of a packed one."""
+    if not is_packed(weight):
+        return [weight]
+    state = weight.quant_state
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [weight, state.absmax, state.code, *nested]
+
+
 def pack_experts(
     matrices: Matrices,
     name: str,
