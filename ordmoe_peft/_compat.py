@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .checkpoints import (
     clear_unfinished,
     discard,
     discard_oldest,
+    is_same,
     move_to_place,
     unfinished_folder,
 )
@@ -140,26 +142,34 @@ class WholeCheckpoints:
         if self.is_local_process_zero():
             discard(Path(folder, name))
         self.accelerator.wait_for_everyone()
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving = False
-        unfinished, checkpoint = unfinished_folder(folder) / name, Path(folder, name)
-        if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(checkpoint)
-            if self.args.should_save:
-                self.state.save_to_json(str(unfinished / STATE_NAME))
+        with ExitStack() as on_failure:
+            on_failure.callback(clear_unfinished, folder)
+            self._is_saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._is_saving = False
+            self._name_best_checkpoint(folder, name)
+            on_failure.pop_all()
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero():
             move_to_place(folder, name)
             clear_unfinished(folder)
         if self._wants_push:
             self._wants_push = False
-            self._push_from_checkpoint(str(checkpoint))
+            self._push_from_checkpoint(str(Path(folder, name)))
         if self.args.should_save:
             discard_oldest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint(self, folder: str, name: str) -> None:
+        # Upstream looks for it where the checkpoint is written; its place is, or is going to be, in the run's folder.
+        best = f"checkpoint-{self.state.best_global_step}"
+        if best != name and not Path(folder, best).is_dir():
+            return
+        self.state.best_model_checkpoint = str(Path(folder, best))
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished_folder(folder) / name / STATE_NAME))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Uploads run on while training does, so they begin when the checkpoint is in its place.
@@ -180,6 +190,6 @@ class WholeCheckpoints:
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
-                if Path(checkpoint) != Path(best):
+                if not is_same(checkpoint, best):
                     discard(checkpoint)
         return super()._finalize_training(trial, *args)

@@ -7,6 +7,7 @@ gets its name when it is complete, and loses it before its first file goes.
 
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,18 +39,24 @@ def move_to_place(run_folder: str | Path, name: str) -> None:
 def discard(checkpoint: str | Path) -> None:
     """Delete a checkpoint, if it is there, so that no part of it ever stands under its name."""
     checkpoint = Path(checkpoint)
-    aside = unfinished_folder(checkpoint.parent) / "discarded"
     clear_unfinished(checkpoint.parent)
     if checkpoint.exists():
-        aside.parent.mkdir(exist_ok=True)
+        unfinished_folder(checkpoint.parent).mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
-            os.rename(checkpoint, aside)
+            # A folder of its own: of what was discarded before, some may have stayed.
+            aside = tempfile.mkdtemp(prefix="discarded-", dir=unfinished_folder(checkpoint.parent))
+            os.rename(checkpoint, Path(aside, checkpoint.name))
     clear_unfinished(checkpoint.parent)
 
 
 def clear_unfinished(run_folder: str | Path) -> None:
-    """Delete what killed processes left."""
+    """Delete what killed processes left, but for files that cannot be deleted, such as open ones on some disks."""
     shutil.rmtree(unfinished_folder(run_folder), ignore_errors=True)
+
+
+def is_same(one: str | Path, other: str | Path | None) -> bool:
+    """Whether two paths are of one checkpoint; a run may be resumed under another spelling of its folder."""
+    return other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def discard_oldest(run_folder: str | Path, limit: int | None, best: str | None) -> None:
@@ -57,9 +64,8 @@ def discard_oldest(run_folder: str | Path, limit: int | None, best: str | None) 
     if limit is None or limit <= 0:
         return
     checkpoints = sort_checkpoints(str(run_folder), use_mtime=True)
-    kept = {str(Path(path)) for path in (*checkpoints[-1:], best) if path}
-    excess = max(len(checkpoints) - max(limit, len(kept)), 0)
-    for checkpoint in [path for path in checkpoints if path not in kept][:excess]:
+    others = [path for path in checkpoints[:-1] if not is_same(path, best)]
+    for checkpoint in others[: max(len(checkpoints) - limit, 0)]:
         discard(checkpoint)
 
 
@@ -96,10 +102,16 @@ def checkpoint_to_resume(wish: str | bool | None, run_folder: str | Path) -> str
                 f"resume_from_checkpoint={wish}: no complete checkpoint in {run_folder}. Give 'auto' to start from the "
                 "beginning where there is none."
             )
-        return checkpoint
-    if not Path(wish, STATE_NAME).is_file():
+    elif Path(wish, STATE_NAME).is_file():
+        checkpoint = str(wish)
+    else:
         raise OrdMoEConfigError(
             f"resume_from_checkpoint={wish}: no checkpoint, or one that was not written to its end, as it has no "
             f"{STATE_NAME}. Give 'auto' to go on from the last complete one in {run_folder}."
         )
-    return str(wish)
+    if checkpoint is not None and not any(Path(checkpoint).glob("rng_state*")):
+        logger.warning(
+            f"{checkpoint} holds the weights alone (save_only_model): the optimizer starts anew, so training goes on "
+            "otherwise than it would have."
+        )
+    return checkpoint

@@ -32,6 +32,13 @@ def write_checkpoint(folder: Path, step: int, whole: bool = True) -> Path:
     return checkpoint
 
 
+def best_of_three(folder: Path, **changes):
+    """A trainer whose metric grows with every step, so that the first of its three checkpoints is the best."""
+    settings = TestTrainer.SETTINGS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "num_tokens", "greater_is_better": False}
+    return tiny_trainer(folder, evaluated=text.conversations(4), **settings | changes)
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -60,6 +67,23 @@ class TestFolders:
         monkeypatch.undo()
         discard(write_checkpoint(tmp_path, 6))  # what was left is in nobody's way
         assert names(tmp_path) == set()
+
+    def test_a_deletion_that_fails_is_in_nobodys_way(self, tmp_path, monkeypatch):
+        """As where an upload still reads a file, on disks that keep open ones."""
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda folder, **kwargs: None)
+        for step in (2, 2, 4):
+            discard(write_checkpoint(tmp_path, step))
+        assert names(tmp_path) == {"_unfinished"}
+        monkeypatch.undo()
+        discard(write_checkpoint(tmp_path, 6))
+        assert names(tmp_path) == set()
+
+    def test_the_best_is_known_under_any_spelling(self, tmp_path, monkeypatch):
+        for step in (2, 4, 6):
+            write_checkpoint(tmp_path, step)
+        monkeypatch.chdir(tmp_path)
+        discard_oldest(tmp_path, 1, "./checkpoint-2")
+        assert names(tmp_path) == {"checkpoint-2", "checkpoint-6"}
 
     @pytest.mark.parametrize(
         ("limit", "best", "kept"),
@@ -97,24 +121,35 @@ class TestResuming:
         with pytest.raises(OrdMoEConfigError, match="checkpoint-4: no checkpoint, or one that was not written"):
             checkpoint_to_resume(str(half), tmp_path)
 
+    def test_weights_alone_do_not_go_on_as_before(self, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+        (write_checkpoint(tmp_path, 2) / "rng_state.pth").touch()
+        checkpoint_to_resume("auto", tmp_path)
+        assert not said
+        write_checkpoint(tmp_path, 4)
+        checkpoint_to_resume("auto", tmp_path)
+        assert len(said) == 1 and "checkpoint-4 holds the weights alone" in said[0]
+
 
 class TestTrainer:
     SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
-    def test_what_a_save_that_is_cut_off_leaves_is_not_resumed_from(self, tmp_path, monkeypatch):
+    def test_a_save_that_fails_leaves_nothing_of_itself_and_is_resumed_from_the_one_before(self, tmp_path, monkeypatch):
         trainer = tiny_trainer(tmp_path, **self.SETTINGS)
         save = trainer._save_rng_state
 
-        def cut_off(folder):
+        def full(folder):
             save(folder)
             if trainer.state.global_step == 4:
-                raise KeyboardInterrupt
+                assert names(unfinished_folder(tmp_path)) == {"checkpoint-4"}
+                raise OSError("No space left on device")
 
-        monkeypatch.setattr(trainer, "_save_rng_state", cut_off)
-        with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(trainer, "_save_rng_state", full)
+        with pytest.raises(OSError, match="No space left"):
             trainer.train()
-        assert names(unfinished_folder(tmp_path)) == {"checkpoint-4"}
-        assert {"checkpoint-2", "checkpoint-4"} & names(tmp_path) == {"checkpoint-2"}
+        assert {"checkpoint-2", "checkpoint-4", "_unfinished"} & names(tmp_path) == {"checkpoint-2"}
+        write_checkpoint(unfinished_folder(tmp_path), 4, whole=False)  # as a process that is killed would leave it
 
         resumed = tiny_trainer(tmp_path, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
@@ -144,15 +179,24 @@ class TestTrainer:
         assert "of_the_earlier_run" not in names(tmp_path / "checkpoint-2")
 
     def test_the_best_checkpoint_is_known_by_its_place_and_kept(self, tmp_path):
-        settings = self.SETTINGS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-        # A metric that grows with every step: the first evaluation is the best.
-        settings |= {"metric_for_best_model": "num_tokens", "greater_is_better": False, "save_total_limit": 1}
-        trainer = tiny_trainer(tmp_path, evaluated=text.conversations(4), **settings)
+        trainer = best_of_three(tmp_path, save_total_limit=1)
         trainer.train()
         best = trainer.state.best_model_checkpoint
         assert best == str(tmp_path / "checkpoint-2")
         assert {name for name in names(tmp_path) if "checkpoint" in name} == {"checkpoint-2"}
         assert f'"best_model_checkpoint": "{best}"' in Path(best, STATE_NAME).read_text()
+
+    def test_the_best_checkpoint_moves_along_with_its_folder(self, tmp_path, monkeypatch):
+        (tmp_path / "first").mkdir()
+        best_of_three(tmp_path / "first", max_steps=4).train()
+        (tmp_path / "first").rename(tmp_path / "second")
+        monkeypatch.chdir(tmp_path)
+        moved = best_of_three("second", save_total_limit=1)
+        moved.train(resume_from_checkpoint="auto")
+        assert moved.state.best_model_checkpoint == "second/checkpoint-2"
+        again = best_of_three(tmp_path / "second", save_total_limit=1)  # which is at its end
+        again.train(resume_from_checkpoint="auto")
+        assert {name for name in names(tmp_path / "second") if "checkpoint" in name} == {"checkpoint-2"}
 
     def test_uploads_begin_when_the_checkpoint_is_in_its_place(self, tmp_path, monkeypatch):
         pushed = []

@@ -158,7 +158,7 @@ class TierPasses:
             return self.model(**inputs)
         batch_size = len(inputs["labels"])
         self._groups = self._row_groups(inputs)
-        if self.sharing is not None and not self.sharing.is_judged and not self.tier_by_tier:
+        if self.sharing is not None and self.sharing.awaits_verdict and not self.tier_by_tier:
             self._judge_sharing(self._groups)
         with torch.no_grad():
             reference = self._run_reference() if self.needs_reference else None
@@ -265,7 +265,7 @@ class TierPasses:
     def _judge_sharing(self, groups: list[RowGroup]) -> None:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
         packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
-        if packed is None:
+        if not self.sharing.can_judge(packed, groups[0].inputs["input_ids"].device):
             return
         was_training = self.moe_model.training
         self.moe_model.eval()

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
@@ -117,7 +118,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
         )
         self._guard = StepGuard(args.max_nonfinite_steps, self._metrics["train"])
-        for callback in (self._schedule, self._guard):
+        for callback in filter(None, (self._schedule, self._guard, self._sharing)):
             self.add_callback(callback)
         self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
         if args.log_router_health:
@@ -194,7 +195,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start."""
         self._seen = (None, 0)
-        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        # The first process chooses for all: one on a machine that sees no checkpoint must fail, not start anew.
+        [checkpoint] = broadcast_object_list([checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)])
+        return super().train(checkpoint, *args, **kwargs)
 
     def _prompt_sharing(self) -> PromptSharing:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype

@@ -88,21 +88,35 @@ def train(folder: str, settings: dict[str, Any], resume: str | None = None) -> d
     return result_of(trainer)
 
 
-def train_with_empty_batches(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train on batches of which the second process's have no response, and in the second step the first's neither."""
-    trainer = tiny_trainer(folder, **settings)
-    collate, batches = trainer.data_collator, []
+def make_uneven(trainer: OrdMoETrainer, empty: int | None = None) -> None:
+    """Take the responses from the second process's batches, and from batch `empty` of the first; and have the first
+    process need separate rows in the first and in the fourth step.
+    """
+    is_first, batches = trainer.accelerator.process_index == 0, []
+    collate, pack = trainer.data_collator, trainer._sharing.pack
 
     def without_responses(rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(rows)
         batches.append(batch)
-        if trainer.accelerator.process_index == 1 or len(batches) == 2:
+        if not is_first or len(batches) == empty:
             batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
     trainer.data_collator = without_responses
+    trainer._sharing.pack = lambda *args: None if is_first and trainer.state.global_step in (0, 3) else pack(*args)
+
+
+def verdict_of(trainer: OrdMoETrainer) -> tuple[bool, bool]:
+    """Whether this process has judged that prompts can be shared, and how."""
+    return trainer._sharing.is_judged, trainer._sharing.is_possible
+
+
+def train_unevenly(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train where processes differ in what their batches have, and in the second step none has a response."""
+    trainer = tiny_trainer(folder, **settings)
+    make_uneven(trainer, empty=2)
     trainer.train()
-    return result_of(trainer)
+    return result_of(trainer) | {"verdict": verdict_of(trainer)}
 
 
 class CountSaves(TrainerCallback):
@@ -113,6 +127,12 @@ class CountSaves(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.complete += Path(args.output_dir, f"checkpoint-{state.global_step}", "trainer_state.json").is_file()
+
+
+def train_from_the_last(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Go on from the last checkpoint in `folder`, which the second process does not look into."""
+    own = folder if PartialState(cpu=True).is_main_process else f"{folder}-other"
+    return train(own, settings, "auto")
 
 
 def train_and_save(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +157,14 @@ def train_sharded(folder: str, settings: dict[str, Any], quant_storage: str | No
 
 
 def sharded_and_resumed(folder: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Train under FSDP2, saving, and once more from the checkpoint half way."""
-    trainer = tiny_trainer(folder, sharded=True, save_strategy="steps", save_steps=2, **settings)
-    trainer.train()
-    whole = result_of(trainer)
-    trainer = tiny_trainer(folder, sharded=True, **settings)
-    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
-    return [whole, result_of(trainer)]
+    """Train unevenly under FSDP2, saving, and once more from the checkpoint half way."""
+    results = []
+    for resume, saving in ((None, {"save_strategy": "steps", "save_steps": 2}), (f"{folder}/checkpoint-2", {})):
+        trainer = tiny_trainer(folder, sharded=True, **settings, **saving)
+        make_uneven(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        results.append(result_of(trainer) | {"verdict": verdict_of(trainer)})
+    return results
 
 
 def refusal(folder: str, settings: dict[str, Any]) -> str:

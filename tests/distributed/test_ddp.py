@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,16 @@ def test_two_processes_are_one_that_accumulates(tmp_path, settings):
 
 
 @pytest.mark.parametrize("tier_passes", ["sequential", "batched"])
-def test_processes_without_responses_and_uneven_batches_do_not_hang(tmp_path, tier_passes):
-    """13 samples, 2 a process: for the last step is one. The second process has nothing to learn from."""
+def test_processes_that_differ_do_not_hang(tmp_path, tier_passes):
+    """13 samples, 2 a process: for the last step is one. The second process has nothing to learn from.
+
+    Whether prompts are shared is judged at once, and not before the third step: there the first process can share them
+    and has a response. In the fourth the second process alone shares them.
+    """
     settings = {"max_steps": -1, "num_train_epochs": 1, "dataset": text.conversations(13), "tier_passes": tier_passes}
-    first, second = run_processes(runs.train_with_empty_batches, str(tmp_path), settings, timeout=60)
+    settings |= {"adapter": {"token_scope": "response"}}
+    first, second = run_processes(runs.train_unevenly, str(tmp_path), settings, timeout=60)
+    assert first["verdict"] == second["verdict"] == (tier_passes == "batched", True)
     assert largest_difference(first, second) == 0
     assert len(first["logs"]) == 4
     assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in first["logs"])
@@ -57,7 +64,8 @@ def test_checkpoints_are_written_once_and_resumed_from(tmp_path):
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= names
     assert not (tmp_path / "_unfinished").exists()
-    resumed, _ = run_processes(runs.train, str(tmp_path), settings, str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed, _ = run_processes(runs.train_from_the_last, str(tmp_path), settings)
     assert [entry["loss"] for entry in resumed["logs"]] == [entry["loss"] for entry in first["logs"]]
     assert all(torch.equal(weight, first["weights"][name]) for name, weight in resumed["weights"].items())
 
