@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.data import load_easy_vqa
+from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.samples import prompt_inputs
 
 
@@ -19,7 +20,7 @@ CHANGES = {
 
 
 def test_snippets(tmp_path, monkeypatch):
-    train, load = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    train, load, quantise = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for text, replacement in CHANGES.items():
         assert text in train
@@ -29,3 +30,6 @@ def test_snippets(tmp_path, monkeypatch):
     assert Path("my-adapter/adapter_model.safetensors").is_file()
     inputs = prompt_inputs(list(dataset), AutoProcessor.from_pretrained(BASE))
     exec(load, {"base": AutoModelForImageTextToText.from_pretrained(BASE), "inputs": inputs})
+    model = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=MoeBitsAndBytesConfig())
+    exec(quantise, {"model": model, "dense": AutoModelForImageTextToText.from_pretrained(BASE)})
+    assert AutoModelForImageTextToText.from_pretrained("my-4-bit-model").is_quantized
