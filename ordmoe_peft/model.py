@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.utils import logging
 
-from ._compat import experts_implementation
+from ._compat import keep_linear4bit_layout
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers.param_wrapper import ParamWrapper
@@ -47,6 +47,7 @@ class OrdMoEModel(LoraModel):
                 check_router(layer)
                 check_weights(layer)
         install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
+        keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
         config.base_moe = base_moe(model)
         config.target_modules, config.target_parameters = targets
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -55,7 +56,7 @@ class OrdMoEModel(LoraModel):
 
     def _use_ordmoe_experts(self) -> None:
         if not hasattr(self, "_experts_implementation_before"):
-            self._experts_implementation_before = experts_implementation(self.model)
+            self._experts_implementation_before = self.model.get_experts_implementation()
         self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @staticmethod
@@ -135,13 +136,12 @@ class OrdMoEModel(LoraModel):
             forget_quantization(model)
         return model
 
-    def _experts_implementation_after(self, model: nn.Module) -> str:
-        """What the model had before; what transformers would choose where packed experts had needed ours."""
-        if self._experts_implementation_before == EXPERTS_IMPLEMENTATION and not has_packed_weights(model):
-            quantizer = getattr(model, "hf_quantizer", None)
-            before = getattr(quantizer, "experts_implementation_before", None)
-            return before or model.get_correct_experts_implementation(None)
-        return self._experts_implementation_before
+    def _experts_implementation_after(self, model: nn.Module) -> dict[str, str]:
+        """What the model had before the adapter; before its experts were packed, where they are dense now."""
+        before = self._experts_implementation_before
+        if has_packed_weights(model):
+            return before
+        return getattr(getattr(model, "hf_quantizer", None), "experts_implementation_before", before)
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:

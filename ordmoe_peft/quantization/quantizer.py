@@ -19,7 +19,7 @@ from ..errors import OrdMoEModelError
 from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
-from .dequantization import cast_rest_, unpack_stacks_
+from .dequantization import cast_rest_, unpack_
 from .file_pages import release_file_pages
 from .selection import expert_stacks, linear_block_size, packable_layers, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
@@ -122,9 +122,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                     f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
                     "weights for it were missing or of another shape. See the load report above."
                 )
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                keep_linear4bit_layout(module)
+        keep_linear4bit_layout(model)
         save_in_own_names(model)
         # No other experts function can read packed stacks.
         self.experts_implementation_before = model.get_experts_implementation()
@@ -138,9 +136,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         check_no_adapter(model, "dequantise it")
         # transformers passes `config.dtype`, which it writes as a name when it saves the model.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        unpack_stacks_(model, sorted(self.expert_stacks), dtype)
-        if any(isinstance(module, Linear4bit) for module in model.modules()):
-            super()._dequantize(model, dtype=dtype)  # which fails where there is none (transformers 5.23)
+        unpack_(model, dtype)
         cast_rest_(model, dtype)
         model.config.dtype = dtype
         model.set_experts_implementation(self.experts_implementation_before)
