@@ -128,7 +128,15 @@ def merge_checkpoint(
         packing = Packing(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
     works = plan_work(checkpoint, host, parameters, _also_changed(sources, parameters, packing, requantize))
     report = RequantizationReport() if requantize else None
-    merge = TensorMerge(checkpoint, host, packing, dtype, dtype or skeleton.config.dtype or torch.bfloat16, report)
+    merge = TensorMerge(
+        checkpoint,
+        host,
+        packing,
+        dtype,
+        packed={name for source in sources if isinstance(source, PackedSource) for name in source.names},
+        packed_dtype=dtype or skeleton.config.dtype or torch.bfloat16,
+        report=report,
+    )
 
     with whole_folder(output) as unfinished, tqdm(works, disable=not progressbar, desc="Merging") as bar:
         writer = ShardWriter(unfinished, shard_size)

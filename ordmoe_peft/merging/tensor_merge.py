@@ -25,7 +25,8 @@ class TensorMerge:
         host ([`Host`]): what merges into them.
         packing ([`Packing`], *optional*): packs weights before anything is merged into them.
         dtype (`torch.dtype`, *optional*): of floating-point tensors that are written; each one's own by default.
-        packed_dtype (`torch.dtype`): of dense weights that come out of a checkpoint in 4 bits.
+        packed (`set[str]`): the tensors that are parts of weights in 4 bits.
+        packed_dtype (`torch.dtype`): of dense weights that come out of these.
         report ([`RequantizationReport`], *optional*): with one, to which it adds, packed weights stay packed.
     """
 
@@ -33,6 +34,7 @@ class TensorMerge:
     host: Host
     packing: Packing | None
     dtype: torch.dtype | None
+    packed: set[str]
     packed_dtype: torch.dtype
     report: RequantizationReport | None
 
@@ -40,9 +42,8 @@ class TensorMerge:
     def finished(self, work: Work) -> dict[str, torch.Tensor]:
         """The tensors of `work` as they are to be written."""
         tensors = self.checkpoint.read(work.names)
-        packed = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
         if self.dtype is not None:
-            for name in tensors.keys() - packed:
+            for name in tensors.keys() - self.packed:
                 if tensors[name].is_floating_point():
                     tensors[name] = tensors[name].to(self.dtype)
         made = [self._put(source, {name: tensors.pop(name) for name in source.names}) for source in work.sources]

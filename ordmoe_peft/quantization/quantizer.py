@@ -21,7 +21,7 @@ from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
 from .dequantization import cast_rest_, unpack_
 from .file_pages import release_file_pages
-from .selection import expert_stacks, linear_block_size, packable_layers, unquantised_linears
+from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
 from .storage import Matrices, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
@@ -88,6 +88,12 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         """
         config = self.quantization_config
         layers = packable_layers(model, config.llm_int8_skip_modules)
+        unknown = [] if self.pre_quantized else skips_nothing(model, config.llm_int8_skip_modules)
+        if unknown:
+            logger.warning(
+                f"llm_int8_skip_modules names {unknown}, of which {type(model).__name__} has nothing: what was to "
+                "keep its dtype may be packed."
+            )
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
 

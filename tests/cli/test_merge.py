@@ -187,6 +187,20 @@ def test_requantising_gives_what_merging_in_memory_and_saving_does(build, stored
     assert "after `import ordmoe_peft`" in (output / "README.md").read_text()
 
 
+def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path):
+    base = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig(bnb_4bit_quant_storage=torch.float16))
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    get_peft_model(base, OrdMoEConfig(targets=["router"])).save_pretrained(tmp_path / "adapter")
+    output = merged(tmp_path, "--requantize", "true", "--dtype", "bfloat16")
+    there, here = open_checkpoint(tmp_path / "base"), open_checkpoint(output)
+    experts = [name for name in there.files if "experts" in name]
+    for name, tensor in here.read(experts).items():
+        assert tensor.dtype == there.dtypes[name]
+        assert torch.equal(tensor.view(-1).view(torch.uint8), there.read([name])[name].view(-1).view(torch.uint8))
+    assert here.dtypes["lm_head.weight"] == torch.bfloat16
+
+
 def test_requantising_that_loses_the_deltas_warns(tmp_path, capsys):
     tuned = saved(models.qwen3_moe(), tmp_path)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """`quantize_experts_`: what it packs, what it says it did, and what it refuses without touching the model."""
 
 import gc
+import logging
 import weakref
 
 import pytest
@@ -73,6 +74,15 @@ def test_the_callers_config_is_left_as_it_was():
     assert config.to_dict() == before
     assert not is_packed(model.model.layers[1].mlp.experts.down_proj)
     assert is_packed(model.model.layers[0].mlp.experts.down_proj)
+
+
+def test_a_name_to_skip_that_skips_nothing_is_mentioned(caplog):
+    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layer.1", r"model\.layers\.(0|2)\.mlp", "down_proj"])
+    with caplog.at_level(logging.WARNING, logger="ordmoe_peft"):
+        model = quantize_experts_(models.qwen3_moe(), config)
+    (message,) = [record.message for record in caplog.records if "llm_int8_skip_modules" in record.message]
+    assert "names ['model.layer.1'], of which Qwen3MoeForCausalLM has nothing" in message
+    assert set(packed_parameters(model)) == {"model.layers.1.mlp.experts.gate_up_proj"}
 
 
 def test_an_adapter_goes_on_top(model, batch):
