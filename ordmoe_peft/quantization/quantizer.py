@@ -107,9 +107,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, device_map, checkpoint_files=None, **kwargs):
         config, self.checkpoint_files = self.quantization_config, checkpoint_files or []
         if self.pre_quantized:
-            # The checkpoint decides; its names may have a prefix that a model without a head has not.
-            prefix = f"{model.base_model_prefix}."
-            also_skipped = {name.removeprefix(prefix) for name in config.llm_int8_skip_modules or []}
+            # The checkpoint decides; its names have a prefix that a model without a head has not.
+            skipped = [] if hasattr(model, model.base_model_prefix) else config.llm_int8_skip_modules or []
+            also_skipped = {name.removeprefix(f"{model.base_model_prefix}.") for name in skipped}
         else:
             also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
