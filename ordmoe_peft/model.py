@@ -97,7 +97,7 @@ class OrdMoEModel(LoraModel):
                 [`~ordmoe_peft.merging.survival.RequantizationReport`]. Below 90 % there is a warning.
 
         Raises:
-            [`OrdMoEConfigError`]: `requantize` on a base that is not packed.
+            [`OrdMoEConfigError`]: `requantize` on a base that is not packed, or a name that is no adapter's.
             [`OrdMoEModelError`]: `safe_merge` found NaN or infinity.
         """
         return self._unload_and_optionally_merge(
@@ -113,6 +113,11 @@ class OrdMoEModel(LoraModel):
         requantize: bool = False,
     ) -> nn.Module:
         is_packed_base = has_packed_weights(self.model)
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise OrdMoEConfigError(
+                f"Cannot merge {unknown}: the model has no such adapter, only {list(self.peft_config)}."
+            )
         if requantize and not is_packed_base:
             raise OrdMoEConfigError(
                 "requantize=True, but no weight of the base is packed in 4 bits. Load the base with a "

@@ -214,6 +214,14 @@ class TestRefusals:
             tuned.merge_adapter()
         assert torch.equal(logits(tuned, models.text_batch()), wanted)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_an_adapter_that_is_not_there(self, packed, tmp_path):
+        tuned = adapted(packed_base(models.qwen3_moe(), tmp_path) if packed else models.qwen3_moe())
+        wanted = logits(tuned, models.text_batch())
+        with pytest.raises(OrdMoEConfigError, match=r"no such adapter, only \['default'\]"):
+            tuned.merge_and_unload(adapter_names=["defualt"])
+        assert torch.equal(logits(tuned, models.text_batch()), wanted)
+
     def test_requantising_what_is_not_packed(self):
         tuned, batch = adapted(models.qwen3_moe()), models.text_batch()
         wanted = logits(tuned, batch)

@@ -23,7 +23,7 @@ from .dequantization import cast_rest_, unpack_
 from .file_pages import release_file_pages
 from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
-from .storage import Matrices, is_packed, pack_experts
+from .storage import Matrices, check_packable, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
 
 
@@ -84,7 +84,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         The configuration is saved with the model, and says on loading what is packed there.
 
         Raises:
-            [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind that nothing can run packed.
+            [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind or dtype that nothing can run packed.
         """
         config = self.quantization_config
         layers = packable_layers(model, config.llm_int8_skip_modules)
@@ -96,6 +96,8 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             )
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
+        for name in [] if self.pre_quantized else sorted(self.expert_stacks):
+            check_packable(name, model.get_parameter(name).dtype)
 
     def adopt(self, model: nn.Module) -> None:
         """Give `model`, whose stacks are packed, all that a model loaded by this quantizer has."""

@@ -39,6 +39,15 @@ def logical_shape(weight: torch.Tensor) -> torch.Size:
     return weight.quant_state.shape if is_packed(weight) else weight.shape
 
 
+def check_packable(name: str, dtype: torch.dtype) -> None:
+    """Raise [`OrdMoEModelError`] where bitsandbytes does not pack the stack `name`, which is in `dtype`."""
+    if dtype not in PACKABLE_DTYPES:
+        raise OrdMoEModelError(
+            f"{name} is {dtype}, which bitsandbytes does not pack in 4 bits: load the model in bfloat16, float16 or "
+            "float32 (`dtype`), or add the stack to `llm_int8_skip_modules`."
+        )
+
+
 def pack_experts(
     matrices: Matrices,
     name: str,
@@ -66,11 +75,7 @@ def pack_experts(
     """
     bytes_EP = absmax_EN = None
     for expert, matrix_OI in enumerate(matrices):
-        if matrix_OI.dtype not in PACKABLE_DTYPES:
-            raise OrdMoEModelError(
-                f"{name} is {matrix_OI.dtype}, which bitsandbytes does not pack in 4 bits: load it in bfloat16, "
-                "float16 or float32 (`dtype`), or add it to `llm_int8_skip_modules`."
-            )
+        check_packable(name, matrix_OI.dtype)
         weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
         packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
         if expert == 0:

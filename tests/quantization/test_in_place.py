@@ -114,7 +114,7 @@ def with_a_shared_stack(model):
         (with_wrapped_attention, None, r"has an adapter, on model\.layers\.0\.self_attn\.q_proj.*unload\(\)"),
         (with_a_shared_stack, None, r"layers\.0\.mlp\.experts\.down_proj and .*layers\.1.* one and the same"),
         (lambda model: model.to("meta"), None, r"gate_up_proj is not in memory"),
-        (lambda model: model.double(), None, r"gate_up_proj is torch\.float64"),
+        (lambda model: model.double(), None, r"down_proj is torch\.float64"),
         (lambda model: model, {"llm_int8_skip_modules": ["experts"]}, "names all experts"),
     ],
     ids=["quantised", "PeftModel", "adapter", "shared", "meta", "float64", "all skipped"],
