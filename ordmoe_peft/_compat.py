@@ -41,21 +41,21 @@ def add_peft_type(name: str) -> None:
     type.__setattr__(PeftType, name, member)  # Python 3.12 looks members up as class attributes
 
 
-def keep_linear4bit_layout(module: Linear4bit) -> None:
-    """Keep bitsandbytes from repacking this layer's weight in place at its first evaluation forward on some CPUs.
+def keep_linear4bit_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking the weights of linear layers in place at their first evaluation on some CPUs.
 
-    The repacked bytes differ from the loaded ones, and layers whose width is not a multiple of 32 fail.
-    Remove when the repacking is optional upstream (bitsandbytes 0.50.2, `bitsandbytes/nn/modules.py`).
+    The repacked bytes are not those that were loaded, nothing but its own product reads them, and layers whose width is
+    not a multiple of 32 fail. Remove when the repacking is optional upstream (bitsandbytes 0.50.2,
+    `bitsandbytes/nn/modules.py`).
     """
-    module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
-def experts_implementation(model: nn.Module) -> str:
-    """The name of the experts function that `model` uses.
-
-    transformers has a public setter, `set_experts_implementation`, and no public getter (5.23).
-    """
-    return model.config._experts_implementation
+def is_repacked(weight: Params4bit) -> bool:
+    """Whether bitsandbytes has done what [`keep_linear4bit_layout`] keeps it from."""
+    return getattr(weight.quant_state, "packing_format_for_cpu", False)
 
 
 def attention_implementation(model: nn.Module) -> str:

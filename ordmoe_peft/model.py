@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.utils import logging
 
-from ._compat import experts_implementation
+from ._compat import keep_linear4bit_layout
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers import param_wrapper, router_wrapper
@@ -47,6 +47,7 @@ class OrdMoEModel(LoraModel):
                 check_router(layer)
                 check_weights(layer)
         install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
+        keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
         config.base_moe = base_moe(model)
         config.target_modules, config.target_parameters = targets
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -55,7 +56,7 @@ class OrdMoEModel(LoraModel):
 
     def _use_ordmoe_experts(self) -> None:
         if not hasattr(self, "_experts_implementation_before"):
-            self._experts_implementation_before = experts_implementation(self.model)
+            self._experts_implementation_before = self.model.get_experts_implementation()
         self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @staticmethod
@@ -97,7 +98,7 @@ class OrdMoEModel(LoraModel):
                 [`~ordmoe_peft.merging.survival.RequantizationReport`]. Below 90 % there is a warning.
 
         Raises:
-            [`OrdMoEConfigError`]: `requantize` on a base that is not packed.
+            [`OrdMoEConfigError`]: `requantize` on a base that is not packed, or a name that is no adapter's.
             [`OrdMoEModelError`]: `safe_merge` found NaN or infinity.
         """
         return self._unload_and_optionally_merge(
@@ -113,6 +114,11 @@ class OrdMoEModel(LoraModel):
         requantize: bool = False,
     ) -> nn.Module:
         is_packed_base = has_packed_weights(self.model)
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise OrdMoEConfigError(
+                f"Cannot merge {unknown}: the model has no such adapter, only {list(self.peft_config)}."
+            )
         if requantize and not is_packed_base:
             raise OrdMoEConfigError(
                 "requantize=True, but no weight of the base is packed in 4 bits. Load the base with a "
@@ -136,13 +142,12 @@ class OrdMoEModel(LoraModel):
             forget_quantization(model)
         return model
 
-    def _experts_implementation_after(self, model: nn.Module) -> str:
-        """What the model had before; what transformers would choose where packed experts had needed ours."""
-        if self._experts_implementation_before == EXPERTS_IMPLEMENTATION and not has_packed_weights(model):
-            quantizer = getattr(model, "hf_quantizer", None)
-            before = getattr(quantizer, "experts_implementation_before", None)
-            return before or model.get_correct_experts_implementation(None)
-        return self._experts_implementation_before
+    def _experts_implementation_after(self, model: nn.Module) -> dict[str, str]:
+        """What the model had before the adapter; before its experts were packed, where they are dense now."""
+        before = self._experts_implementation_before
+        if has_packed_weights(model):
+            return before
+        return getattr(getattr(model, "hf_quantizer", None), "experts_implementation_before", before)
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:

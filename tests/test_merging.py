@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
@@ -158,6 +160,31 @@ def test_a_merged_model_takes_a_new_adapter(tmp_path):
     torch.testing.assert_close(logits(again.merge_and_unload(), batch), wanted, rtol=1e-4, atol=1e-4)
 
 
+class TestStockBases:
+    """transformers' own 4-bit loading: linear layers are packed, experts are not."""
+
+    @pytest.fixture
+    def base(self, tmp_path):
+        models.qwen3_moe().save_pretrained(tmp_path)
+        config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"])
+        return type(models.qwen3_moe()).from_pretrained(tmp_path, quantization_config=config).eval()
+
+    def test_merge_after_an_evaluation(self, base):
+        """At which bitsandbytes rearranges the bytes of linear layers, on some CPUs."""
+        tuned, batch = adapted(base), models.text_batch()
+        wanted = logits(tuned, batch)
+        torch.testing.assert_close(logits(tuned.merge_and_unload(), batch), wanted, rtol=1e-4, atol=1e-4)
+
+    def test_bytes_that_were_rearranged_before_are_refused(self, base):
+        layer = base.model.layers[0].self_attn.q_proj
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+        tuned = adapted(base)
+        with pytest.raises(OrdMoEModelError, match=r"q_proj\.weight was evaluated on a CPU.*Load the model anew"):
+            tuned.merge_and_unload()
+
+
 class TestRefusals:
     """Each leaves the model as it was."""
 
@@ -185,6 +212,14 @@ class TestRefusals:
     def test_merging_in_place(self, tuned, wanted):
         with pytest.raises(OrdMoEModelError, match="cannot be unmerged"):
             tuned.merge_adapter()
+        assert torch.equal(logits(tuned, models.text_batch()), wanted)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_an_adapter_that_is_not_there(self, packed, tmp_path):
+        tuned = adapted(packed_base(models.qwen3_moe(), tmp_path) if packed else models.qwen3_moe())
+        wanted = logits(tuned, models.text_batch())
+        with pytest.raises(OrdMoEConfigError, match=r"no such adapter, only \['default'\]"):
+            tuned.merge_and_unload(adapter_names=["defualt"])
         assert torch.equal(logits(tuned, models.text_batch()), wanted)
 
     def test_requantising_what_is_not_packed(self):

@@ -1,20 +1,18 @@
 """What loading a MoE checkpoint costs: bf16, stock `load_in_4bit`, and 4-bit experts.
 
-    python examples/benchmarks/load_4bit.py [--layers 8] [--folder /tmp]
+    python -m examples.benchmarks.load_4bit        # some minutes on two cores, nearly all of them packing
 
-Makes a sharded bf16 checkpoint of the Qwen3-MoE class with random weights (2.5 GB) in both forms that experts have on
+Makes a sharded bf16 checkpoint of the Qwen3-MoE class with random weights (2.2 GB) in both forms that experts have on
 disk, loads it in a fresh process for each way, and prints a table. The files go to a temporary folder and are removed.
 
 Memory is what the process holds beyond what it held before the load. On CPU it is resident memory as the kernel counts
-it: the peak is `VmHWM`, which includes the pages of checkpoint files that are mapped into memory; `anonymous` is the
-highest `RssAnon` seen, without those. A tensor in bf16 may stay in the mapped file and count only once it is read, so
-bf16 experts can look smaller than they are. On a CUDA device it is what torch allocated there.
+it, which includes the pages of checkpoint files that are mapped into memory. A tensor in bf16 may stay in the mapped
+file and count only once it is read, so bf16 experts can look smaller than they are. On a CUDA device it is what torch
+allocated there.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +24,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfi
 from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.quantization.census import in_units
+
+from .measuring import in_a_fresh_process, peak_of
 
 
 HIDDEN, EXPERT_WIDTH, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 384, 128, 16, 4, 64, 1024
@@ -41,80 +41,41 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers, 0.31 GB each")
+    parser.add_argument("--layers", type=int, default=7, help="decoder layers, 0.31 GB each")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="how experts are on disk")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="how they are loaded")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS)[:3], help="how they are loaded")
     parser.add_argument("--folder", help="where the temporary folder is made; the system's place by default")
-    parser.add_argument("--load", nargs=2, metavar=("CHECKPOINT", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--load", metavar="CHECKPOINT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        print(json.dumps(load(*options.load)))
+        print(json.dumps(load(options.load, *options.ways)))
         return
     rows = []
     for form in options.forms:
         with tempfile.TemporaryDirectory(dir=options.folder) as checkpoint:
             write_checkpoint(Path(checkpoint), options.layers, form)
             size = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
-            rows += [row(form, way, measure(checkpoint, way)) for way in options.ways]
+            for way in options.ways:
+                result = in_a_fresh_process("examples.benchmarks.load_4bit", load=checkpoint, ways=way)
+                rows.append(row(form, way, **result))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     title = f"Loading {in_units(size)} of bf16 on {where}; largest fused stack {in_units(LARGEST_STACK)}"
-    columns = ["way", "on disk", "model", "after load", "peak", "anonymous", "(peak - model) / stack", "seconds"]
-    print_table(title, columns, rows)
+    print_table(title, ["way", "on disk", "model", "peak", "(peak - model) / stack", "seconds"], rows)
 
 
-def row(form: str, way: str, result: dict[str, float]) -> list[str]:
-    sizes = [in_units(result[name]) for name in ("model", "after", "peak", "anonymous")]
-    return [way, form, *sizes, f"{(result['peak'] - result['model']) / LARGEST_STACK:.2f}", f"{result['seconds']:.1f}"]
-
-
-def measure(checkpoint: str, way: str) -> dict[str, float]:
-    """Load `checkpoint` in a fresh process and watch its anonymous memory from here."""
-    command = [sys.executable, __file__, "--load", checkpoint, way]
-    anonymous = 0
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        while child.poll() is None:
-            anonymous = max(anonymous, memory(child.pid).get("RssAnon", 0))
-            time.sleep(0.002)
-        if child.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"Loading {way!r} failed:\n{errors.read()}")
-    result = json.loads(child.stdout.read().splitlines()[-1])
-    return result | {"anonymous": anonymous - result["anonymous_before"]}
+def row(form: str, way: str, model: int, peak: int, seconds: float) -> list[str]:
+    over = (peak - model) / LARGEST_STACK
+    return [way, form, in_units(model), in_units(peak), f"{over:.2f}", f"{seconds:.1f}"]
 
 
 def load(checkpoint: str, way: str) -> dict[str, float]:
     """Load `checkpoint` in this process."""
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.zeros(1, device="cuda")
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = memory("self")
+    device_map = {"": 0} if torch.cuda.is_available() else None
+    arguments = {"dtype": torch.bfloat16, "quantization_config": WAYS[way], "device_map": device_map}
+    loaded = []
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.bfloat16, quantization_config=WAYS[way], device_map={"": 0} if on_cuda else None
-    )
-    seconds = time.perf_counter() - start
-    after = memory("self")
-    return {
-        "model": quantization_census(model).bytes,
-        "after": torch.cuda.memory_allocated() if on_cuda else after["VmRSS"] - before["VmRSS"],
-        "peak": torch.cuda.max_memory_allocated() if on_cuda else after["VmHWM"] - before["VmRSS"],
-        "anonymous_before": before["RssAnon"],
-        "seconds": seconds,
-    }
-
-
-def memory(process: int | str) -> dict[str, int]:
-    """Bytes by name in `/proc/<process>/status`; nothing of a process that has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    pairs = [line.split(":", 1) for line in lines if line.endswith("kB")]
-    return {name: 1024 * int(value.split()[0]) for name, value in pairs}
+    peak = peak_of(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)))
+    return {"seconds": time.perf_counter() - start, "peak": peak, "model": quantization_census(*loaded).bytes}
 
 
 def write_checkpoint(folder: Path, layers: int, form: str) -> None:

@@ -23,6 +23,7 @@ def peak_of(work: Callable[[], Any]) -> int:
     The resident peak is Linux's high-water mark, which can be set back (`man 5 proc`, `clear_refs`).
     """
     if torch.cuda.is_available():
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()

@@ -28,11 +28,16 @@ class ModelArguments:
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
 
-    def quantization_config(self) -> MoeBitsAndBytesConfig | None:
-        """The quantisation that was asked for."""
+    def quantization_config(self, stored_dtype: torch.dtype | None = None) -> MoeBitsAndBytesConfig | None:
+        """The quantisation that was asked for.
+
+        Args:
+            stored_dtype (`torch.dtype`, *optional*): the checkpoint's, which `dtype="auto"` stands for.
+        """
         if not self.load_in_4bit:
             return None
-        compute_dtype = self.bnb_4bit_compute_dtype or (None if self.dtype == "auto" else self.dtype)
+        auto = None if stored_dtype is None else str(stored_dtype).removeprefix("torch.")
+        compute_dtype = self.bnb_4bit_compute_dtype or (auto if self.dtype == "auto" else self.dtype)
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         if compute_dtype is not None and compute_dtype not in known:
             raise OrdMoEConfigError(f"bnb_4bit_compute_dtype must be one of {tuple(known)}, got {compute_dtype!r}.")

@@ -24,7 +24,10 @@ class MergeArguments(ModelArguments):
     attn_implementation: str | None = field(default=None, init=False)
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Round the base through the 4-bit recipe first, as the adapter saw it; the output is dense."},
+        metadata={"help": "Round the base through the 4-bit recipe first, as the adapter saw it."},
+    )
+    requantize: bool = field(
+        default=False, metadata={"help": "Pack the merged weights in 4 bits again, as load_in_4bit or the base says."}
     )
     adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
     output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
@@ -59,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         base=options.model_name_or_path,
         revision=options.model_revision,
         quantization_config=options.quantization_config(),
+        requantize=options.requantize,
         dtype=options.written_dtype(),
         max_shard_size=options.max_shard_size,
         trust_remote_code=options.trust_remote_code,
@@ -77,4 +81,8 @@ def main(arguments: Sequence[str]) -> None:
             )
         ],
     )
+    if summary.report is not None:
+        print(summary.report)
+        if summary.report.warning():
+            print(f"Warning: {summary.report.warning()}")
     print(f"Merged model in {options.output}")

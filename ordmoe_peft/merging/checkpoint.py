@@ -36,9 +36,6 @@ class Checkpoint:
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
 
-    def num_bytes(self, name: str) -> int:
-        return self.shapes[name].numel() * self.dtypes[name].itemsize
-
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors by name. They are pages of their files, mapped for as long as the tensors live."""
         with ExitStack() as stack:
@@ -121,31 +118,43 @@ class ShardWriter:
 
     Args:
         folder (`Path`): where to write.
-        num_shards (`int`): how many there will be; a single one has no index.
+        max_shard_size (`int`): bytes in a shard, unless what is added at once has more.
     """
 
-    def __init__(self, folder: Path, num_shards: int):
+    def __init__(self, folder: Path, max_shard_size: int):
         self.folder = folder
-        self.num_shards = num_shards
-        self.weight_map: dict[str, str] = {}
-        self.total_size = 0
-        self.written = 0
+        self.max_shard_size = max_shard_size
+        self.shard: dict[str, torch.Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.total_size = self.shard_size = 0
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the next shard."""
-        self.written += 1
-        file = SAFE_WEIGHTS_NAME
-        if self.num_shards > 1:
-            file = file.replace(".safetensors", f"-{self.written:05d}-of-{self.num_shards:05d}.safetensors")
-        save_file(dict(tensors), self.folder / file, metadata={"format": "pt"})
-        self.weight_map |= dict.fromkeys(tensors, file)
-        self.total_size += sum(tensor.nbytes for tensor in tensors.values())
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors into one shard, this or, where they do not fit, the next."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self.shard and self.shard_size + size > self.max_shard_size:
+            self._write()
+        self.shard |= tensors
+        self.shard_size += size
+        self.total_size += size
 
     def close(self) -> None:
-        """Write the index."""
-        if self.num_shards > 1:
-            index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(self.weight_map.items()))}
+        """Write the last shard, and the index where there are several."""
+        self._write()
+        weight_map = {}
+        for number, names in enumerate(self.shards, start=1):
+            file = SAFE_WEIGHTS_NAME
+            if len(self.shards) > 1:
+                file = file.replace(".safetensors", f"-{number:05d}-of-{len(self.shards):05d}.safetensors")
+            (self.folder / f"{number}.part").rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if len(self.shards) > 1:
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write(self) -> None:
+        self.shards.append(list(self.shard))
+        save_file(self.shard, self.folder / f"{len(self.shards)}.part", metadata={"format": "pt"})
+        self.shard, self.shard_size = {}, 0
 
 
 def files_beside(folder: Path) -> Iterator[Path]:

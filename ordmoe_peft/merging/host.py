@@ -10,6 +10,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from ..quantization.storage import is_packed
+from .in_memory import PackedWeight
+
 
 def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model in `folder`, of the class that its checkpoint names, with parameters that take no memory.
@@ -63,19 +66,22 @@ class Host:
                 attributes = [layer.parameter_name] if is_one else [name for name, _ in owner.named_parameters()]
                 self.adapted.append((layer, [f"{names[id(owner)]}.{attribute}" for attribute in attributes]))
 
-    def numel(self, name: str) -> int:
-        """How many numbers the parameter `name` has."""
-        owner, attribute = self.owners[name]
-        return getattr(owner, attribute).numel()
-
     def put(self, name: str, value: torch.Tensor) -> None:
         """Make `value` the parameter `name`."""
         owner, attribute = self.owners[name]
-        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+        setattr(owner, attribute, value if is_packed(value) else nn.Parameter(value, requires_grad=False))
 
     def take(self, name: str) -> torch.Tensor:
-        """The content of the parameter `name`, which has none afterwards."""
+        """The parameter `name`, which has no content afterwards."""
         owner, attribute = self.owners[name]
-        value = getattr(owner, attribute).data
+        value = getattr(owner, attribute)
         setattr(owner, attribute, _weightless(value))
-        return value
+        return value if is_packed(value) else value.data
+
+    def packed_weight(self, name: str) -> PackedWeight | None:
+        """The packed weight that was put in the place of the parameter `name`, if it is one."""
+        owner, attribute = self.owners[name]
+        if not is_packed(getattr(owner, attribute)):
+            return None
+        layer = next((layer for layer, names in self.adapted if name in names), None)
+        return PackedWeight(name, owner, attribute, layer, [] if layer is None else list(layer.lora_A))

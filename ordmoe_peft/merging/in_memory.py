@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
@@ -19,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from .._compat import keep_linear4bit_layout, save_in_original_format
+from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
 from ..layers.param_wrapper import ParamWrapper, check_finite
 from ..moe_layers import without_wrappers
-from ..quantization.storage import dense_stack, expert_unpacker, is_packed, logical_shape, pack_experts
+from ..quantization.dequantization import put_dense_
+from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
 from .survival import RequantizationReport, Survival, SurvivalSum
 
 
@@ -37,17 +37,22 @@ class PackedWeight:
     """A packed weight of a model, and the LoRA layer on it, if there is one.
 
     Args:
-        name (`str`): its name in the unwrapped model.
+        wrapped_name (`str`): its name, with PEFT's wrappers.
         owner (`nn.Module`), attribute (`str`): where it is.
         layer ([`~peft.tuners.lora.LoraLayer`], *optional*): what adapts it.
         adapters (`list[str]`): the adapters to merge.
     """
 
-    name: str
+    wrapped_name: str
     owner: nn.Module
     attribute: str
     layer: LoraLayer | None
     adapters: list[str]
+
+    @property
+    def name(self) -> str:
+        """Its name in the unwrapped model."""
+        return without_wrappers(self.wrapped_name)
 
     @property
     def packed(self) -> Params4bit:
@@ -73,17 +78,16 @@ class PackedWeight:
             rows.copy_(merged_OI)
         return dense
 
+    def check_finite(self, dtype: torch.dtype) -> None:
+        """Raise [`OrdMoEModelError`] where the dense weight would not be finite."""
+        for _, merged_OI in self.matrices() if self.adapters else ():
+            check_finite(merged_OI.to(dtype), self.name, self.adapters)
+
 
 def unpacker(packed: Params4bit) -> tuple[int, Callable[[int], torch.Tensor]]:
     """How many matrices a packed weight holds, and a function that unpacks one."""
     shape = logical_shape(packed)
     return (shape[0], expert_unpacker(packed)) if len(shape) == 3 else (1, lambda _: dequantize_bnb_weight(packed))
-
-
-def dense_weight(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that a packed weight stands for."""
-    is_stack = len(logical_shape(packed)) == 3
-    return dense_stack(packed, dtype) if is_stack else dequantize_bnb_weight(packed).to(dtype)
 
 
 def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tensor) -> torch.Tensor:
@@ -112,7 +116,7 @@ def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[Pa
                 names = [] if layer is None else check_adapters_to_merge(layer, adapter_names)
                 found.append(
                     PackedWeight(
-                        without_wrappers(f"{wrapped_name}.{attribute}"),
+                        f"{wrapped_name}.{attribute}",
                         module,
                         attribute,
                         layer,
@@ -145,17 +149,17 @@ def merge_packed(
     """
     dtype = model.get_input_embeddings().weight.dtype
     weights = packed_weights(model, adapter_names)
-    _check_mergeable(weights)
+    check_mergeable(weights)
     if safe_merge:
         _check_all_finite(model, weights, dtype, adapter_names)
     report = RequantizationReport()
     for weight in tqdm(weights, disable=not progressbar, desc="Merging 4-bit weights"):
         if not requantize:
-            _put_dense(model, weight, dtype)
+            put_dense_(model, weight.wrapped_name, nn.Parameter(weight.merged(dtype), requires_grad=False))
         elif weight.adapters:
-            report.weights.append(_repack(weight, dtype))
+            report.weights.append(repack(weight, dtype))
         if weight.adapters:
-            _merge_bias(weight)
+            merge_bias(weight)
     packed_layers = {weight.layer for weight in weights}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and module not in packed_layers:
@@ -163,8 +167,13 @@ def merge_packed(
     return report if requantize else None
 
 
-def _check_mergeable(weights: list[PackedWeight]) -> None:
+def check_mergeable(weights: list[PackedWeight]) -> None:
     for weight in weights:
+        if is_repacked(weight.packed):
+            raise OrdMoEModelError(
+                f"{weight.name} was evaluated on a CPU before the adapter was put on the model, for which bitsandbytes "
+                "rearranged its bytes. Load the model anew, put the adapter on it, and merge."
+            )
         if len(weight.adapters) > 1 and any(name in weight.layer.lora_variant for name in weight.adapters):
             raise OrdMoEModelError(
                 f"Cannot merge {weight.adapters} together into {weight.name}: one of them is a variant of LoRA such as "
@@ -181,8 +190,7 @@ def _check_all_finite(
     model: nn.Module, weights: list[PackedWeight], dtype: torch.dtype, adapter_names: list[str] | None
 ) -> None:
     for weight in weights:
-        for _, merged_OI in weight.matrices() if weight.adapters else ():
-            check_finite(merged_OI.to(dtype), weight.name, weight.adapters)
+        weight.check_finite(dtype)
     packed_layers = {weight.layer for weight in weights}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module not in packed_layers:
@@ -191,25 +199,7 @@ def _check_all_finite(
                     check_finite(factor, without_wrappers(name), [adapter])
 
 
-def _put_dense(model: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> None:
-    dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
-    if not isinstance(weight.owner, Linear4bit):
-        setattr(weight.owner, weight.attribute, dense)
-        return
-    old = weight.owner
-    with torch.device("meta"):
-        linear = nn.Linear(old.in_features, old.out_features, bias=False)
-    linear.weight, linear.bias = dense, old.bias
-    linear.train(old.training)
-    if hasattr(old, "_hf_hook"):  # accelerate's, which moves inputs between devices
-        add_hook_to_module(linear, old._hf_hook)
-    if weight.layer is not None:
-        weight.layer.base_layer = linear
-    else:
-        model.set_submodule(weight.name.removesuffix(f".{weight.attribute}"), linear)
-
-
-def _repack(weight: PackedWeight, dtype: torch.dtype) -> Survival:
+def repack(weight: PackedWeight, dtype: torch.dtype) -> Survival:
     """Pack the merged weight as it was packed before, and say what is left of the delta."""
     old = weight.packed
     new = packed_like(old, weight.merged(dtype), weight.name)
@@ -248,7 +238,7 @@ def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
     return new
 
 
-def _merge_bias(weight: PackedWeight) -> None:
+def merge_bias(weight: PackedWeight) -> None:
     """Add what `lora_bias` trained to the linear layer's bias."""
     for name in weight.adapters:
         if weight.layer.lora_bias[name]:

@@ -7,11 +7,13 @@ in 4 bits becomes dense, all of it, under the names of the model's parameters.
 
 By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
 other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
-merged model computes what was trained.
+merged model computes what was trained. `requantize` packs the merged weights again, and then the output is what
+`save_pretrained` of such a model writes.
 """
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,13 @@ from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..files import whole_folder
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from .card import model_card
-from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .checkpoint import ShardWriter, checkpoint_folder, files_beside, open_checkpoint
 from .host import Host, empty_model
-from .plan import Work, into_shards, plan_work, written_dtype
-from .rounding import Rounding
-from .sources import PackedSource, check_source, find_sources
+from .packing import Packing
+from .plan import plan_work
+from .sources import PackedSource, Source, check_source, find_sources
+from .survival import RequantizationReport
+from .tensor_merge import TensorMerge
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,10 @@ class MergeSummary:
     Args:
         base (`str`): the base.
         merged (`int`): parameters that the adapter changed.
-        rounded (`int`): parameters that were rounded through the 4-bit recipe first.
+        rounded (`int`): parameters that were rounded through the 4-bit recipe.
         copied (`int`): tensors that were copied.
         shards (`int`), num_bytes (`int`): what was written.
+        report ([`RequantizationReport`], *optional*): with `requantize`, what that left of each delta.
     """
 
     base: str
@@ -53,6 +58,7 @@ class MergeSummary:
     copied: int
     shards: int
     num_bytes: int
+    report: RequantizationReport | None
 
 
 def merge_checkpoint(
@@ -61,12 +67,13 @@ def merge_checkpoint(
     base: str | Path | None = None,
     revision: str | None = None,
     quantization_config: MoeBitsAndBytesConfig | None = None,
+    requantize: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
     progressbar: bool = False,
 ) -> MergeSummary:
-    """Write the base with the adapter merged into it to `output`, which plain `from_pretrained` loads.
+    """Write the base with the adapter merged into it to `output`, which `from_pretrained` loads.
 
     Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
     the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
@@ -79,8 +86,10 @@ def merge_checkpoint(
             the adapter names, by default.
         revision (`str`, *optional*): branch, tag or commit of the base on the hub.
         quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
-            the deltas are added, as loading with it would; the output is dense all the same. The weights as they are
-            stored, by default.
+            the deltas are added, as loading with it would; the output is dense unless `requantize` is set. The weights
+            as they are stored, by default.
+        requantize (`bool`, defaults to `False`): pack the merged weights again, by `quantization_config` or as the base
+            is stored. `from_pretrained` loads the output where this package is imported.
         dtype (`torch.dtype`, *optional*): of the floating-point tensors that are written; each one's own by default, or
             that of the base's configuration where it is stored in 4 bits.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
@@ -88,7 +97,7 @@ def merge_checkpoint(
         progressbar (`bool`, defaults to `False`): show one bar for the tensors.
 
     Raises:
-        [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, or `output` is taken.
+        [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, `output` is taken, or `requantize` has no recipe.
         [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised by others, or is
             stored in a form that cannot be written back; or a merged weight is not finite.
     """
@@ -106,38 +115,56 @@ def merge_checkpoint(
         raise OrdMoEConfigError(
             f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
         )
+    if requantize and recipe is None and quantization_config is None:
+        raise OrdMoEConfigError(
+            f"requantize needs the recipe: {base} is stored dense, so give `quantization_config` (`load_in_4bit`)."
+        )
     host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
     skeleton = empty_model(checkpoint.folder, trust_remote_code)
-    sources = find_sources(skeleton, checkpoint.files, recipe, dtype or skeleton.config.dtype)
+    sources = find_sources(skeleton, checkpoint.files, recipe)
     parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
-    rounding = None
+    packing = None
     if quantization_config is not None:
-        rounding = Rounding(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
-    changed = rounding.names if rounding else {source.target for source in sources if isinstance(source, PackedSource)}
-    works = plan_work(checkpoint, host, parameters, changed, dtype)
-    shards = list(into_shards(works, shard_size))
+        packing = Packing(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
+    works = plan_work(checkpoint, host, parameters, _also_changed(sources, parameters, packing, requantize))
+    report = RequantizationReport() if requantize else None
+    merge = TensorMerge(
+        checkpoint,
+        host,
+        packing,
+        dtype,
+        packed={name for source in sources if isinstance(source, PackedSource) for name in source.names},
+        packed_dtype=dtype or skeleton.config.dtype or torch.bfloat16,
+        report=report,
+    )
 
-    with whole_folder(output) as unfinished, tqdm(total=len(works), disable=not progressbar, desc="Merging") as bar:
-        writer = ShardWriter(unfinished, len(shards))
-        for shard in shards:
-            tensors: dict[str, torch.Tensor] = {}
-            for work in shard:
-                tensors |= finished(work, host, checkpoint, rounding, dtype)
-                bar.update()
-            writer.write(tensors)
-            del tensors
+    with whole_folder(output) as unfinished, tqdm(works, disable=not progressbar, desc="Merging") as bar:
+        writer = ShardWriter(unfinished, shard_size)
+        for work in bar:
+            writer.add(merge.finished(work))
         writer.close()
-        _copy_files_beside(checkpoint.folder, unfinished, dtype)
-        card = model_card(str(base), str(adapter), adapter_config, quantization_config)
+        stored_as = (packing.config if packing else recipe) if requantize else None
+        _copy_files_beside(checkpoint.folder, unfinished, dtype, stored_as)
+        card = model_card(str(base), str(adapter), adapter_config, quantization_config, report)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     return MergeSummary(
         base=str(base),
         merged=sum(len(work.layers) for work in works),
-        rounded=len(rounding.names) if rounding else 0,
+        rounded=len(packing.names) if packing else 0,
         copied=sum(len(work.names) for work in works if not work.sources),
-        shards=len(shards),
+        shards=len(writer.shards),
         num_bytes=writer.total_size,
+        report=report,
     )
+
+
+def _also_changed(
+    sources: list[Source], parameters: Iterable[str], packing: Packing | None, requantize: bool
+) -> set[str]:
+    """The parameters that do not stay as they are stored, beside those that the adapter changes."""
+    if requantize:
+        return set() if packing is None else set(parameters)  # which take the model's own names
+    return packing.names if packing else {source.target for source in sources if isinstance(source, PackedSource)}
 
 
 def _shard_size(size: int | str) -> int:
@@ -153,6 +180,12 @@ def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, OrdMoEConfig):
         raise OrdMoEConfigError(f"{adapter} holds a {config.peft_type} adapter, not an OrdMoE one.")
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name):
+            raise OrdMoEConfigError(
+                f"{adapter} was trained with {name}={getattr(config, name)!r}, which merging on disk does not carry "
+                "over. Load the base and the adapter, and use `merge_and_unload`."
+            )
     return config
 
 
@@ -173,41 +206,18 @@ def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
     return MoeBitsAndBytesConfig.from_dict(recipe)
 
 
-@torch.no_grad()
-def finished(
-    work: Work, host: Host, checkpoint: Checkpoint, rounding: Rounding | None, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """The tensors of `work` as they are to be written."""
-    tensors = checkpoint.read(work.names)
-    packed = {name for source in work.sources if isinstance(source, PackedSource) for name in source.names}
-    for name in tensors.keys() - packed:
-        tensors[name] = tensors[name].to(written_dtype(tensors[name].dtype, dtype))
-    made = []
-    for source in work.sources:
-        parameters = source.to_parameters({name: tensors.pop(name) for name in source.names})
-        made.append(list(parameters))
-        for name in made[-1]:
-            value = parameters.pop(name)
-            if len(source.names) == 1:  # then it may still be pages of the file, which are not ours to write to
-                value = value.clone()
-            host.put(name, value if rounding is None or name not in rounding.names else rounding(name, value))
-            del value
-    for layer in work.layers:
-        layer.merge(safe_merge=True)
-    for source, names in zip(work.sources, made, strict=True):
-        written = source.to_tensors({name: host.take(name) for name in names})
-        tensors |= {name: tensor.contiguous() for name, tensor in written.items()}
-    return tensors
-
-
-def _copy_files_beside(folder: Path, output: Path, dtype: torch.dtype | None) -> None:
-    """Copy all but weights; the configuration says what the merged model is, a dense one."""
+def _copy_files_beside(
+    folder: Path, output: Path, dtype: torch.dtype | None, stored_as: MoeBitsAndBytesConfig | None
+) -> None:
+    """Copy all but weights; the configuration says what the merged model is: a dense one, or `stored_as`."""
     for path in files_beside(folder):
         shutil.copyfile(path, output / path.name)
     config = json.loads((output / CONFIG_NAME).read_text())
     changed = {name: value for name, value in config.items() if name != "quantization_config"}
     if dtype is not None:
         changed = _with_dtype(changed, str(dtype).removeprefix("torch."))
+    if stored_as is not None:
+        changed["quantization_config"] = stored_as.to_dict()
     if changed != config:
         (output / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
 

@@ -1,16 +1,15 @@
-"""What is done to each tensor of a checkpoint, and which shard it goes to."""
+"""What is done to each tensor of a checkpoint."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-import torch
 from peft.tuners.lora import LoraLayer
 from transformers.core_model_loading import dot_natural_key
 
 from ..errors import OrdMoEModelError
 from .checkpoint import Checkpoint
 from .host import Host
-from .sources import PackedSource, Source
+from .sources import Source
 
 
 @dataclass
@@ -21,13 +20,11 @@ class Work:
         names (`list[str]`): the checkpoint's tensors.
         sources (`list` of [`Source`]): the parameters that they make; none where they are copied.
         layers (`list` of [`~peft.tuners.lora.LoraLayer`]): what merges into these parameters.
-        num_bytes (`int`): what is written.
     """
 
     names: list[str]
     sources: list[Source]
     layers: list[LoraLayer]
-    num_bytes: int = 0
 
 
 def plan_work(
@@ -35,7 +32,6 @@ def plan_work(
     host: Host,
     parameters: Mapping[str, Source],
     also_changed: Set[str],
-    dtype: torch.dtype | None,
 ) -> list[Work]:
     """What is done to each tensor of the checkpoint, in the checkpoint's order.
 
@@ -63,30 +59,4 @@ def plan_work(
             join([parameters[name]], [])
     changed = {name for work in works for name in work.names}
     works += [Work([name], [], []) for name in checkpoint.files if name not in changed]
-    for work in works:
-        packed = [source for source in work.sources if isinstance(source, PackedSource)]
-        parts = {name for source in packed for name in source.names}
-        work.num_bytes = sum(host.numel(source.target) * source.dtype.itemsize for source in packed)
-        work.num_bytes += sum(
-            checkpoint.shapes[name].numel() * written_dtype(checkpoint.dtypes[name], dtype).itemsize
-            for name in work.names
-            if name not in parts
-        )
     return sorted(works, key=lambda work: min(map(dot_natural_key, work.names)))
-
-
-def into_shards(works: list[Work], max_shard_size: int) -> Iterator[list[Work]]:
-    """Works for one shard after another, none larger than `max_shard_size` unless one work is."""
-    shard, size = [], 0
-    for work in works:
-        if shard and size + work.num_bytes > max_shard_size:
-            yield shard
-            shard, size = [], 0
-        shard.append(work)
-        size += work.num_bytes
-    yield shard
-
-
-def written_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is written in: `dtype` if it is given and the tensor is not of integers."""
-    return dtype if dtype is not None and stored.is_floating_point else stored

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 from ..errors import OrdMoEModelError
 from ..quantization.config import MoeBitsAndBytesConfig
 from ..quantization.quantizer import MoeBnb4BitHfQuantizer
-from .in_memory import dense_weight
+from ..quantization.storage import is_packed
 
 
 @dataclass(eq=False)
@@ -76,19 +76,19 @@ class Source:
 
 @dataclass(eq=False)
 class PackedSource(Source):
-    """Tensors of a checkpoint in 4 bits that make one packed weight; the parameter is what it stands for.
+    """Tensors of a checkpoint in 4 bits that make one packed weight.
 
-    It goes back as a dense tensor of the model's own name, which transformers reads beside the family's form.
-
-    Args:
-        dtype (`torch.dtype`): of the dense tensor.
+    What becomes of it is written under the model's own name, which transformers reads beside the family's form.
     """
 
-    dtype: torch.dtype = torch.bfloat16
-
     def to_parameters(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        packed = super().to_parameters(tensors)[self.target]
-        return {self.target: dense_weight(packed, self.dtype)}
+        parameters = super().to_parameters(tensors)
+        if not is_packed(parameters[self.target]):
+            raise OrdMoEModelError(
+                f"The checkpoint says that {self.target} is in 4 bits, but lacks its scales: it is not as "
+                "`save_pretrained` wrote it."
+            )
+        return parameters
 
     def to_tensors(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {self.target: parameters[self.target]}
@@ -103,7 +103,6 @@ def find_sources(
     skeleton: PreTrainedModel,
     names: Iterable[str],
     recipe: MoeBitsAndBytesConfig | None = None,
-    dtype: torch.dtype | None = None,
 ) -> list[Source]:
     """What each parameter of `skeleton` is made of; tensors that make none are left out.
 
@@ -113,7 +112,6 @@ def find_sources(
         skeleton ([`~transformers.PreTrainedModel`]): the model, without content; changed where there is a recipe.
         names (`Iterable[str]`): the checkpoint's tensors.
         recipe ([`MoeBitsAndBytesConfig`], *optional*): how the checkpoint is stored in 4 bits, if it is.
-        dtype (`torch.dtype`, *optional*): what packed weights are unpacked to, bfloat16 by default.
     """
     quantizer = None
     if recipe is not None:
@@ -131,11 +129,8 @@ def find_sources(
             target, pattern = rename_source_key(name, [], [], prefix, expected)
         if target not in expected:
             continue
-        if recipe is not None and pattern is not None:
-            new = PackedSource(skeleton, target, by_pattern[pattern], dtype=dtype or torch.bfloat16)
-        else:
-            new = Source(skeleton, target, by_pattern.get(pattern))
-        source = sources.setdefault(target, new)
+        kind = PackedSource if recipe is not None and pattern is not None else Source
+        source = sources.setdefault(target, kind(skeleton, target, by_pattern.get(pattern)))
         source.tensors.setdefault(pattern or name, []).append(name)
         source.inner_names[apply_renamings(name, renamings).removeprefix(f"{prefix}.")] = name
     return list(sources.values())

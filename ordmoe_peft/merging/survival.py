@@ -76,7 +76,7 @@ class RequantizationReport:
             f"Rounding the merged weights to 4 bits left less than {ENOUGH:.0%} of the delta in {len(self.weak)} of "
             f"{len(self.weights)} weights, the least in {self.weak[0].name}: {self.weak[0].survived:.1%}. The "
             "merged model is not the one that was trained: keep the adapter beside its 4-bit base, or merge into a "
-            "dense model (`requantize=False`)."
+            "dense model (without `requantize`)."
         )
 
     def __str__(self) -> str:

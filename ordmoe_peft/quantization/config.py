@@ -5,7 +5,7 @@ from typing import Any
 from transformers import BitsAndBytesConfig
 
 from ..errors import OrdMoEConfigError
-from .storage import BLOCK_SIZE
+from .storage import BLOCK_SIZE, PACKABLE_DTYPES
 
 
 # The name of the package, for where it is not imported: transformers then names the method that it does not know.
@@ -36,7 +36,8 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             `bnb_4bit_compute_dtype`, `llm_int8_skip_modules`.
 
     Raises:
-        [`OrdMoEConfigError`]: 4-bit loading is off, or the quantisation type or the block size is unknown.
+        [`OrdMoEConfigError`]: 4-bit loading is off, or the quantisation type, the block size or the dtype of
+            computation is not supported.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         if bnb_4bit_blocksize not in BLOCK_SIZES:
             raise OrdMoEConfigError(f"bnb_4bit_blocksize must be one of {BLOCK_SIZES}, got {bnb_4bit_blocksize!r}.")
         super().__init__(load_in_4bit=load_in_4bit, bnb_4bit_quant_type=bnb_4bit_quant_type, **kwargs)
+        if self.bnb_4bit_compute_dtype not in PACKABLE_DTYPES:
+            raise OrdMoEConfigError(
+                f"bnb_4bit_compute_dtype must be one of {PACKABLE_DTYPES}, got {self.bnb_4bit_compute_dtype}."
+            )
         self.quant_method = QUANT_METHOD
         self.bnb_4bit_blocksize = bnb_4bit_blocksize
 

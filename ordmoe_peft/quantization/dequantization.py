@@ -1,21 +1,41 @@
 """From packed weights back to a dense model."""
 
-from collections.abc import Iterable
-
 import torch
+from accelerate.hooks import add_hook_to_module
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from .storage import dense_stack
+from .storage import dense_stack, is_packed, logical_shape
 
 
-def unpack_stacks_(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> None:
-    """Make the packed stacks `names` dense, each freed before the next: one stack more than the result at most."""
-    for name in names:
-        module, parameter_name = get_module_from_name(model, name)
-        dense = nn.Parameter(dense_stack(getattr(module, parameter_name), dtype))
-        setattr(module, parameter_name, dense)
+def dense_weight(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a packed weight, of a fused stack or of a linear layer, stands for."""
+    is_stack = len(logical_shape(packed)) == 3
+    return dense_stack(packed, dtype) if is_stack else dequantize_bnb_weight(packed).to(dtype)
+
+
+def put_dense_(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Put the dense `weight` in the place of the packed one called `name`; its linear layer becomes an ordinary one."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if not isinstance(owner, Linear4bit):
+        setattr(owner, attribute, weight)
+        return
+    with torch.device("meta"):
+        linear = nn.Linear(owner.in_features, owner.out_features, bias=False)
+    linear.weight, linear.bias = weight, owner.bias
+    linear.train(owner.training)
+    if hasattr(owner, "_hf_hook"):  # accelerate's, which moves inputs between devices
+        add_hook_to_module(linear, owner._hf_hook)
+    model.set_submodule(owner_name, linear)
+
+
+def unpack_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make all packed weights dense, each freed before the next: one weight more than the result at most."""
+    for name in [name for name, parameter in model.named_parameters() if is_packed(parameter)]:
+        put_dense_(model, name, nn.Parameter(dense_weight(model.get_parameter(name), dtype)))
 
 
 def cast_rest_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -8,7 +8,6 @@ from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_layers import check_no_adapter
 from .config import MoeBitsAndBytesConfig
 from .quantizer import MoeBnb4BitHfQuantizer
-from .storage import PACKABLE_DTYPES
 
 
 def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | None = None) -> PreTrainedModel:
@@ -30,7 +29,8 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
     Raises:
         [`OrdMoEConfigError`]: `config` is of another class.
         [`OrdMoEModelError`]: `model` is not of transformers, has no fused experts, is quantised already, has an
-            adapter, is not in memory as a whole, or shares a stack between layers. It is left as it was.
+            adapter, is not in memory as a whole, in another dtype than bitsandbytes packs, or shares a stack between
+            layers. It is left as it was.
     """
     config = MoeBitsAndBytesConfig() if config is None else config
     if not isinstance(config, MoeBitsAndBytesConfig):
@@ -74,11 +74,6 @@ def _check_stacks(model: PreTrainedModel, names: set[str]) -> None:
             raise OrdMoEModelError(
                 f"{name} is not in memory (offloaded, or on the meta device): load the model as a whole, or in 4 bits "
                 "with `from_pretrained(..., quantization_config=MoeBitsAndBytesConfig(...))`."
-            )
-        if parameter.dtype not in PACKABLE_DTYPES:
-            raise OrdMoEModelError(
-                f"{name} is {parameter.dtype}, which bitsandbytes does not pack in 4 bits: cast the model to bfloat16, "
-                "float16 or float32."
             )
         first = owners.setdefault(parameter.data_ptr(), name)
         if first != name:

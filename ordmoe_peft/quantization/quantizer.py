@@ -19,11 +19,11 @@ from ..errors import OrdMoEModelError
 from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .census import quantization_census
 from .config import MoeBitsAndBytesConfig
-from .dequantization import cast_rest_, unpack_stacks_
+from .dequantization import cast_rest_, unpack_
 from .file_pages import release_file_pages
-from .selection import expert_stacks, linear_block_size, packable_layers, unquantised_linears
+from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
-from .storage import Matrices, is_packed, pack_experts
+from .storage import Matrices, check_packable, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
 
 
@@ -84,12 +84,20 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         The configuration is saved with the model, and says on loading what is packed there.
 
         Raises:
-            [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind that nothing can run packed.
+            [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind or dtype that nothing can run packed.
         """
         config = self.quantization_config
         layers = packable_layers(model, config.llm_int8_skip_modules)
+        unknown = [] if self.pre_quantized else skips_nothing(model, config.llm_int8_skip_modules)
+        if unknown:
+            logger.warning(
+                f"llm_int8_skip_modules names {unknown}, of which {type(model).__name__} has nothing: what was to "
+                "keep its dtype may be packed."
+            )
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
+        for name in [] if self.pre_quantized else sorted(self.expert_stacks):
+            check_packable(name, model.get_parameter(name).dtype)
 
     def adopt(self, model: nn.Module) -> None:
         """Give `model`, whose stacks are packed, all that a model loaded by this quantizer has."""
@@ -101,9 +109,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, device_map, checkpoint_files=None, **kwargs):
         config, self.checkpoint_files = self.quantization_config, checkpoint_files or []
         if self.pre_quantized:
-            # The checkpoint decides; its names may have a prefix that a model without a head has not.
-            prefix = f"{model.base_model_prefix}."
-            also_skipped = {name.removeprefix(prefix) for name in config.llm_int8_skip_modules or []}
+            # The checkpoint decides; its names have a prefix that a model without a head has not.
+            skipped = [] if hasattr(model, model.base_model_prefix) else config.llm_int8_skip_modules or []
+            also_skipped = {name.removeprefix(f"{model.base_model_prefix}.") for name in skipped}
         else:
             also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
@@ -122,9 +130,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                     f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
                     "weights for it were missing or of another shape. See the load report above."
                 )
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                keep_linear4bit_layout(module)
+        keep_linear4bit_layout(model)
         save_in_own_names(model)
         # No other experts function can read packed stacks.
         self.experts_implementation_before = model.get_experts_implementation()
@@ -138,9 +144,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         check_no_adapter(model, "dequantise it")
         # transformers passes `config.dtype`, which it writes as a name when it saves the model.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        unpack_stacks_(model, sorted(self.expert_stacks), dtype)
-        if any(isinstance(module, Linear4bit) for module in model.modules()):
-            super()._dequantize(model, dtype=dtype)  # which fails where there is none (transformers 5.23)
+        unpack_(model, dtype)
         cast_rest_(model, dtype)
         model.config.dtype = dtype
         model.set_experts_implementation(self.experts_implementation_before)

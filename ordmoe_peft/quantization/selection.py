@@ -23,6 +23,12 @@ def expert_stacks(layers: list[MoELayer], skip_modules: list[str] | None) -> set
     }
 
 
+def skips_nothing(model: nn.Module, skip_modules: list[str] | None) -> list[str]:
+    """Those of `skip_modules` that name no module and no parameter of `model`."""
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    return [skip for skip in skip_modules or [] if all(should_convert_module(name, [skip]) for name in names)]
+
+
 def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[MoELayer]:
     """The MoE layers of `model`, all of whose experts can be run packed.
 

@@ -25,6 +25,12 @@ QUANT_STATE_ENDINGS = (
 )
 
 
+def saved_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the weight `name` is on disk: itself, and the state of a packed one beside its bytes."""
+    state = weight.quant_state.as_dict(packed=True) if is_packed(weight) else {}
+    return {name: weight.data} | {f"{name}.{ending}": tensor for ending, tensor in state.items()}
+
+
 def state_dict_with_quant_states(model: nn.Module) -> dict[str, torch.Tensor]:
     """`model.state_dict()`, in which the state of each packed weight lies beside its bytes.
 
@@ -33,8 +39,7 @@ def state_dict_with_quant_states(model: nn.Module) -> dict[str, torch.Tensor]:
     state_dict = model.state_dict()
     for name, parameter in model.named_parameters():
         if is_packed(parameter):
-            for ending, tensor in parameter.quant_state.as_dict(packed=True).items():
-                state_dict[f"{name}.{ending}"] = tensor
+            state_dict |= saved_tensors(name, parameter)
     return state_dict
 
 

@@ -48,6 +48,15 @@ def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight, state.absmax, state.code, *nested]
 
 
+def check_packable(name: str, dtype: torch.dtype) -> None:
+    """Raise [`OrdMoEModelError`] where bitsandbytes does not pack the stack `name`, which is in `dtype`."""
+    if dtype not in PACKABLE_DTYPES:
+        raise OrdMoEModelError(
+            f"{name} is {dtype}, which bitsandbytes does not pack in 4 bits: load the model in bfloat16, float16 or "
+            "float32 (`dtype`), or add the stack to `llm_int8_skip_modules`."
+        )
+
+
 def pack_experts(
     matrices: Matrices,
     name: str,
@@ -75,11 +84,7 @@ def pack_experts(
     """
     bytes_EP = absmax_EN = None
     for expert, matrix_OI in enumerate(matrices):
-        if matrix_OI.dtype not in PACKABLE_DTYPES:
-            raise OrdMoEModelError(
-                f"{name} is {matrix_OI.dtype}, which bitsandbytes does not pack in 4 bits: load it in bfloat16, "
-                "float16 or float32 (`dtype`), or add it to `llm_int8_skip_modules`."
-            )
+        check_packable(name, matrix_OI.dtype)
         weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
         packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
         if expert == 0:

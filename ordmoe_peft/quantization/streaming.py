@@ -17,27 +17,7 @@ Convert = Callable[[dict[str, Any]], dict[str, Any]]
 Release = Callable[[list[torch.Tensor]], None]
 
 
-class InSequence(ConversionOps):
-    """Several conversion operations as one, so that a subclass can stand around them.
-
-    Args:
-        operations (`list[ConversionOps]`): run one after the other.
-    """
-
-    def __init__(self, operations: list[ConversionOps]):
-        self.operations = operations
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return InSequence([operation.reverse_op for operation in reversed(self.operations)])
-
-
-class PackWhileMerging(InSequence):
+class PackWhileMerging(ConversionOps):
     """Merges per-expert tensors into a fused stack; a stack that is to be packed is, one expert at a time.
 
     Args:
@@ -50,20 +30,23 @@ class PackWhileMerging(InSequence):
     def __init__(
         self, operations: list[ConversionOps], pack: Callable, is_stack: Callable[[str], bool], release: Release
     ):
-        super().__init__(operations)
-        self.pack, self.is_stack, self.release = pack, is_stack, release
+        self.operations, self.pack, self.is_stack, self.release = operations, pack, is_stack, release
 
     def __deepcopy__(self, memo: dict) -> "PackWhileMerging":
         """Itself: transformers copies the converter for each tensor on disk, and this one refers to the quantizer."""
         return self
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
-        kwargs["full_layer_name"] = full_layer_name
+        merge = functools.partial(self._merge, full_layer_name=full_layer_name, **kwargs)
         if not self.is_stack(full_layer_name):
-            return super().convert(input_dict, **kwargs)
-        merge = functools.partial(super().convert, **kwargs)
+            return merge(input_dict)
         packed = self.pack(MergedExperts(input_dict, merge, self.release), full_layer_name)
         return {kwargs["target_patterns"][0]: packed}
+
+    def _merge(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **kwargs)
+        return input_dict
 
 
 class MergedExperts:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.export import export_plain_lora
 from ordmoe_peft.merging.checkpoint import open_checkpoint
@@ -149,6 +150,81 @@ def test_a_base_that_is_stored_in_4_bits(build, tmp_path):
         torch.testing.assert_close(value, in_memory[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("stored", ["dense", "in 4 bits"])
+@pytest.mark.parametrize("build", [models.qwen3_moe, models.gpt_oss, models.qwen3_vl_moe])
+def test_requantising_gives_what_merging_in_memory_and_saving_does(build, stored, tmp_path, capsys):
+    dense, batch = build(), models.image_batch() if build is models.qwen3_vl_moe else models.text_batch()
+    dense.save_pretrained(tmp_path / "base")
+    recipe = MoeBitsAndBytesConfig(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True)
+    base = type(dense).from_pretrained(tmp_path / "base", quantization_config=recipe)
+    options = ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant", "true"]
+    if stored == "in 4 bits":
+        base.save_pretrained(tmp_path / "packed")
+        base, options = type(dense).from_pretrained(tmp_path / "packed"), []
+    # The router is not packed, and some of what is packed is not adapted.
+    tuned = get_peft_model(base, OrdMoEConfig(r=6, lora_alpha=4, targets=["router", "experts"]))
+    models.randomize_adapter(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    output = merged(tmp_path, "--requantize", "true", "--max_shard_size", "50KB", *options)
+    printed = capsys.readouterr().out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        in_memory = tuned.merge_and_unload(requantize=True)
+    in_memory.save_pretrained(tmp_path / "wanted")
+    there, here = open_checkpoint(tmp_path / "wanted"), open_checkpoint(output)
+    assert (here.shapes, here.dtypes) == (there.shapes, there.dtypes)
+    assert len(set(here.files.values())) > 1
+    for name in there.files:
+        wanted, got = there.read([name])[name], here.read([name])[name]
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6, msg=name)
+    loaded, report = type(dense).from_pretrained(output, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.config.quantization_config.to_dict() == in_memory.config.quantization_config.to_dict()
+    torch.testing.assert_close(logits(loaded, batch), logits(in_memory, batch), rtol=1e-4, atol=1e-4)
+    # In the order of the checkpoint, rather than the model's.
+    assert set(str(in_memory.requantization_report).splitlines()) < set(printed.splitlines())
+    assert "after `import ordmoe_peft`" in (output / "README.md").read_text()
+
+
+def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path):
+    base = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig(bnb_4bit_quant_storage=torch.float16))
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    get_peft_model(base, OrdMoEConfig(targets=["router"])).save_pretrained(tmp_path / "adapter")
+    output = merged(tmp_path, "--requantize", "true", "--dtype", "bfloat16")
+    there, here = open_checkpoint(tmp_path / "base"), open_checkpoint(output)
+    experts = [name for name in there.files if "experts" in name]
+    for name, tensor in here.read(experts).items():
+        assert tensor.dtype == there.dtypes[name]
+        assert torch.equal(tensor.view(-1).view(torch.uint8), there.read([name])[name].view(-1).view(torch.uint8))
+    assert here.dtypes["lm_head.weight"] == torch.bfloat16
+
+
+def test_requantising_that_loses_the_deltas_warns(tmp_path, capsys):
+    tuned = saved(models.qwen3_moe(), tmp_path)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter.mul_(1e-3 if "lora_B" in name else 1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path, "--requantize", "true", "--load_in_4bit", "true")
+    assert "Warning: Rounding the merged weights to 4 bits left less than 90%" in capsys.readouterr().out
+
+
+def test_a_stored_weight_without_its_scales_is_refused(tmp_path, capsys):
+    dense = models.qwen3_moe()
+    quantize_experts_(dense).save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(dense, OrdMoEConfig(r=6, lora_alpha=4))
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "base" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp.experts.down_proj." not in name}
+    save_file(kept, file)
+    error = error_of(
+        capsys, tmp_path / "adapter", "--output", tmp_path / "merged", "--model_name_or_path", tmp_path / "base"
+    )
+    assert "layers.1.mlp.experts.down_proj is in 4 bits, but lacks its scales" in error
+
+
 def test_what_the_adapter_leaves_alone_is_copied_to_the_byte(tmp_path):
     """Even tensors that transformers has no parameter for."""
     saved(models.qwen3_moe(), tmp_path, targets=["experts"])
@@ -216,6 +292,12 @@ class TestRefusals:
         export_plain_lora(folder / "adapter", folder / "other")
         assert "holds a PeftType.LORA adapter" in error_of(capsys, folder / "other", *output)
 
+    def test_an_adapter_with_more_than_factors(self, tmp_path, capsys):
+        saved(models.qwen3_moe(), tmp_path, modules_to_save=["lm_head"])
+        error = error_of(capsys, tmp_path / "adapter", "--output", tmp_path / "merged")
+        assert "was trained with modules_to_save=['lm_head']" in error
+        assert not (tmp_path / "merged").exists()
+
     def test_output_that_is_taken(self, folder, capsys):
         (folder / "taken").mkdir()
         (folder / "taken" / "notes.txt").write_text("mine")
@@ -249,6 +331,10 @@ class TestRefusals:
         config["quantization_config"] = MoeBitsAndBytesConfig().to_dict()
         (folder / "base" / "config.json").write_text(json.dumps(config))
         assert "stored in 4 bits already" in error_of(capsys, *arguments, "--load_in_4bit", "true")
+
+    def test_requantising_without_a_recipe(self, folder, capsys):
+        error = error_of(capsys, folder / "adapter", "--output", folder / "merged", "--requantize", "true")
+        assert "is stored dense, so give `quantization_config` (`load_in_4bit`)" in error
 
     def test_weights_that_are_not_in_safetensors(self, folder, capsys):
         for path in (folder / "base").glob("model*"):

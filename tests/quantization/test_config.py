@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.errors import OrdMoEConfigError
@@ -28,3 +29,9 @@ def test_block_size_survives_being_saved(blocksize):
 def test_block_sizes_that_bitsandbytes_does_not_have_everywhere_are_refused(blocksize):
     with pytest.raises(OrdMoEConfigError, match=r"bnb_4bit_blocksize must be one of \(64,"):
         MoeBitsAndBytesConfig(bnb_4bit_blocksize=blocksize)
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.float64])
+def test_dtypes_that_weights_cannot_be_unpacked_to_are_refused(dtype):
+    with pytest.raises(OrdMoEConfigError, match=r"bnb_4bit_compute_dtype must be one of .*torch\.(int8|float64)"):
+        MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype)

@@ -1,6 +1,7 @@
 """`quantize_experts_`: what it packs, what it says it did, and what it refuses without touching the model."""
 
 import gc
+import logging
 import weakref
 
 import pytest
@@ -75,6 +76,15 @@ def test_the_callers_config_is_left_as_it_was():
     assert is_packed(model.model.layers[0].mlp.experts.down_proj)
 
 
+def test_a_name_to_skip_that_skips_nothing_is_mentioned(caplog):
+    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layer.1", r"model\.layers\.(0|2)\.mlp", "down_proj"])
+    with caplog.at_level(logging.WARNING, logger="ordmoe_peft"):
+        model = quantize_experts_(models.qwen3_moe(), config)
+    (message,) = [record.message for record in caplog.records if "llm_int8_skip_modules" in record.message]
+    assert "names ['model.layer.1'], of which Qwen3MoeForCausalLM has nothing" in message
+    assert set(packed_parameters(model)) == {"model.layers.1.mlp.experts.gate_up_proj"}
+
+
 def test_an_adapter_goes_on_top(model, batch):
     tuned = get_peft_model(quantize_experts_(model), OrdMoEConfig(r=4))
     tuned(**batch).logits.square().mean().backward()
@@ -104,7 +114,7 @@ def with_a_shared_stack(model):
         (with_wrapped_attention, None, r"has an adapter, on model\.layers\.0\.self_attn\.q_proj.*unload\(\)"),
         (with_a_shared_stack, None, r"layers\.0\.mlp\.experts\.down_proj and .*layers\.1.* one and the same"),
         (lambda model: model.to("meta"), None, r"gate_up_proj is not in memory"),
-        (lambda model: model.double(), None, r"gate_up_proj is torch\.float64"),
+        (lambda model: model.double(), None, r"down_proj is torch\.float64"),
         (lambda model: model, {"llm_int8_skip_modules": ["experts"]}, "names all experts"),
     ],
     ids=["quantised", "PeftModel", "adapter", "shared", "meta", "float64", "all skipped"],

@@ -175,3 +175,11 @@ def test_a_checkpoint_without_a_stack_is_an_error_that_names_it(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(OrdMoEModelError, match=rf"{STACK} was to be loaded in 4 bits.*missing"):
         load(model, tmp_path)
+
+
+def test_a_dtype_that_bitsandbytes_does_not_pack_is_refused_before_loading(tmp_path):
+    model = models.qwen3_moe().double()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OrdMoEModelError, match=r"down_proj is torch\.float64.*load the model in bfloat16"):
+        load(model, tmp_path)
+    assert is_packed(load(model, tmp_path, dtype=torch.float32).get_parameter(STACK))

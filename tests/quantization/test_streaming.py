@@ -56,16 +56,6 @@ def test_a_stack_that_is_not_to_be_packed_is_merged_as_transformers_does():
     assert torch.equal(stack, merged())
 
 
-def test_its_reverse_splits_a_dense_stack_again():
-    reverse = operation(pack_experts).reverse_op
-    split = reverse.convert(
-        {NAME: merged()}, source_patterns=PATTERNS["target_patterns"], target_patterns=PATTERNS["source_patterns"]
-    )
-    wanted = on_disk()
-    assert set(split) == {f"experts.{expert}.{part}" for expert in range(5) for part in ("gate", "up")}
-    assert torch.equal(split["experts.3.up"], wanted["experts.*.up"][3])
-
-
 def test_copies_made_for_each_tensor_on_disk_are_one_and_the_same():
     one = operation(pack_experts)
     assert copy.deepcopy(one) is one

@@ -1,0 +1,22 @@
+import pytest
+import torch
+
+from ordmoe_peft.cli.arguments import ModelArguments
+from ordmoe_peft.cli.loading import load_base
+from tests import models
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"bnb_4bit_compute_dtype": "float16"}, torch.float16),
+    ],
+    ids=str,
+)
+def test_4_bit_weights_are_computed_in_the_models_dtype_unless_told_otherwise(options, wanted, tmp_path):
+    models.qwen3_vl_moe().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_base(ModelArguments(str(tmp_path), load_in_4bit=True, **options), trust_remote_code=False)
+    assert model.config.quantization_config.bnb_4bit_compute_dtype == wanted
+    assert model.model.language_model.layers[0].mlp.experts.down_proj.quant_state.dtype == wanted
