@@ -2,10 +2,11 @@
 
     python -m examples.benchmarks.kill_and_resume --kills 20
 
-A small Qwen3-MoE, made on the spot, trains with random grouping; every other run on responses that its tiers sample
-themselves. Half of the kills come at any moment, half while a checkpoint is written or an old one deleted. Each killed
-run goes on with `resume_from_checkpoint="auto"`. Prints a table, and fails unless all logged figures and the final
-weights are the same bits. About three minutes on two CPU cores.
+A small Qwen3-MoE, made on the spot, trains with random grouping: in turn on responses that its tiers sample themselves
+to prompts which they share, on such responses in rows of their own, and on those of the data. Half of the kills come at
+any moment, half while a checkpoint is written or an old one deleted. Each killed run goes on with
+`resume_from_checkpoint="auto"`. Prints a table, and fails unless all logged figures and the final weights are the same
+bits. About three minutes on two CPU cores.
 """
 
 import argparse
@@ -25,15 +26,19 @@ from datasets import Dataset
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
-from ordmoe_peft.checkpoints import unfinished_folder
+from ordmoe_peft.checkpoints import last_checkpoint, unfinished_folder
 from ordmoe_peft.cli.tables import print_table
 
 
 STEPS, SAVE_EVERY, VOCABULARY = 12, 2, 64
-RESPONSES = ("generated", "reference")
+# Name → whose responses are ranked, and the tokens that tiers route: prompts are shared where these are the response's.
+SETTINGS = {
+    "generated, shared": ("generated", "response"),
+    "generated": ("generated", "sequence"),
+    "reference": ("reference", "sequence"),
+}
 # TRL counts tokens from where a run was resumed (1.16).
 NOT_COMPARED = ("num_tokens",)
 # A server that has imported all this: what is forked from it begins to train at once.
@@ -70,7 +75,7 @@ def build_dataset() -> Dataset:
     )
 
 
-def build_model() -> torch.nn.Module:
+def build_model(token_scope: str) -> torch.nn.Module:
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -86,17 +91,18 @@ def build_model() -> torch.nn.Module:
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    return get_peft_model(Qwen3MoeForCausalLM(config), OrdMoEConfig(r=4, grouping="random"))
+    return get_peft_model(Qwen3MoeForCausalLM(config), OrdMoEConfig(r=4, grouping="random", token_scope=token_scope))
 
 
-def train(folder: Path, responses: str, log_name: str) -> None:
+def train(folder: Path, setting: str, log_name: str) -> None:
     """Train to the end, from the last complete checkpoint in `folder` if there is one."""
+    responses, token_scope = SETTINGS[setting]
     torch.set_num_threads(1)
     with (folder / "output.txt").open("a") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
     trainer = OrdMoETrainer(
-        build_model(),
+        build_model(token_scope),
         args=OrdMoETrainingArguments(
             str(folder),
             max_steps=STEPS,
@@ -123,17 +129,17 @@ def train(folder: Path, responses: str, log_name: str) -> None:
     torch.save({name: p.data for name, p in trainer.model.named_parameters() if p.requires_grad}, folder / "weights.pt")
 
 
-def start(folder: Path, responses: str, log_name: str) -> multiprocessing.Process:
+def start(folder: Path, setting: str, log_name: str) -> multiprocessing.Process:
     folder.mkdir(parents=True, exist_ok=True)
-    process = CONTEXT.Process(target=train, args=(folder, responses, log_name))
+    process = CONTEXT.Process(target=train, args=(folder, setting, log_name))
     process.start()
     return process
 
 
-def finish(folder: Path, responses: str, log_name: str) -> float:
+def finish(folder: Path, setting: str, log_name: str) -> float:
     """Run to the end. Returns the seconds that it took."""
     began = time.monotonic()
-    process = start(folder, responses, log_name)
+    process = start(folder, setting, log_name)
     process.join()
     if process.exitcode != 0:
         output = (folder / "output.txt").read_text()
@@ -154,7 +160,7 @@ def logged(folder: Path, log_name: str) -> Iterator[tuple[int, dict]]:
 class Kill:
     """What a killed run was like, and whether it went on as if nothing had been."""
 
-    responses: str
+    setting: str
     seconds: float
     steps: int
     moment: str
@@ -172,12 +178,10 @@ def wait_for_checkpoint(folder: Path, number: int, process: multiprocessing.Proc
                 time.sleep(1e-4)
 
 
-def kill_one(
-    folder: Path, responses: str, alone: Path, seconds: float, draw: random.Random, at_checkpoint: bool
-) -> Kill:
+def kill_one(folder: Path, setting: str, alone: Path, seconds: float, draw: random.Random, at_checkpoint: bool) -> Kill:
     """Train in `folder`, kill, resume, and compare with the run in `alone`, which took `seconds`."""
     began = time.monotonic()
-    process = start(folder, responses, "killed.jsonl")
+    process = start(folder, setting, "killed.jsonl")
     if at_checkpoint:
         wait_for_checkpoint(folder, draw.randint(1, 8), process)
         time.sleep(draw.uniform(0, 0.03))
@@ -189,13 +193,13 @@ def kill_one(
     lived = time.monotonic() - began
     left = sorted(path.name for path in unfinished_folder(folder).glob("*"))
     steps = max((step for step, _ in logged(folder, "killed.jsonl")), default=0)
-    last = get_last_checkpoint(folder)
-    finish(folder, responses, "resumed.jsonl")
+    last = last_checkpoint(folder)
+    finish(folder, setting, "resumed.jsonl")
     wanted = dict(logged(alone, "alone.jsonl"))
     pairs = [(wanted[step], logs) for name in ("killed", "resumed") for step, logs in logged(folder, f"{name}.jsonl")]
     weights, wanted_weights = torch.load(folder / "weights.pt"), torch.load(alone / "weights.pt")
     return Kill(
-        responses=responses,
+        setting=setting,
         seconds=lived,
         steps=steps,
         moment=_moment(left, was_running),
@@ -208,22 +212,22 @@ def kill_one(
 
 def _moment(left: list[str], was_running: bool) -> str:
     if left:
-        return "deleting one" if left[0] == "discarded" else f"writing {left[0]}"
+        return "deleting one" if left[0].startswith("discarded") else f"writing {left[0]}"
     return "between" if was_running else "after the end"
 
 
 def run(folder: Path, kills: int, seed: int = 0) -> list[Kill]:
     """Let one run of each kind alone, and kill `kills` others."""
     draw = random.Random(seed)
-    alone = {responses: folder / f"alone-{responses}" for responses in RESPONSES[:kills]}
+    alone = {setting: folder / f"alone-{setting}" for setting in list(SETTINGS)[:kills]}
     # The first run also waits for the server that it is forked from.
-    finish(folder / "warm", RESPONSES[0], "warm.jsonl")
-    seconds = {responses: finish(path, responses, "alone.jsonl") for responses, path in alone.items()}
+    finish(folder / "warm", next(iter(SETTINGS)), "warm.jsonl")
+    seconds = {setting: finish(path, setting, "alone.jsonl") for setting, path in alone.items()}
     results = []
     for index in range(kills):
-        responses, at_checkpoint = RESPONSES[index % 2], index % 4 >= 2
+        setting, at_checkpoint = list(SETTINGS)[index % 3], index % 2 == 1
         results.append(
-            kill_one(folder / f"run-{index}", responses, alone[responses], seconds[responses], draw, at_checkpoint)
+            kill_one(folder / f"run-{index}", setting, alone[setting], seconds[setting], draw, at_checkpoint)
         )
         print(f"kill {index + 1} of {kills}: {results[-1]}", flush=True)
     return results
@@ -238,10 +242,10 @@ def main() -> int:
         results = run(Path(folder), options.kills, options.seed)
     print_table(
         f"{len(results)} runs of {STEPS} steps, a checkpoint every {SAVE_EVERY}, killed and resumed",
-        ("responses", "killed after", "step", "moment", "resumed from", "logs compared", "differing", "weights"),
+        ("run", "killed after", "step", "moment", "resumed from", "logs compared", "differing", "weights"),
         [
             (
-                kill.responses,
+                kill.setting,
                 f"{kill.seconds:.2f} s",
                 str(kill.steps),
                 kill.moment,
