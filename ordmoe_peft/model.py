@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ._compat import experts_implementation
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
-from .layers.param_wrapper import ParamWrapper
+from .layers import param_wrapper, router_wrapper
 from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped, without_wrappers
 from .quantization.foreign import check_expert_storage
@@ -60,9 +60,10 @@ class OrdMoEModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if kwargs.get("parameter_name") and is_fused_experts(unwrapped(target)):
+        if kwargs.get("parameter_name"):
             arguments = {name: kwargs[name] for name in ("parameter_name", "r", "lora_alpha")}
-            return ParamWrapper(target, adapter_name, config=lora_config, **arguments)
+            layer = param_wrapper if is_fused_experts(unwrapped(target)) else router_wrapper
+            return layer.ParamWrapper(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -28,7 +28,10 @@ def experts(
         for expert, weight in zip(experts_K.tolist(), weights_K, strict=True):
             up = project("gate_up_proj" if module.has_gate else "up_proj", x_H, expert)
             inner_F = module._apply_gate(up.unsqueeze(0)).squeeze(0) if module.has_gate else module.act_fn(up)
-            total_H = total_H + weight * project("down_proj", inner_F, expert)
+            output_H = project("down_proj", inner_F, expert)
+            total_H = total_H + weight * (
+                module.post_expert_norm(output_H) if module.has_post_expert_norm else output_H
+            )
         outputs.append(total_H)
     return torch.stack(outputs)
 

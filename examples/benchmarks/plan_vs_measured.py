@@ -1,7 +1,7 @@
 """Hold `ordmoe plan`'s estimate of activations against what a training step allocates, on CPU.
 
-    python examples/benchmarks/plan_vs_measured.py            # all cases, a minute or two
-    python examples/benchmarks/plan_vs_measured.py --case 3   # one
+    python -m examples.benchmarks.plan_vs_measured            # all cases, a minute or two
+    python -m examples.benchmarks.plan_vs_measured --case 3   # one
 
 Each case trains a small model of a real class with random weights, in a process of its own, with the real trainer and
 4-bit loader. Measured is the most that torch's allocator held during a training step above what it held at its start:
@@ -10,7 +10,6 @@ The step is the second of two that accumulate, so gradients exist before it, as 
 """
 
 import argparse
-import itertools
 import multiprocessing
 import tempfile
 from dataclasses import dataclass, field
@@ -28,6 +27,8 @@ from ordmoe_peft.cli.tables import percent, print_table
 from ordmoe_peft.planning.activations import step_inputs
 from ordmoe_peft.planning.plan import PlanSettings, plan_memory
 from ordmoe_peft.planning.weights import model_class
+
+from .measuring import peak_of
 
 
 MIB = 2**20
@@ -113,7 +114,8 @@ class Case:
     @property
     def plan_settings(self) -> PlanSettings:
         quantization = None if self.quantization is None else MoeBitsAndBytesConfig(**self.quantization)
-        return PlanSettings(quantization=quantization, device="cpu", **{"r": 8, "batch_size": 2, **self.settings})
+        common = {"r": 8, "batch_size": 2, "tier_passes": "batched"}
+        return PlanSettings(quantization=quantization, device="cpu", **common | self.settings)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -135,6 +137,9 @@ CASES = [
     Case("gpt_oss", {"sequence_length": 512}, BF16),
     Case("deepseek_v2", PLAIN | {"num_tiers": 4}),
     Case("mixtral", {"sequence_length": 512, "num_tiers": 2}, BF16),
+    Case("qwen3_moe", PLAIN | {"batch_size": 4, "r": 16, "tier_passes": "sequential"}),
+    Case("qwen3_moe", {"sequence_length": 512, "tier_passes": "sequential"}, BF16),
+    Case("qwen3_vl_moe", PLAIN | {"images_per_sample": 1, "image_tokens": 64, "tier_passes": "sequential"}),
 ]
 
 
@@ -149,7 +154,7 @@ def measure(case: Case) -> int:
             folder, dtype=torch.bfloat16, quantization_config=settings.quantization
         )
         model = get_peft_model(model, settings.adapter_config())
-        batch = step_inputs(config, settings.step_shape(settings.batch_size))
+        batch = step_inputs(config, settings.step_shape())
         batch = {name: make() if callable(make) else make for name, make in batch.items()}
         trainer = MeasuringTrainer(
             model,
@@ -160,6 +165,7 @@ def measure(case: Case) -> int:
                 max_steps=1,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 gradient_checkpointing_kwargs={"use_reentrant": False},
+                tier_passes=settings.tier_passes,
                 log_tiers_every=0,
                 max_length=None,
                 bf16=True,
@@ -182,25 +188,10 @@ class MeasuringTrainer(OrdMoETrainer):
     """Notes the peak of each training step."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            loss = super().training_step(*args, **kwargs)
-        self.peaks = [*getattr(self, "peaks", ()), allocated_peak(profiler)]
-        return loss
-
-
-def allocated_peak(profiler: torch.profiler.profile) -> int:
-    """The highest running sum of what was allocated and freed, in bytes."""
-    return max(itertools.accumulate(_changes(profiler), initial=0))
-
-
-def held_at_end(profiler: torch.profiler.profile) -> int:
-    """What was allocated and not freed, in bytes."""
-    return sum(_changes(profiler))
-
-
-def _changes(profiler: torch.profiler.profile) -> list[int]:
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        losses = []
+        peak = peak_of(lambda: losses.append(super(MeasuringTrainer, self).training_step(*args, **kwargs)))
+        self.peaks = [*getattr(self, "peaks", ()), peak]
+        return losses[0]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -217,7 +208,7 @@ def run(index: int) -> list[str]:
     planned, measured = plan_memory(case.config, settings).activations.peak, measure(case)
     images = f"{settings.images_per_sample} x {settings.image_tokens}" if settings.images_per_sample else ""
     bits = "bf16" if case.quantization is None else "nf4" + ", double" * settings.quantization.bnb_4bit_use_double_quant
-    shape = [settings.batch_size, settings.sequence_length, settings.num_tiers]
+    shape = [settings.batch_size, settings.sequence_length, settings.num_tiers, settings.tier_passes]
     return [
         f"{index}: {case.model}",
         *map(str, shape),
@@ -237,7 +228,19 @@ def main() -> None:
     cases = range(len(CASES)) if chosen is None else [chosen]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = [pool.apply(run, (index,)) for index in cases]
-    columns = ["model", "batch", "seq", "C", "images", "ckpt", "bits", "planned MiB", "measured MiB", "off by"]
+    columns = [
+        "model",
+        "batch",
+        "seq",
+        "C",
+        "passes",
+        "images",
+        "ckpt",
+        "bits",
+        "planned MiB",
+        "measured MiB",
+        "off by",
+    ]
     print_table("Peak of a training step over weights, gradients and optimizer", columns, rows)
 
 

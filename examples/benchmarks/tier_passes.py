@@ -12,18 +12,21 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     TrainerCallback,
@@ -131,18 +134,26 @@ def trainer_of(name: str, options: Options, folder: str) -> Any:
         model = adapted(options, num_tiers=1)
         return DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
     settings, arguments = ORDMOE[name]
-    args = OrdMoETrainingArguments(folder, **shared, **arguments)
+    # Tiers without a part in the objective are run to be logged now and then; not in these steps.
+    args = OrdMoETrainingArguments(folder, log_tiers_every=0, **shared, **arguments)
     dataset = dataset.remove_columns("rejected")
     return OrdMoETrainer(adapted(options, **settings), args, dataset, processing_class=tokenizer)
+
+
+def training_step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward, as the trainer's loop takes them."""
+    trainer.current_gradient_accumulation_steps = 1
+    count = (batch["labels"] != -100).sum() if "labels" in batch else None
+    trainer.training_step(trainer.model, dict(batch), count)
 
 
 def flops(trainer: Any) -> int:
     """Of one step, forward and backward."""
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1
-    with FlopCounterMode(display=False, custom_mapping=grouped_mm_flops()) as counter:
-        trainer.training_step(trainer.model, batch, torch.tensor((batch.get("labels", torch.empty(0)) != -100).sum()))
-    trainer.model.zero_grad()
+    for _ in range(2):  # the first may also judge whether prompts can be shared
+        with FlopCounterMode(display=False, custom_mapping=grouped_mm_flops()) as counter:
+            training_step(trainer, batch)
+        trainer.model.zero_grad()
     return counter.get_total_flops()
 
 
@@ -150,6 +161,7 @@ def seconds_by_row(trainers: dict[str, Any], rounds: int) -> dict[str, float]:
     clocks = {name: Clock() for name in trainers}
     for name, trainer in trainers.items():
         trainer.add_callback(clocks[name])
+        trainer.remove_callback(PrinterCallback)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds):
         for name, trainer in trainers.items():
@@ -160,10 +172,13 @@ def seconds_by_row(trainers: dict[str, Any], rounds: int) -> dict[str, float]:
 
 
 def memory(name: str, options: Options) -> int:
-    """Peak bytes of training over the loaded model; call it in a fresh process."""
+    """Peak bytes of a training step, the second of two that accumulate, so that gradients exist before it."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(name, options, folder)
-        return peak_of(trainer.train)
+        batch = next(iter(trainer.get_train_dataloader()))
+        step = partial(training_step, trainer, batch)
+        step()
+        return peak_of(step)
 
 
 def cost_table(options: Options) -> None:
@@ -245,6 +260,9 @@ def generation_table(options: Options) -> None:
 def main() -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
     logging.set_verbosity_error()
+    disable_progress_bars()
+    # Of transformers' own use of its deprecated names, and of pinned memory without an accelerator.
+    warnings.simplefilter("ignore")
     if options.only is not None:
         print(json.dumps(memory(options.only, options)))
         return

@@ -23,6 +23,9 @@ class ModelArguments:
     bnb_4bit_compute_dtype: str | None = field(
         default=None, metadata={"help": "dtype that 4-bit weights are computed in; `dtype` by default."}
     )
+    bnb_4bit_quant_storage: str = field(
+        default="uint8", metadata={"help": "dtype that 4-bit bytes are presented in; FSDP2 shards those of bfloat16."}
+    )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
 
     def quantization_config(self) -> MoeBitsAndBytesConfig | None:
@@ -37,6 +40,7 @@ class ModelArguments:
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
         )
 
 

@@ -12,7 +12,16 @@ from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..planning.known_models import KNOWN_MODELS, known_config
 from ..planning.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
 from ..planning.optimizers import OPTIMIZERS
-from ..planning.plan import GIB, TIER_PASSES, MemoryPlan, PlanSettings, Suggestion, plan_memory, suggest
+from ..planning.plan import (
+    GIB,
+    TIER_PASSES,
+    MemoryPlan,
+    PlanSettings,
+    Suggestion,
+    plan_memory,
+    suggest,
+    tokens_at_once,
+)
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ..training.objectives import OBJECTIVES
 from .arguments import ModelArguments, with_model_first
@@ -34,8 +43,16 @@ class PlanArguments:
     )
     num_tiers: int = field(default=3, metadata={"help": "Tiers C; 1 is supervised fine-tuning."})
     objective: str = field(default="erl", metadata={"help": f"What L_ERL is: one of {tuple(OBJECTIVES)}."})
+    rewards: list[float] | None = field(
+        default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
+    )
+    advantages: str = field(default="zscore", metadata={"help": "What rewards become: zscore, center or none."})
     tier_passes: str = field(
-        default="batched", metadata={"help": f"How tiers are run: {' or '.join(TIER_PASSES)}, one after another."}
+        default="auto",
+        metadata={
+            "help": f"How tiers are run: one of {TIER_PASSES}. 'auto' is planned as 'sequential', one after another, "
+            "which is how training begins and the least that it takes."
+        },
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples at a time on the card."})
     max_length: int | None = field(
@@ -56,7 +73,9 @@ def build_parser() -> TrlParser:
         description="Say what training takes of a card's memory, whether it fits, and what would make it fit: "
         "`ordmoe plan MODEL --gpu_memory_gb 24 --load_in_4bit`. MODEL, or --model_name_or_path, is a folder or a hub "
         f"id, of which only config.json is read; {', '.join(KNOWN_MODELS)} are known without. A recipe of `ordmoe "
-        "train` can be given as --config; what has no bearing on memory is passed over.",
+        "train` can be given as --config; what has no bearing on memory is passed over. Planned are reference "
+        "responses, and rows of its own for each tier that runs at once: prompts that tiers share "
+        "(token_scope='response') take less.",
     )
 
 
@@ -72,9 +91,12 @@ def main(arguments: Sequence[str]) -> None:
     print_plan(model_options.model_name_or_path, plan, settings, options)
     suggestions = list(suggest(config, settings, plan, limit))
     print_verdict(plan, suggestions, options)
+    at_once = tokens_at_once(plan, settings, limit)
+    print_choice(at_once, settings)
     if options.output is not None:
         ways = [{"options": way.options, **way.plan.to_dict(), "fits": way.plan.total <= limit} for way in suggestions]
         results = {"model": model_options.model_name_or_path, **plan.to_dict(), "room": limit}
+        results["tokens_at_once"] = at_once
         write_json(options.output, results | {"fits": plan.total <= limit, "suggestions": ways})
 
 
@@ -138,10 +160,13 @@ def plan_settings(config: PretrainedConfig, model: ModelArguments, options: Plan
     return PlanSettings(
         dtype=weights_dtype(config, model.dtype),
         quantization=quantization,
+        is_stored_packed=stored is not None,
         r=options.lora_r,
         targets=tuple(options.targets),
         num_tiers=options.num_tiers,
         objective=options.objective,
+        rewards=None if options.rewards is None else tuple(options.rewards),
+        advantages=options.advantages,
         tier_passes=options.tier_passes,
         batch_size=options.per_device_train_batch_size,
         sequence_length=options.max_length,
@@ -166,7 +191,10 @@ def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------------- printing
 def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: PlanArguments) -> None:
     """A row for each thing that takes memory."""
-    rows = [[f"weights: {share.role}", share.form, f"{share.bits:.2f}", _gib(share.size)] for share in plan.weights]
+    rows = [
+        [f"weights: {row.role.replace('_', ' ')}", row.dtype, f"{row.bits:.2f}", _gib(row.bytes)]
+        for row in plan.weights
+    ]
     states = [
         (f"adapter, r {settings.r}", f"{plan.trainable / 1e6:,.1f} M weights", plan.adapter),
         ("its gradients", "", plan.gradients),
@@ -178,7 +206,7 @@ def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: Pla
         ("total", "", plan.total + int(options.reserve_gb * GIB)),
     ]
     rows += [[what, form, "", _gib(size)] for what, form, size in states]
-    weights = sum(share.weights for share in plan.weights)
+    weights = sum(row.weights for row in plan.weights)
     sizes = f"{plan.moe['moe_layers']} MoE layers, E {plan.moe['num_experts']}, K {plan.moe['top_k']}"
     print_table(f"{name}: {weights / 1e9:.2f} B weights, {sizes}", ["", "", "bits", "GiB"], rows)
 
@@ -191,7 +219,7 @@ def _step(settings: PlanSettings) -> str:
     tiers = settings.tiers_run()
     how = f"tier{'s' * (len(tiers) > 1)} {', '.join(map(str, tiers))}"
     if len(tiers) > 1:
-        how += " in one forward" if settings.tier_passes == "batched" else " one after another"
+        how += " one after another" if settings.tiers_at_once == 1 else " in one forward"
     return f"{settings.rows} rows of {settings.sequence_length} tokens; {how}"
 
 
@@ -212,6 +240,17 @@ def print_verdict(plan: MemoryPlan, suggestions: Sequence[Suggestion], options: 
     print_table("With these, each on top of those above it:", ["option", "total GiB", ""], rows)
     if not rows[-1][2]:
         print(f"Even with all of them it does not fit {card:g} GiB.")
+
+
+def print_choice(tokens: int | None, settings: PlanSettings) -> None:
+    """What `tier_passes="auto"` makes of what the first batch leaves free."""
+    if tokens is None:
+        return
+    batch = settings.batch_size * settings.sequence_length
+    way = "also run one after another"
+    if tokens:
+        way = f"run under all tiers at once up to {tokens:,} tokens"
+    print(f"tier_passes auto: the first batch, of {batch:,} tokens, runs tier by tier; those after it {way}.")
 
 
 def _gib(size: int) -> str:

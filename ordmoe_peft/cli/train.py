@@ -1,4 +1,9 @@
-"""`ordmoe train --config recipe.yaml`: train an adapter and leave it in `output_dir`."""
+"""`ordmoe train --config recipe.yaml`: train an adapter and leave it in `output_dir`.
+
+On several processes: `accelerate launch --config_file FILE -m ordmoe_peft.cli.main train --config recipe.yaml`, with a
+file of `examples/accelerate`. With `--resume_from_checkpoint auto` the same command starts a run and goes on with one
+that was killed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     # LoRA's first factors are drawn when the adapter is attached, before the trainer sets its seed.
     set_seed(training_args.seed)
     model = get_peft_model(load_base(model_options, training_args.trust_remote_code), adapter_config)
-    print(coverage_report(model))
+    if training_args.process_index == 0:
+        print(coverage_report(model))
 
     trainer = OrdMoETrainer(
         model,
@@ -68,6 +74,8 @@ def main(arguments: Sequence[str]) -> None:
     }
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
     print_table(
         "Trained",
         ("steps", "loss", "seconds per step", "peak memory"),
@@ -81,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         ],
     )
     print(f"Adapter in {training_args.output_dir}")
-    if report_options.report is not None and trainer.is_world_process_zero():
+    if report_options.report is not None:
         # The trainer's own dictionary hides tokens.
         settings = {**asdict(model_options), **asdict(adapter_options), **asdict(script_options)}
         settings |= training_args.to_dict()

@@ -1,34 +1,32 @@
 """The experts function `"ordmoe"`: one forward for every class of fused experts, dense or in 4 bits, with LoRA.
 
 It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. On
-dense weights it runs the same operations in the same order, so a model's outputs do not change by a bit.
+dense weights it multiplies the same blocks of rows with the same matrices and rounds where that does, so a model's
+outputs do not change by a bit.
+
+There are two ways to compute it. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU and the
+only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts elsewhere,
+and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
 Shape suffixes as in `ops/__init__.py`.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..ops.dispatch import ExpertGroups, combine_by_token, group_by_expert
-from ..ops.grouped_linear import grouped_lora, grouped_matmul, packed_grouped_matmul
+from ..ops.dispatch import ExpertGroups, combine_by_token, group_by_expert, lay_out_by_expert
+from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
+from ..ops.grouped_linear import grouped_lora, grouped_matmul
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 
-@dataclass(frozen=True)
-class LoraFactors:
-    """The low-rank update of one projection of all experts.
-
-    Args:
-        A_ERI (`torch.Tensor` of shape `(E, R, I)`), B_EOR (`torch.Tensor` of shape `(E, O, R)`): the factors.
-        scaling (`float`): alpha / r, or alpha / √r with rsLoRA.
-    """
-
-    A_ERI: torch.Tensor
-    B_EOR: torch.Tensor
-    scaling: float
+# What a tile costs beside its rows: R rows of both factors are gathered, forward and backward, and their gradients
+# are summed.
+TILE_COST_PER_R = 1
+# In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
+# rows up to multiples of this makes them few.
+ROW_STEP = 4
 
 
 def experts_forward(
@@ -36,7 +34,7 @@ def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    expert_lora: dict[str, list[LoraFactors]] | None = None,
+    expert_lora: dict[str, list[LowRank]] | None = None,
 ) -> torch.Tensor:
     """Run each token through its K experts and sum their outputs by routing weight.
 
@@ -56,49 +54,84 @@ def experts_forward(
             "model without `ep_size`."
         )
     lora = expert_lora or {}
-    groups = group_by_expert(top_k_index, self.num_experts)
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    rows_NH = hidden_states[groups.token_N]
-    rows_NF = _project(self, up_name, rows_NH, top_k_index, groups, lora)
-    rows_NF = self._apply_gate(rows_NF) if self.has_gate else self.act_fn(rows_NF)
-    rows_NH = _project(self, "down_proj", rows_NF, top_k_index, groups, lora)
-    if self.has_post_expert_norm:
-        rows_NH = self.post_expert_norm(rows_NH)
-    rows_NH = rows_NH * top_k_weights.reshape(-1)[groups.order_N].unsqueeze(-1)
-    return combine_by_token(rows_NH, groups).to(hidden_states.dtype)
+    weight = self.down_proj
+    if is_packed(weight) or (weight.device.type == "cpu" and not is_trained(self)):
+        return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
 
 
-def _project(
+def is_trained(experts: nn.Module) -> bool:
+    """Whether gradients of the experts' own parameters are asked for."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in experts.parameters())
+
+
+def _up_name(experts: nn.Module) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+@torch.compiler.disable(reason="OrdMoE lays rows out by expert on the host")
+def _frozen_forward(
+    experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
+) -> torch.Tensor:
+    up_lora, down_lora = (tuple(lora.get(name, ())) for name in (_up_name(experts), "down_proj"))
+    frozen = FrozenExperts(
+        up=_projection(experts, _up_name(experts), up_lora),
+        down=_projection(experts, "down_proj", down_lora),
+        gate=experts._apply_gate if experts.has_gate else experts.act_fn,
+        norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
+    )
+    r = max((update.r for update in up_lora + down_lora), default=0)
+    tiles = lay_out_by_expert(index_TK, TILE_COST_PER_R * r, 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP)
+    return run_frozen_experts(x_TH, weights_TK, frozen, tiles)
+
+
+def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:
+    weight, is_transposed = getattr(experts, name), experts.is_transposed
+    if is_packed(weight):
+        unpack, dtype = expert_unpacker(weight), weight.quant_state.dtype
+        matrix = unpack if is_transposed else lambda expert: unpack(expert).t()
+    else:
+        weight_EIO, dtype = weight.detach() if is_transposed else weight.detach().transpose(1, 2), weight.dtype
+        matrix = weight_EIO.__getitem__
+    bias_EO = getattr(experts, f"{name}_bias").detach() if experts.has_bias else None
+    return Projection(matrix, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
+
+
+def grouped_forward(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    expert_lora: dict[str, list[LowRank]] | None = None,
+) -> torch.Tensor:
+    """[`experts_forward`] of dense experts on an accelerator: all experts' products at once."""
+    lora = expert_lora or {}
+    groups = group_by_expert(index_TK, experts.num_experts)
+    expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias else None
+    rows_NF = _grouped_project(experts, _up_name(experts), x_TH[groups.token_N], expert_N, groups, lora)
+    rows_NF = experts._apply_gate(rows_NF) if experts.has_gate else experts.act_fn(rows_NF)
+    rows_NH = _grouped_project(experts, "down_proj", rows_NF, expert_N, groups, lora)
+    if experts.has_post_expert_norm:
+        rows_NH = experts.post_expert_norm(rows_NH)
+    rows_NH = rows_NH * weights_TK.reshape(-1)[groups.order_N].unsqueeze(-1)
+    return combine_by_token(rows_NH, groups).to(x_TH.dtype)
+
+
+def _grouped_project(
     experts: nn.Module,
     name: str,
     x_NI: torch.Tensor,
-    top_k_index_TK: torch.Tensor,
+    expert_N: torch.Tensor | None,
     groups: ExpertGroups,
-    lora: dict[str, list[LoraFactors]],
+    lora: dict[str, list[LowRank]],
 ) -> torch.Tensor:
     """One projection of all routed rows: base weight, bias and low-rank updates."""
     weight = getattr(experts, name)
-    if is_packed(weight):
-        y_NO = _packed_project(x_NI, weight, groups, experts.is_transposed)
-    else:
-        y_NO = grouped_matmul(
-            x_NI.to(weight.dtype), weight if experts.is_transposed else weight.transpose(1, 2), groups.ends_E
-        )
-    if experts.has_bias:
-        y_NO = y_NO + getattr(experts, f"{name}_bias")[top_k_index_TK.reshape(-1)[groups.order_N]]
-    for factors in lora.get(name, ()):
-        A_ERI, B_EOR = factors.A_ERI.to(y_NO.dtype), factors.B_EOR.to(y_NO.dtype)
-        y_NO = y_NO + grouped_lora(x_NI.to(y_NO.dtype), A_ERI, B_EOR, factors.scaling, groups.ends_E)
+    x_NI = x_NI.to(weight.dtype)
+    y_NO = grouped_matmul(x_NI, weight if experts.is_transposed else weight.transpose(1, 2), groups.ends_E)
+    if expert_N is not None:
+        y_NO = y_NO + getattr(experts, f"{name}_bias")[expert_N]
+    for update in lora.get(name, ()):
+        A_ERI, B_EOR = update.A_ERI.to(y_NO.dtype), update.B_EOR.to(y_NO.dtype)
+        y_NO = y_NO + grouped_lora(x_NI, A_ERI, B_EOR, update.scaling, groups.ends_E)
     return y_NO
-
-
-def _packed_project(x_NI: torch.Tensor, weight, groups: ExpertGroups, is_transposed: bool) -> torch.Tensor:
-    unpack = expert_unpacker(weight)
-    out_features = logical_shape(weight)[2 if is_transposed else 1]
-    y_NO = packed_grouped_matmul(
-        x_NI.to(weight.quant_state.dtype),
-        unpack if is_transposed else lambda expert: unpack(expert).T,
-        out_features,
-        groups.ends_E,
-    )
-    return y_NO.to(x_NI.dtype)

@@ -1,5 +1,6 @@
 """LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -7,8 +8,32 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..errors import OrdMoEModelError
+from ..ops.frozen_experts import LowRank, transposed_B
 from ..quantization.storage import is_packed, logical_shape
-from .experts_forward import LoraFactors
+
+
+@dataclass(frozen=True)
+class KeptTransposed:
+    """`B` transposed, kept between forwards without gradients: making it costs more than a decoding step's use of it.
+
+    Args:
+        source (`torch.Tensor`): shares memory with the `B` that it was made of, so that no other can take its address.
+        version (`int`), row (`torch.Tensor`): of that `B`, which may have been written to since.
+        B_REO (`torch.Tensor` of shape `(R, E, O)`): what is kept.
+    """
+
+    source: torch.Tensor
+    version: int
+    row: torch.Tensor
+    B_REO: torch.Tensor
+
+    def is_of(self, B: torch.Tensor) -> bool:
+        """Whether it is made of `B` as it is now.
+
+        Writing through `.data` does not count as a version; a row of numbers of all experts gives that away.
+        """
+        is_same = B.data_ptr() == self.source.data_ptr() and B.dtype == self.source.dtype and B._version == self.version
+        return is_same and torch.equal(B[0], self.row)
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -28,20 +53,29 @@ class ParamWrapper(lora_layer.ParamWrapper):
         self._param_ndim = 3
         return in_features, out_features
 
-    def factors(self, adapter_name: str) -> LoraFactors:
-        """The adapter's factors per expert: `lora_A` rows run over (expert, r), `lora_B` columns over (r, expert)."""
-        A_weight, B_weight = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return LoraFactors(
-            A_ERI=A_weight.view(self.num_experts, -1, A_weight.shape[-1]),
-            B_EOR=B_weight.view(len(B_weight), -1, self.num_experts).permute(2, 0, 1),
-            scaling=self.scaling[adapter_name],
-        )
+    def low_rank(self, adapter_name: str) -> LowRank:
+        """The adapter's update of all experts."""
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
+
+    def _low_rank_to_run(self, adapter_name: str) -> LowRank:
+        update = self.low_rank(adapter_name)
+        B = update.B
+        kept = self.__dict__.setdefault("kept_transposed_B", {})
+        if torch.is_grad_enabled() or B.device.type != "cpu" or B.is_inference():
+            kept.pop(adapter_name, None)
+            return update
+        if adapter_name not in kept or not kept[adapter_name].is_of(B):
+            weight = self.get_param()
+            dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
+            kept[adapter_name] = KeptTransposed(B.detach(), B._version, B[0].clone(), transposed_B(update, dtype))
+        return replace(update, B_REO=kept[adapter_name].B_REO)
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""
         delta_OI = sum(
-            factors.scaling * (factors.B_EOR[expert] @ factors.A_ERI[expert])
-            for factors in map(self.factors, adapter_names)
+            update.scaling * (update.B_EOR[expert] @ update.A_ERI[expert])
+            for update in map(self.low_rank, adapter_names)
         )
         return delta_OI.T if self.get_base_layer().is_transposed else delta_OI
 
@@ -86,7 +120,10 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if active:
             expert_lora = kwargs.pop("expert_lora", {})
-            kwargs["expert_lora"] = {**expert_lora, self.parameter_name: [self.factors(name) for name in active]}
+            kwargs["expert_lora"] = {
+                **expert_lora,
+                self.parameter_name: [self._low_rank_to_run(name) for name in active],
+            }
         return self.base_layer(x, *args, **kwargs)
 
 

@@ -1,13 +1,17 @@
 """Sort routed tokens by expert, so that each expert works on one contiguous block of rows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
     """The order in which N = T·K routed rows are processed: all rows of expert 0, then of expert 1, and so on.
+
+    Known on the device alone, without a host sync.
 
     Args:
         order_N (`torch.Tensor` of shape `(N,)`): for each sorted row, its place in the flattened `(T, K)` routing.
@@ -43,3 +47,122 @@ def combine_by_token(rows_NH: torch.Tensor, groups: ExpertGroups) -> torch.Tenso
     inverse_N = torch.empty_like(groups.order_N)
     inverse_N[groups.order_N] = torch.arange(len(groups.order_N), device=groups.order_N.device)
     return rows_NH[inverse_N].view(-1, groups.top_k, rows_NH.shape[-1]).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Routed rows laid out by expert, each expert's block filled up to whole tiles of `tile` rows.
+
+    Tiles let one batched product serve all experts, whatever their numbers of rows. The host knows the layout: one sync
+    on CUDA. Slots that hold no row are gaps.
+
+    Args:
+        slot_N (`torch.Tensor` of shape `(N,)`): the slot of each row, in the order of the flattened `(T, K)` routing.
+        token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
+        gaps (`torch.Tensor`, *optional*): the slots without a row, `None` where there are none.
+        expert_P (`torch.Tensor` of shape `(P,)`): the expert of each tile; S = P · `tile`.
+        experts (`list` of `int`): the experts that have rows.
+        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `experts` in turn.
+        tile (`int`): slots per tile.
+        top_k (`int`): K.
+    """
+
+    slot_N: torch.Tensor
+    token_S: torch.Tensor
+    gaps: torch.Tensor | None
+    expert_P: torch.Tensor
+    experts: list[int]
+    sizes: list[int]
+    tile: int
+    top_k: int
+
+    def rows(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Each slot's token (`torch.Tensor` of shape `(S, H)`)."""
+        return x_TH.index_select(0, self.token_S)
+
+    def tiles(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """A view by tile (`torch.Tensor` of shape `(P, tile, I)`)."""
+        return x_SI.view(len(self.expert_P), self.tile, x_SI.shape[-1])
+
+    def blocks(self, x_SI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of the slots to multiply, for each of `experts`."""
+        return x_SI.split(self.sizes)[::2]
+
+    def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """Write zeros where no row is."""
+        return x_SI if self.gaps is None else x_SI.index_fill_(0, self.gaps, 0)
+
+    def are_experts(self, num_experts: int) -> bool:
+        """Whether tile e is expert e's and there is one for each."""
+        return len(self.expert_P) == len(self.experts) == num_experts
+
+    def of_slots(self, x_EI: torch.Tensor) -> torch.Tensor:
+        """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
+        return x_EI.index_select(0, self.expert_P.repeat_interleave(self.tile))
+
+    def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
+        return x_SI.index_select(0, self.slot_N).view(-1, self.top_k, x_SI.shape[-1])
+
+    def sum_by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
+        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
+
+
+def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step: int = 1) -> ExpertTiles:
+    """Lay the routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) out by expert.
+
+    Args:
+        tile_cost (`int`, defaults to 0): what a tile costs beside its rows, in rows; 0 leaves no gaps.
+        row_step (`int`, defaults to 1): from so many rows on, tiles and blocks to multiply are multiples of it, where
+            there are gaps.
+    """
+    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
+    rows_of = {expert: rows for expert, rows in enumerate(torch.bincount(expert_N).tolist()) if rows}
+    tile = best_tile(list(rows_of.values()), tile_cost, row_step)
+    tiles_of = {expert: -(-rows // tile) for expert, rows in rows_of.items()}
+    sizes, shifts, slot, row = [], [], 0, 0
+    for expert, rows in rows_of.items():
+        shifts.append(slot - row)
+        slots = tiles_of[expert] * tile
+        block = min(whole_steps(rows, row_step), slots)
+        sizes += [block, slots - block]
+        slot, row = slot + slots, row + rows
+
+    def on_device(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor([*values], dtype=torch.long, device=order_N.device)
+
+    row_N = torch.arange(len(order_N), device=order_N.device)
+    sorted_slot_N = row_N + on_device(shifts).repeat_interleave(on_device(rows_of.values()))
+    token_S = order_N.new_zeros(slot).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
+    gaps = None
+    if slot > row:
+        is_gap_S = torch.ones(slot, dtype=torch.bool, device=order_N.device).index_fill_(0, sorted_slot_N, False)
+        gaps = is_gap_S.nonzero().squeeze(1)
+    return ExpertTiles(
+        slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
+        token_S=token_S,
+        gaps=gaps,
+        expert_P=on_device(rows_of).repeat_interleave(on_device(tiles_of.values())),
+        experts=[*rows_of],
+        sizes=sizes,
+        tile=tile,
+        top_k=top_k_index_TK.shape[-1],
+    )
+
+
+def best_tile(rows_of_experts: list[int], tile_cost: int, row_step: int = 1) -> int:
+    """The rows per tile at which tiles cost least: their slots, gaps included, and `tile_cost` for each tile.
+
+    Few large tiles have many gaps where experts' numbers of rows differ; many small ones repeat each expert's factors.
+    """
+    if tile_cost == 0:
+        return 1
+    largest = max(rows_of_experts, default=1)
+    sizes = {whole_steps(-(-largest // 2**halvings), row_step) for halvings in range(largest.bit_length() + 1)}
+    return min(sizes, key=lambda tile: (tile + tile_cost) * sum(-(-rows // tile) for rows in rows_of_experts))
+
+
+def whole_steps(rows: int, row_step: int) -> int:
+    """`rows`, or the next multiple of `row_step` where it is larger than that."""
+    return rows if rows < row_step else -(-rows // row_step) * row_step

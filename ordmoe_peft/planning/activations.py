@@ -4,6 +4,7 @@ A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers a
 the others are added by kind.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,10 +19,14 @@ from transformers import PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import OrdMoEConfigError
+from ..images import encode_images
+from ..layers.experts_forward import grouped_forward
 from ..moe_layers import find_moe_layers
+from ..quantization.storage import is_packed, stored_tensors
+from ..training.rows import stack_rows
 from .lm_head import log_probs_as_on_cuda
 from .trace import MemoryTrace, fake_of
-from .weights import replace_tensor, stored_tensors
+from .weights import replace_tensor
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,25 @@ class StepShape:
     """The rows of one forward and how it is run.
 
     Args:
-        rows (`int`): rows of the forward: samples times the tiers that run in it.
+        samples (`int`): samples of a batch.
         sequence_length (`int`): tokens in each row, all of them used, image tokens included.
+        tiers (`int`, defaults to 1): tiers that run in the forward, with a row for each sample.
         images_per_row (`int`, defaults to 0), image_tokens (`int`, defaults to 0): images in a row, and the tokens that
             the language model sees of each.
+        encodes_first (`bool`, defaults to `False`): encode each image once, ahead, as the trainer does where there are
+            tiers.
         gradient_checkpointing (`bool`, defaults to `True`): run layers again in backward.
         autocast (`torch.dtype`, *optional*): dtype of mixed precision (`bf16=True` of the training arguments).
-        device (`str`, defaults to `"cuda"`): whose LM head is traced: on CPU, TRL's makes several more copies.
+        device (`str`, defaults to `"cuda"`): whose LM head and dense experts are traced: on CPU, TRL's head makes
+            several more copies, and experts run one after another.
     """
 
-    rows: int
+    samples: int
     sequence_length: int
+    tiers: int = 1
     images_per_row: int = 0
     image_tokens: int = 0
+    encodes_first: bool = False
     gradient_checkpointing: bool = True
     autocast: torch.dtype | None = torch.bfloat16
     device: str = "cuda"
@@ -76,7 +87,9 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     """
     base = model.get_base_model()
     inputs = step_inputs(base.config, shape)
-    if shape.device != "cuda":
+    if shape.device == "cuda":
+        _group_dense_experts(model)
+    else:
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
     missing = _cut_layers(model, _unlike_the_rest(base.config, shape))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -89,7 +102,9 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     with fakes, trace, _watched_layers(model, trace) as watch:
         inputs |= {name: make() for name, make in inputs.items() if callable(make)}
         with nullcontext() if shape.autocast is None else torch.autocast("cpu", shape.autocast):
-            loss = _loss(model, inputs, shape.device)
+            if shape.encodes_first:
+                inputs = encode_images(model, inputs)
+            loss = _loss(model, stack_rows([inputs] * shape.tiers, pad_token_id=0), shape.device)
         kept = trace.live
         loss.backward()
     steps = [after - before for before, after in itertools.pairwise(watch.live)]
@@ -109,8 +124,8 @@ def _loss(model: nn.Module, inputs: dict[str, Any], device: str) -> torch.Tensor
 
 # ------------------------------------------------------------------------------------------------------------- inputs
 def step_inputs(config: PretrainedConfig, shape: StepShape) -> dict[str, Any]:
-    """A batch of full rows; what has no numbers is a function that makes it."""
-    ids = torch.ones(shape.rows, shape.sequence_length, dtype=torch.long)
+    """A batch of full rows, one for each sample; what has no numbers is a function that makes it."""
+    ids = torch.ones(shape.samples, shape.sequence_length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     return inputs | _images(config, shape, ids) if shape.images_per_row else inputs
 
@@ -133,7 +148,7 @@ def _images(config: PretrainedConfig, shape: StepShape, ids: torch.Tensor) -> di
         start = image * (shape.image_tokens + 2)
         ids[:, start], ids[:, start + shape.image_tokens + 1] = config.vision_start_token_id, config.vision_end_token_id
         ids[:, start + 1 : start + shape.image_tokens + 1] = config.image_token_id
-    images, merge = shape.rows * shape.images_per_row, vision.spatial_merge_size
+    images, merge = shape.samples * shape.images_per_row, vision.spatial_merge_size
     height = next(side for side in range(int(shape.image_tokens**0.5), 0, -1) if shape.image_tokens % side == 0)
     patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
@@ -179,6 +194,13 @@ def _kind(layer: nn.Module) -> tuple:
         if isinstance(value, (bool, int, float, str, type(None))) and not key.endswith(("idx", "index"))
     )
     return tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()), settings
+
+
+def _group_dense_experts(model: nn.Module) -> None:
+    """Have dense experts run as on CUDA: fake tensors are on the CPU, where these run expert by expert."""
+    for layer in find_moe_layers(model):
+        if not is_packed(layer.experts.down_proj):
+            layer.experts.forward = functools.partial(grouped_forward, layer.experts)
 
 
 def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:

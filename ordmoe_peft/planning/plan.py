@@ -1,5 +1,6 @@
 """Put together what training takes, and what would make it take less."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,18 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
+from ..quantization.census import CensusRow, quantization_census
 from ..quantization.config import MoeBitsAndBytesConfig
+from ..training.arguments import CHOICES
 from ..training.objectives import OBJECTIVES
+from ..training.pass_memory import PassMemory
 from .activations import Activations, StepShape, estimate_activations
 from .optimizers import OPTIMIZERS, optimizer_bytes
-from .weights import WeightShare, build_meta_model, weight_shares
+from .weights import build_meta_model
 
 
 GIB = 2**30
-TIER_PASSES = ("batched", "sequential")
+TIER_PASSES = CHOICES["tier_passes"]
 # Shorter rows than this are not suggested.
 LEAST_SEQUENCE_LENGTH = 256
 
@@ -32,10 +36,13 @@ class PlanSettings:
     Args:
         dtype (`torch.dtype`, defaults to bf16): that of unquantised weights.
         quantization ([`MoeBitsAndBytesConfig`], *optional*): 4-bit loading.
+        is_stored_packed (`bool`, defaults to `False`): the checkpoint is in 4 bits already, so `quantization` is fixed.
         r (`int`, defaults to 16), targets (`tuple[str, ...]`, defaults to router and experts): the adapter's.
-        num_tiers (`int`, defaults to 3), objective (`str`, defaults to `"erl"`): decide how many tiers are run.
-        tier_passes (`str`, defaults to `"batched"`): `"batched"`, the rows of all tiers in one forward, or
-            `"sequential"`, one tier after another.
+        num_tiers (`int`, defaults to 3), objective (`str`, defaults to `"erl"`), rewards (`tuple[float, ...]`,
+            *optional*), advantages (`str`, defaults to `"zscore"`): decide which tiers are run.
+        tier_passes (`str`, defaults to `"auto"`): `"batched"`, the rows of all tiers in one forward, each with a prompt
+            of its own; `"sequential"`, one tier after another; or `"auto"`, which is planned as `"sequential"`: the
+            trainer begins so and changes where half of what is free suffices, see [`tokens_at_once`].
         batch_size (`int`, defaults to 8): samples at a time on the card.
         sequence_length (`int`, defaults to 1024): tokens of each, image tokens included.
         images_per_sample (`int`, defaults to 0), image_tokens (`int`, defaults to 0): see [`StepShape`].
@@ -50,11 +57,14 @@ class PlanSettings:
 
     dtype: torch.dtype = torch.bfloat16
     quantization: MoeBitsAndBytesConfig | None = None
+    is_stored_packed: bool = False
     r: int = 16
     targets: tuple[str, ...] = ("router", "experts")
     num_tiers: int = 3
     objective: str = "erl"
-    tier_passes: str = "batched"
+    rewards: tuple[float, ...] | None = None
+    advantages: str = "zscore"
+    tier_passes: str = "auto"
     batch_size: int = 8
     sequence_length: int = 1024
     images_per_sample: int = 0
@@ -78,31 +88,45 @@ class PlanSettings:
 
     def adapter_config(self) -> OrdMoEConfig:
         """The adapter's configuration."""
-        return OrdMoEConfig(r=self.r, targets=list(self.targets), num_tiers=self.num_tiers)
+        rewards = None if self.rewards is None else list(self.rewards)
+        return OrdMoEConfig(
+            r=self.r,
+            targets=list(self.targets),
+            num_tiers=self.num_tiers,
+            rewards=rewards,
+            advantages=self.advantages,
+        )
 
     def tiers_run(self) -> list[int]:
         """The tiers that a step runs with gradient, from 1: tier 1, and those that the objective looks at."""
         if self.num_tiers == 1:
             return [1]
-        advantages = tier_advantages(None, self.num_tiers, "zscore")
+        advantages = tier_advantages(self.rewards, self.num_tiers, self.advantages)
         return sorted({1, *OBJECTIVES[self.objective].active_tiers(advantages)})
 
-    def step_shape(self, rows: int) -> StepShape:
-        """A forward of so many rows."""
-        return StepShape(
-            rows=rows,
-            sequence_length=self.sequence_length,
-            images_per_row=self.images_per_sample,
-            image_tokens=self.image_tokens,
-            gradient_checkpointing=self.gradient_checkpointing,
-            autocast=self.autocast,
-            device=self.device,
-        )
+    @property
+    def tiers_at_once(self) -> int:
+        """Tiers whose rows are in one forward."""
+        return len(self.tiers_run()) if self.tier_passes == "batched" else 1
 
     @property
     def rows(self) -> int:
         """Rows of the largest forward."""
-        return self.batch_size * (len(self.tiers_run()) if self.tier_passes == "batched" else 1)
+        return self.batch_size * self.tiers_at_once
+
+    def step_shape(self) -> StepShape:
+        """The largest forward."""
+        return StepShape(
+            samples=self.batch_size,
+            sequence_length=self.sequence_length,
+            tiers=self.tiers_at_once,
+            images_per_row=self.images_per_sample,
+            image_tokens=self.image_tokens,
+            encodes_first=self.num_tiers > 1,
+            gradient_checkpointing=self.gradient_checkpointing,
+            autocast=self.autocast,
+            device=self.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,14 +134,14 @@ class MemoryPlan:
     """What training takes, in bytes.
 
     Args:
-        weights (`list` of [`WeightShare`]): the base, by role and form.
+        weights (`list` of [`~ordmoe_peft.quantization.census.CensusRow`]): the base, by role and dtype.
         trainable (`int`): the adapter's weights, how many.
         adapter (`int`), gradients (`int`), optimizer (`int`): the adapter, its gradients, the optimizer's states.
         activations ([`Activations`]): what one forward and backward holds beside.
         moe (`dict`): number of MoE layers, E and K.
     """
 
-    weights: list[WeightShare]
+    weights: list[CensusRow]
     trainable: int
     adapter: int
     gradients: int
@@ -128,7 +152,7 @@ class MemoryPlan:
     @property
     def base(self) -> int:
         """All weights of the base."""
-        return sum(share.size for share in self.weights)
+        return sum(row.bytes for row in self.weights)
 
     @property
     def total(self) -> int:
@@ -137,7 +161,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, sizes in bytes."""
         return {
-            "weights": [vars(share) | {"bits": share.bits} for share in self.weights],
+            "weights": [vars(row) | {"bits": row.bits} for row in self.weights],
             "trainable_parameters": self.trainable,
             "base": self.base,
             "adapter": self.adapter,
@@ -167,17 +191,17 @@ def plan_memory(config: PretrainedConfig, settings: PlanSettings) -> MemoryPlan:
     """
     model = build_meta_model(config, settings.dtype, settings.quantization)
     layers = find_moe_layers(model)
-    shares = weight_shares(model)
+    census = quantization_census(model)
     model = _with_adapter(model, settings)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapter = sum(parameter.nbytes for parameter in trainable)
     return MemoryPlan(
-        weights=shares,
+        weights=census.rows,
         trainable=sum(parameter.numel() for parameter in trainable),
         adapter=adapter,
         gradients=adapter,
         optimizer=optimizer_bytes(settings.optimizer, trainable),
-        activations=estimate_activations(model, settings.step_shape(settings.rows)),
+        activations=estimate_activations(model, settings.step_shape()),
         moe={"moe_layers": len(layers), "num_experts": layers[0].num_experts, "top_k": layers[0].top_k},
     )
 
@@ -190,6 +214,23 @@ def _with_adapter(model: Any, settings: PlanSettings) -> PeftModel:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does on quantised bases
     return model
+
+
+def tokens_at_once(plan: MemoryPlan, settings: PlanSettings, limit: int) -> int | None:
+    """Most tokens of a batch that the trainer runs under all tiers at once, by its own rule for `tier_passes="auto"`.
+
+    Args:
+        plan ([`MemoryPlan`]), settings ([`PlanSettings`]): what its first batch takes.
+        limit (`int`): what the card has for training, in bytes.
+
+    Returns:
+        `int`, *optional*: 0 where tiers always run one after another; `None` where there is nothing to decide.
+    """
+    passes = len(settings.tiers_run())
+    if settings.tier_passes != "auto" or passes == 1:
+        return None
+    memory = PassMemory(peak=plan.gradients + plan.activations.peak, free=max(limit - plan.base - plan.adapter, 0))
+    return memory.max_tokens(settings.batch_size * settings.sequence_length, passes)
 
 
 # -------------------------------------------------------------------------------------------------------- suggestions
@@ -225,7 +266,7 @@ def _checkpoint(settings: PlanSettings) -> tuple[str, dict] | None:
 
 
 def _one_after_another(settings: PlanSettings) -> tuple[str, dict] | None:
-    if settings.tier_passes == "sequential" or len(settings.tiers_run()) == 1:
+    if settings.tiers_at_once == 1:
         return None
     return "--tier_passes sequential", {"tier_passes": "sequential"}
 
@@ -238,13 +279,10 @@ def _batch_of_one(settings: PlanSettings) -> tuple[str, dict] | None:
 
 
 def _double_quant(settings: PlanSettings) -> tuple[str, dict] | None:
-    if settings.quantization is None or settings.quantization.bnb_4bit_use_double_quant:
+    quantization = copy.deepcopy(settings.quantization)
+    if quantization is None or quantization.bnb_4bit_use_double_quant or settings.is_stored_packed:
         return None
-    quantization = MoeBitsAndBytesConfig(
-        bnb_4bit_quant_type=settings.quantization.bnb_4bit_quant_type,
-        bnb_4bit_compute_dtype=settings.quantization.bnb_4bit_compute_dtype,
-        bnb_4bit_use_double_quant=True,
-    )
+    quantization.bnb_4bit_use_double_quant = True
     return "--use_bnb_nested_quant true", {"quantization": quantization}
 
 

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .._compat import storage_id
+
 
 aten = torch.ops.aten
 DEVICE = torch.device("cpu")
@@ -43,7 +45,7 @@ class MemoryTrace(TorchDispatchMode):
     def __init__(self, fakes: FakeTensorMode, at_hand: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.fakes, self.live, self.peak = fakes, 0, 0
-        self._counted = {tensor.untyped_storage()._cdata: 0 for tensor in at_hand}
+        self._counted = {storage_id(tensor.untyped_storage()): 0 for tensor in at_hand}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = self._run(func, args, kwargs or {})
@@ -58,7 +60,8 @@ class MemoryTrace(TorchDispatchMode):
             return _really(func, args, kwargs)
         if func is aten.index.Tensor:
             args = (args[0], _indices(args[1]))
-        args, kwargs = tree_map(self._as_fake, (args, kwargs))
+        if any(_is_meta(tensor) for tensor in tensors):
+            args, kwargs = tree_map(self._as_fake, (args, kwargs))
         output = func(*args, **kwargs)
         if func in (aten.topk.default, aten.sort.default, aten.sort.stable):
             return (output[0], _really(_even_choice, (output[1].shape, tensors[0].shape[-1])))
@@ -67,12 +70,11 @@ class MemoryTrace(TorchDispatchMode):
         return output
 
     def _as_fake(self, leaf: Any) -> Any:
-        is_meta = isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type == "meta"
-        return fake_of(leaf, self.fakes) if is_meta else leaf
+        return fake_of(leaf, self.fakes) if _is_meta(leaf) else leaf
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self._counted:
             return
         self._counted[key] = storage.nbytes()
@@ -82,6 +84,10 @@ class MemoryTrace(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._counted.pop(key)
+
+
+def _is_meta(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type == "meta"
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

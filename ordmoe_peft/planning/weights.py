@@ -1,13 +1,12 @@
-"""A model as it would be loaded, without its weights, and what they take, to the byte.
+"""A model as it would be loaded, without its weights.
 
 The model is built on the meta device and goes through the loader's own steps, so what is quantised, and how, is the
-loader's decision. Storages are counted as they are after loading: packed bytes, scales, code tables.
+loader's decision: [`~ordmoe_peft.quantization_census`] of it is that of the loaded model, to the byte.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import transformers
@@ -21,40 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .._compat import dtypes_kept
+from .._compat import dtypes_kept, quantize_linear_weight_
 from ..errors import OrdMoEModelError
-from ..moe_layers import find_moe_layers, without_wrappers
+from ..moe_layers import find_moe_layers
 from ..quantization.config import MoeBitsAndBytesConfig
 from ..quantization.quantizer import MoeBnb4BitHfQuantizer
-from ..quantization.storage import BLOCK_SIZE, is_packed, logical_shape
 
 
-ROLES = ("experts", "shared_experts", "attention", "router", "embeddings", "head", "norms", "vision", "other")
-
-
-@dataclass(frozen=True)
-class WeightShare:
-    """The weights of one role in one form.
-
-    Args:
-        role (`str`): one of [`ROLES`].
-        form (`str`): how they are stored: a dtype, `"nf4"` or `"fp4"`.
-        weights (`int`): how many numbers they are.
-        size (`int`): what they take, in bytes.
-    """
-
-    role: str
-    form: str
-    weights: int
-    size: int
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight, scales and tables included."""
-        return 8 * self.size / self.weights
-
-
-# -------------------------------------------------------------------------------------------------------------- model
 def build_meta_model(
     config: PretrainedConfig, dtype: torch.dtype, quantization: MoeBitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
@@ -107,36 +79,32 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _quantise(model: PreTrainedModel, dtype: torch.dtype, config: MoeBitsAndBytesConfig) -> None:
+    """Take `model` through what `from_pretrained` does to it, by the loader's own functions."""
     quantizer = MoeBnb4BitHfQuantizer(config, pre_quantized=False)
     dense = {name: parameter.data for name, parameter in model.named_parameters()}
     _fill_code_table_cache()
     with _default_dtype(dtype):  # that of the biases of the layers that it puts in
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
-    for name in dense:
-        if quantizer.param_needs_quantization(model, name):
-            replace_tensor(model, name, _packed_on_meta(dense[name], config))
+    for name, weight in dense.items():
+        if quantizer.is_stack(name):
+            replace_tensor(model, name, quantizer.pack(_FirstOf(weight), name))
+        elif quantizer.param_needs_quantization(model, name):
+            settings = model.get_parameter(name).__dict__
+            replace_tensor(model, name, quantize_linear_weight_(Params4bit(weight, **settings)))
     quantizer.postprocess_model(model)
 
 
-def _packed_on_meta(weight: torch.Tensor, config: MoeBitsAndBytesConfig) -> Params4bit:
-    """What packing `weight` gives; `Params4bit.to` itself leaves meta tensors alone."""
-    data, state = bnb_functional.quantize_4bit(
-        weight,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-    )
-    state.dtype = config.bnb_4bit_compute_dtype or state.dtype
-    return Params4bit(
-        data,
-        quant_state=state,
-        blocksize=BLOCK_SIZE,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-        bnb_quantized=True,
-    )
+class _FirstOf:
+    """A stack of which only the first expert's matrix is read: where there are no numbers, one stands for all."""
+
+    def __init__(self, weight_EOI: torch.Tensor):
+        self.weight_EOI = weight_EOI
+
+    def __len__(self) -> int:
+        return len(self.weight_EOI)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.weight_EOI[:1])
 
 
 def _fill_code_table_cache() -> None:
@@ -149,68 +117,3 @@ def replace_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
-
-
-# -------------------------------------------------------------------------------------------------------------- bytes
-def weight_shares(model: PreTrainedModel) -> list[WeightShare]:
-    """What the parameters and buffers of `model` take, by role and form, in the order of [`ROLES`]."""
-    role_of, seen = _RoleOf(model), set()
-    counted: dict[tuple[str, str], tuple[int, int]] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        size = sum(_new_bytes(part, seen) for part in stored_tensors(tensor))
-        form = tensor.quant_state.quant_type if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
-        weights, total = counted.get((role_of(name), form), (0, 0))
-        counted[role_of(name), form] = (weights + logical_shape(tensor).numel(), total + size)
-    shares = [WeightShare(role, form, *sizes) for (role, form), sizes in counted.items()]
-    return sorted(shares, key=lambda share: (ROLES.index(share.role), share.form))
-
-
-def stored_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold a weight: itself, and the quantisation state of a packed one."""
-    if not is_packed(tensor):
-        return [tensor]
-    state = tensor.quant_state
-    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [tensor, state.absmax, state.code, *nested]
-
-
-def _new_bytes(tensor: torch.Tensor, seen: set[int]) -> int:
-    storage = tensor.untyped_storage()
-    if storage._cdata in seen:
-        return 0
-    seen.add(storage._cdata)
-    return storage.nbytes()
-
-
-class _RoleOf:
-    """From a parameter's name to its role."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, layers = model, find_moe_layers(model)
-        self.decoders = tuple(dict.fromkeys(f"{layer.decoder_layers_name}." for layer in layers))
-        self.text_models = tuple(f"{name[:-1].rpartition('.')[0]}." for name in self.decoders)
-        self.experts = tuple(f"{layer.experts_name}." for layer in layers)
-        self.routers = tuple(f"{layer.router_name}." for layer in layers if layer.router is not None)
-        self.blocks = tuple(f"{layer.block_name}." for layer in layers)
-        self.head = model.get_output_embeddings()
-
-    def __call__(self, name: str) -> str:
-        name = without_wrappers(name)
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        if module is self.head:
-            return "head"
-        if name.startswith(self.experts):
-            return "experts"
-        if name.startswith(self.routers):
-            return "router"
-        if not name.startswith(self.text_models):
-            return "vision"
-        if "norm" in type(module).__name__.lower():
-            return "norms"
-        if isinstance(module, nn.Embedding):
-            return "embeddings"
-        if not name.startswith(self.decoders):
-            return "other"
-        if name.startswith(self.blocks) and "shared" in name:
-            return "shared_experts"
-        return "attention" if "attn" in name or "attention" in name else "other"

@@ -1,4 +1,8 @@
-"""How many bytes of a model are in how many bits, by what they are for."""
+"""How many bytes of a model are in how many bits, by what they are for.
+
+What counts is memory: each storage that a parameter, a buffer, or the scales and code tables of a packed weight are in,
+whole, and once however many of them share it. So a count on the meta device is what a loaded model holds, to the byte.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._compat import storage_id
 from ..errors import OrdMoEModelError
 from ..moe_layers import MoELayer, find_moe_layers, without_wrappers
 from .selection import is_of_router
-from .storage import is_packed
+from .storage import is_packed, logical_shape, stored_tensors
 
 
 CENSUS_ROLES = (
     "experts",
+    "expert_biases",
     "shared_experts",
     "router",
     "attention",
@@ -36,7 +42,7 @@ class CensusRow:
         dtype (`str`): `"nf4"`, `"fp4"`, or the tensors' dtype.
         tensors (`int`): how many.
         weights (`int`): the numbers that they stand for.
-        bytes (`int`): what they take, for 4-bit tensors with their scales.
+        bytes (`int`): what they take, for 4-bit tensors with their scales and code tables.
     """
 
     role: str
@@ -44,6 +50,11 @@ class CensusRow:
     tensors: int
     weights: int
     bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales and tables included."""
+        return 8 * self.bytes / max(self.weights, 1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,7 @@ class QuantizationCensus:
     def __str__(self) -> str:
         lines = [f"{'role':<16}{'dtype':<10}{'tensors':>9}{'weights':>18}{'bytes':>18}{'bits a weight':>15}"]
         lines += [
-            f"{row.role:<16}{row.dtype:<10}{row.tensors:>9,}{row.weights:>18,}{row.bytes:>18,}"
-            f"{8 * row.bytes / max(row.weights, 1):>15.2f}"
+            f"{row.role:<16}{row.dtype:<10}{row.tensors:>9,}{row.weights:>18,}{row.bytes:>18,}{row.bits:>15.2f}"
             for row in self.rows
         ]
         weights, tensors = sum(row.weights for row in self.rows), sum(row.tensors for row in self.rows)
@@ -80,29 +90,32 @@ class QuantizationCensus:
 
 
 def quantization_census(model: nn.Module) -> QuantizationCensus:
-    """Count what `model`'s parameters and buffers hold, each tensor once, by role and dtype.
+    """Count what `model`'s parameters and buffers hold, each storage once, by role and dtype.
 
     Args:
         model (`nn.Module`): any model of transformers, or a [`~peft.PeftModel`] on one.
     """
-    role_of = role_finder(model)
+    role_of, counted = role_finder(model), set()
     counts: dict[tuple[str, str], Counter] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         dtype = tensor.quant_state.quant_type if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
-        weights = tensor.quant_state.shape.numel() if is_packed(tensor) else tensor.numel()
+        weights = logical_shape(tensor).numel()
         row = counts.setdefault((role_of(without_wrappers(name)), dtype), Counter())
-        row.update(tensors=1, weights=weights, bytes=stored_bytes(tensor))
+        row.update(
+            tensors=1, weights=weights, bytes=sum(_bytes_of_new(part, counted) for part in stored_tensors(tensor))
+        )
     rows = [CensusRow(role, dtype, **count) for (role, dtype), count in counts.items()]
     return QuantizationCensus(sorted(rows, key=lambda row: (CENSUS_ROLES.index(row.role), row.dtype)))
 
 
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """The bytes that a parameter takes, with the scales of a packed one. The table of 16 values is common to all."""
-    if not is_packed(tensor):
-        return tensor.nbytes
-    state = tensor.quant_state
-    scales = state.absmax.nbytes
-    return tensor.data.nbytes + scales + (state.state2.absmax.nbytes + state.offset.nbytes if state.nested else 0)
+def _bytes_of_new(tensor: torch.Tensor, counted: set[int]) -> int:
+    """The bytes of the tensor's storage, 0 where it is among the `counted`, which it joins."""
+    storage = tensor.untyped_storage()
+    key = storage_id(storage)
+    if key in counted:
+        return 0
+    counted.add(key)
+    return storage.nbytes()
 
 
 def in_units(count: int) -> str:
@@ -129,7 +142,7 @@ def role_finder(model: nn.Module) -> Callable[[str], str]:
         module = modules[name]
         if not any(name.startswith(f"{layer.decoder_layers_name}.") for layer in layers):
             return _role_outside_decoder(name, module, module is head)
-        return _role_in_decoder(name, module, layers, attention)
+        return _role_in_decoder(parameter_name, module, layers, attention)
 
     return role_of
 
@@ -144,9 +157,11 @@ def _role_outside_decoder(name: str, module: nn.Module, is_head: bool) -> str:
     return "norms" if _is_norm(module) else "other"
 
 
-def _role_in_decoder(name: str, module: nn.Module, layers: list[MoELayer], attention: tuple[str, ...]) -> str:
-    if any(f"{name}.".startswith(f"{layer.experts_name}.") for layer in layers):
-        return "experts"
+def _role_in_decoder(parameter_name: str, module: nn.Module, layers: list[MoELayer], attention: tuple[str, ...]) -> str:
+    name = parameter_name.rpartition(".")[0]
+    of_experts = [layer for layer in layers if f"{name}.".startswith(f"{layer.experts_name}.")]
+    if of_experts and not _is_norm(module):
+        return "experts" if parameter_name.endswith(of_experts[0].projections) else "expert_biases"
     if any(is_of_router(name, module, layer) for layer in layers):
         return "router"
     if _is_norm(module):

@@ -31,12 +31,21 @@ class Matrices(Sized, Iterable[torch.Tensor], Protocol):
 
 def is_packed(weight: torch.Tensor) -> bool:
     """Whether `weight` holds 4-bit blocks rather than numbers."""
-    return isinstance(weight, Params4bit) and weight.quant_state is not None
+    return getattr(weight, "quant_state", None) is not None
 
 
 def logical_shape(weight: torch.Tensor) -> torch.Size:
     """The shape of the numbers that `weight` stands for, packed or not."""
     return weight.quant_state.shape if is_packed(weight) else weight.shape
+
+
+def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold `weight`: itself, and the scales and code tables of a packed one."""
+    if not is_packed(weight):
+        return [weight]
+    state = weight.quant_state
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [weight, state.absmax, state.code, *nested]
 
 
 def pack_experts(
@@ -135,12 +144,15 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
     absmax_E = absmax.float().view(num_experts, -1)
+    # By rows, which bitsandbytes' CPU kernel shares out among threads; flat where rows are not whole blocks, whose
+    # scales it mixes up (0.50.2). What filled the last block up is cut off.
+    has_whole_rows = matrix_shape[-1] % state.blocksize == 0
+    unpacked_shape = matrix_shape if has_whole_rows else torch.Size([2 * bytes_E.shape[1]])
 
     def unpack(expert: int) -> torch.Tensor:
-        # Unpacked flat, for the sake of rows shorter than a block; what filled the last block up is cut off.
         expert_state = bnb_functional.QuantState(
             absmax=absmax_E[expert],
-            shape=torch.Size([2 * bytes_E.shape[1]]),
+            shape=unpacked_shape,
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,

@@ -32,6 +32,8 @@ class TierPlan:
             draws for, −1 for padding; by default its column.
         num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
             the same order for a sample's tiers; by default each row is a sample.
+        first_sample (`int`): samples of the same step before this forward's, for `random`: those of other
+            micro-batches and processes, so that what a sample draws does not depend on how a batch is shared out.
     """
 
     tiers: torch.Tensor
@@ -43,6 +45,7 @@ class TierPlan:
     num_samples: int | None = None
     tier_weights: str = "router"
     places: torch.Tensor | None = None
+    first_sample: int = 0
 
     @property
     def is_top(self) -> bool:
@@ -114,6 +117,7 @@ def make_plan(
     num_samples: int | None = None,
     tier_weights: str = "router",
     places: torch.Tensor | None = None,
+    first_sample: int = 0,
 ) -> TierPlan:
     """Check a request against the model's MoE layers and make it a plan.
 
@@ -131,4 +135,4 @@ def make_plan(
     scope = layers_in_scope(layer_scope, len(layers))
     for index in sorted(scope):
         check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
-    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, places)
+    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, places, first_sample)

@@ -63,6 +63,7 @@ def tier_routing(
     num_samples: int | None = None,
     tier_weights: str | None = None,
     places: torch.Tensor | None = None,
+    first_sample: int = 0,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -77,7 +78,8 @@ def tier_routing(
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
         seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
-        num_samples (`int`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+        num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
+            [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
         places (`torch.Tensor` of shape `(B, S)`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
 
@@ -97,6 +99,7 @@ def tier_routing(
         step=step,
         num_samples=num_samples,
         tier_weights=config.tier_weights if tier_weights is None else tier_weights,
+        first_sample=first_sample,
         places=places,
     )
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
@@ -349,4 +352,5 @@ class _TierSelection(TorchFunctionMode):
             row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
         places = self.forward.plan.places
         position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
-        return row_T % num_samples if num_samples else row_T, position_T
+        sample_T = row_T % num_samples if num_samples else row_T
+        return sample_T + self.forward.plan.first_sample, position_T

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import nn
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .._compat import attention_implementation
@@ -18,14 +20,20 @@ logger = logging.get_logger(__name__)
 # Attention functions that take any mask, and kinds of layers that attend by one.
 ATTENTION_WITH_MASK = ("sdpa", "eager")
 FULL, SLIDING = "full_attention", "sliding_attention"
+STATE_NAME = "OrdMoEPromptSharing"
 
 
-class PromptSharing:
+class PromptSharing(TrainerCallback):
     """Packs tiers' rows so that each prompt is computed once, where that gives what separate rows give.
 
     What is known to break it is looked up when it is made: scope, attention function, kinds of layers. What is not
     known shows in the first batch, which is to be run both ways and given to `judge`. Where it cannot be used, a
-    warning says why, once.
+    warning says why, once. As a callback it makes that verdict part of the trainer's state, so that a resumed run does
+    as the first one did.
+
+    All processes judge the same batch and come to the same verdict, as the two runs may wait for each other's parts of
+    the weights. Later on a process may take separate rows for a batch alone: that is one forward in either way, over
+    the same layers.
 
     Args:
         model (`nn.Module`): a MoE model with an adapter.
@@ -35,14 +43,23 @@ class PromptSharing:
     Attributes:
         is_possible (`bool`): whether prompts are shared.
         is_judged (`bool`): whether both ways were compared.
+        state ([`~transformers.TrainerState`], *optional*): where the verdict is kept, once training has begun.
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, dtype: torch.dtype):
         self.model, self.pad_token_id, self.dtype = model, pad_token_id, dtype
         self.is_possible, self.is_judged = adapter_config(model).token_scope == "response", False
+        self.state: Any = None
         self.placeholder_ids = torch.tensor(placeholder_ids(model), dtype=torch.long)
         if self.is_possible and (reason := reason_for_separate_rows(model)) is not None:
             self._give_up(reason)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.state = state
+        if (kept := state.stateful_callbacks.get(STATE_NAME)) is not None:
+            self.is_judged, self.is_possible = True, self.is_possible and kept["is_possible"]
+        elif self.is_judged:  # by an evaluation before
+            self._keep_verdict()
 
     def pack(self, batches: list[dict[str, Any]], tiers: list[int]) -> PackedRows | None:
         """Rows of several tiers as one row each, with their mask; `None` where they need rows of their own.
@@ -65,19 +82,35 @@ class PromptSharing:
         packed.inputs["attention_mask"] = self._mask(packed)
         return packed
 
+    @property
+    def awaits_verdict(self) -> bool:
+        """Whether the next batch is to be judged."""
+        return self.is_possible and not self.is_judged
+
+    def can_judge(self, packed: PackedRows | None, device: torch.device) -> bool:
+        """Whether all processes could pack this batch; each must ask."""
+        return not reduce(torch.tensor(packed is None, dtype=torch.long, device=device), reduction="sum").item()
+
     def judge(self, packed_log_probs: torch.Tensor, log_probs: torch.Tensor, mask: torch.Tensor) -> None:
         """Compare branches' log-probabilities on tier 1 with those of separate rows, and give up where they differ.
 
         Rounding alone sends some tokens to other experts, the more so in low tiers, whose scores lie close together,
-        and in deep models in bf16. So it is tier 1's typical token that is held against the square root of the
-        precision. Rows without responses, or not finite as they are, say nothing.
+        and in deep models in bf16. So it is tier 1's typical token, over all processes, that is held against the square
+        root of the precision. Rows without responses, or not finite as they are, say nothing.
         """
-        if not mask.any() or not log_probs[mask].isfinite().all():
+        mask = mask & log_probs.isfinite()
+        is_same = (packed_log_probs - log_probs)[mask].abs() <= torch.finfo(self.dtype).eps ** 0.5
+        same, count = reduce(torch.stack([is_same.sum(), mask.sum()]), reduction="sum").tolist()
+        if not count:
             return
         self.is_judged = True
-        difference = (packed_log_probs - log_probs)[mask].abs().median().item()
-        if not difference <= torch.finfo(self.dtype).eps ** 0.5:
-            self._give_up(f"it changes log-probabilities by {difference:.2g} a token in the first batch")
+        if same < count / 2:
+            self._give_up(f"it changes the log-probabilities of {1 - same / count:.0%} of tokens in the first batch")
+        self._keep_verdict()
+
+    def _keep_verdict(self) -> None:
+        if self.state is not None:
+            self.state.stateful_callbacks[STATE_NAME] = {"is_possible": self.is_possible}
 
     def _mask(self, packed: PackedRows) -> torch.Tensor | dict[str, torch.Tensor]:
         windows = attention_windows(self.model)

@@ -1,20 +1,22 @@
 """Steps that must not move the weights: what is not finite in them, or nothing to learn from."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from accelerate.utils import reduce
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..checkpoints import last_checkpoint
 from ..errors import OrdMoERuntimeError
 from .tier_passes import TierScores
 
 
 logger = logging.get_logger(__name__)
+
+STATE_NAME = "OrdMoEStepGuard"
+LOGGED_COUNTS = ("nonfinite_steps", "empty_batches")
 
 
 class StepGuard(TrainerCallback):
@@ -25,7 +27,8 @@ class StepGuard(TrainerCallback):
     the scaler, and DeepSpeed, which updates within its backward, is not guarded.
 
     Logged, once they are not 0: `nonfinite_steps`, steps whose update was dropped since training began, and
-    `empty_batches`, micro-batches without a response token of all processes, which add nothing to their step.
+    `empty_batches`, micro-batches without a response token of all processes, which add nothing to their step. Both, and
+    how many steps in a row were dropped, are part of the trainer's state, so that a resumed run counts on.
 
     Args:
         max_nonfinite_steps (`int`): number of such steps in a row that ends training.
@@ -37,15 +40,14 @@ class StepGuard(TrainerCallback):
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
         self.max_nonfinite_steps, self.metrics = max_nonfinite_steps, metrics
-        self._start()
-
-    def _start(self) -> None:
         self.found: list[str] = []
         self.rows, self.local_empty_batches = 0, 0
-        self.nonfinite_steps, self.in_a_row, self.empty_batches = 0, 0, 0
+        self.counts: dict[str, int] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._start()
+        self.found = []
+        counts = dict.fromkeys((*LOGGED_COUNTS, "in_a_row"), 0)
+        self.counts = state.stateful_callbacks.setdefault(STATE_NAME, counts)
 
     def expect(self, rows_of_batches: Iterable[int]) -> None:
         """Take the number of rows with a response in each micro-batch of the step to come, on this process."""
@@ -81,31 +83,27 @@ class StepGuard(TrainerCallback):
         counts = torch.tensor([bool(self.found), self.rows, self.local_empty_batches], device=args.device)
         is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
         found, self.found = self.found, []
-        self.empty_batches += empty_batches
-        self.in_a_row = self.in_a_row + 1 if is_bad else 0
-        self.nonfinite_steps += bool(is_bad)
-        self._log()
+        self.counts["empty_batches"] += empty_batches
+        self.counts["in_a_row"] = self.counts["in_a_row"] + 1 if is_bad else 0
+        self.counts["nonfinite_steps"] += bool(is_bad)
+        self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
         if is_bad or not rows:
             optimizer.zero_grad()
         if is_bad:
             self._report(state.global_step + 1, ", ".join(found) or "something on another process", args.output_dir)
 
-    def _log(self) -> None:
-        for name in ("nonfinite_steps", "empty_batches"):
-            if getattr(self, name):
-                self.metrics[name] = [getattr(self, name)]
-
     def _report(self, step: int, found: str, output_dir: str) -> None:
-        if self.in_a_row < self.max_nonfinite_steps:
+        in_a_row = self.counts["in_a_row"]
+        if in_a_row < self.max_nonfinite_steps:
             logger.warning(
                 f"Step {step}: not finite: {found}. The update is dropped; {self.max_nonfinite_steps} such steps in a "
-                f"row end training (max_nonfinite_steps), and this is number {self.in_a_row}."
+                f"row end training (max_nonfinite_steps), and this is number {in_a_row}."
             )
             return
-        checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        checkpoint = last_checkpoint(output_dir)
         raise OrdMoERuntimeError(
-            f"Training ends at step {step}: not finite: {found}. That is {self.in_a_row} steps in a row whose update "
-            f"was dropped (max_nonfinite_steps), so the weights are those after step {step - self.in_a_row}. The last "
+            f"Training ends at step {step}: not finite: {found}. That is {in_a_row} steps in a row whose update "
+            f"was dropped (max_nonfinite_steps), so the weights are those after step {step - in_a_row}. The last "
             f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Lower learning_rate or "
             "erl_coef, set lower_tier_floor='uniform', or look at the data of these steps."
         )

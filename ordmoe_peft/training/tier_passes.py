@@ -111,7 +111,7 @@ class TierPasses:
         records_routing (`bool`): whether tier 1's router logits are needed.
         sharing ([`~ordmoe_peft.training.prompt_sharing.PromptSharing`], *optional*): computes prompts once for all
             tiers of a forward; without it each tier has rows of its own.
-        step (`int`): what `random` grouping draws from.
+        step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
         tier_by_tier (`bool`): whether each tier has a forward of its own.
         looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward
             of each; with the same dropout as in their pass.
@@ -132,13 +132,15 @@ class TierPasses:
         records_routing: bool = False,
         sharing: PromptSharing | None = None,
         step: int = 0,
+        first_sample: int = 0,
         tier_by_tier: bool = False,
         looks_ahead: bool = False,
     ):
         self.model, self.moe_model = model, moe_model
         self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
         self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
-        self.needs_reference, self.records_routing, self.step = needs_reference, records_routing, step
+        self.needs_reference, self.records_routing = needs_reference, records_routing
+        self.draw = {"step": step, "first_sample": first_sample}
         self.sharing = sharing
         self.tier_by_tier, self.looks_ahead = tier_by_tier, looks_ahead
         self.scores: TierScores | None = None
@@ -156,7 +158,7 @@ class TierPasses:
             return self.model(**inputs)
         batch_size = len(inputs["labels"])
         self._groups = self._row_groups(inputs)
-        if self.sharing is not None and not self.sharing.is_judged and not self.tier_by_tier:
+        if self.sharing is not None and self.sharing.awaits_verdict and not self.tier_by_tier:
             self._judge_sharing(self._groups)
         with torch.no_grad():
             reference = self._run_reference() if self.needs_reference else None
@@ -242,7 +244,7 @@ class TierPasses:
         batch_size = len(groups[0].inputs["labels"])
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
-        with tier_routing(self.moe_model, tiers, step=self.step, num_samples=batch_size):
+        with tier_routing(self.moe_model, tiers, num_samples=batch_size, **self.draw):
             outputs = self.model(**rows)
         return Forward(
             outputs,
@@ -254,7 +256,7 @@ class TierPasses:
 
     def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
         """One forward, a row for each sample."""
-        with tier_routing(self.moe_model, packed.tiers_NS, step=self.step, places=packed.places_NS):
+        with tier_routing(self.moe_model, packed.tiers_NS, places=packed.places_NS, **self.draw):
             outputs = packed.as_separate_rows(self.model(**packed.inputs))
         labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
         mask_BS = groups[0].inputs["attention_mask"]
@@ -264,7 +266,7 @@ class TierPasses:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
         groups = [replace(group, routed_by=1) for group in groups]
         packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
-        if packed is None:
+        if not self.sharing.can_judge(packed, groups[0].inputs["input_ids"].device):
             return
         was_training = self.moe_model.training
         self.moe_model.eval()

@@ -6,11 +6,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from .._compat import WholeCheckpoints
+from ..checkpoints import checkpoint_to_resume
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
@@ -19,11 +22,13 @@ from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
+from ..quantization.sharding import keep_packed_when_sharded
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
+from .placement import check_placement
 from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
@@ -38,7 +43,7 @@ ANSWER_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"t
 EMPTY_ANSWER = [{"role": "assistant", "content": ""}]
 
 
-class OrdMoETrainer(SFTTrainer):
+class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     """Trains an OrdMoE adapter: supervised fine-tuning on tier 1, the expert-rank loss over all tiers, and balance.
 
     It takes what [`~trl.SFTTrainer`] takes, data sets included, and overrides `compute_loss`, `training_step`, which
@@ -101,8 +106,11 @@ class OrdMoETrainer(SFTTrainer):
         # images (Qwen3-VL) say that they take none, and transformers would then average over micro-batches.
         self.model_accepts_loss_kwargs |= not self._is_plain_sft
         self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
-        # Place in training of the last draw of responses, and how many micro-batches were drawn for there.
-        self._drawn: tuple[Any, int] = (None, 0)
+        # Place in training of the last micro-batch, and how many were before it there, of this process.
+        self._seen: tuple[Any, int] = (None, 0)
+        check_placement(self.accelerator, self._is_generated)
+        if self.is_fsdp_enabled:
+            keep_packed_when_sharded(self.model)
         # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what
         # the passes before it gave: L_ERL so far and L_balance.
         self._passes: TierPasses | None = None
@@ -113,7 +121,7 @@ class OrdMoETrainer(SFTTrainer):
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
         )
         self._guard = StepGuard(args.max_nonfinite_steps, self._metrics["train"])
-        for callback in (self._schedule, self._guard):
+        for callback in filter(None, (self._schedule, self._guard, self._sharing)):
             self.add_callback(callback)
         self.add_callback(FailureWatch(self.model.config.get_text_config().vocab_size))
         if args.log_router_health:
@@ -186,6 +194,13 @@ class OrdMoETrainer(SFTTrainer):
                 "first, or pass peft_config=OrdMoEConfig()."
             )
         return config
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start."""
+        self._seen = (None, 0)
+        # The first process chooses for all: one on a machine that sees no checkpoint must fail, not start anew.
+        [checkpoint] = broadcast_object_list([checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)])
+        return super().train(checkpoint, *args, **kwargs)
 
     def _prompt_sharing(self) -> PromptSharing:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
@@ -291,6 +306,8 @@ class OrdMoETrainer(SFTTrainer):
 
     def _tier_passes(self, model: nn.Module, inputs: dict[str, Any]) -> TierPasses:
         step, every = self.state.global_step, self.args.log_tiers_every
+        micro_batch = self._next_micro_batch()
+        draw = {"step": step, "first_sample": micro_batch * self.args.per_device_train_batch_size}
         active, is_training = self._active_tiers, self.model.training
         is_watched = not self._is_generated and (not is_training or (every and step % every == 0))
         return TierPasses(
@@ -300,37 +317,46 @@ class OrdMoETrainer(SFTTrainer):
             active=active,
             pad_token_id=self._pad_token_id,
             watched=[tier for tier in range(2, self.num_tiers + 1) if tier not in active] if is_watched else [],
-            written=self._written_rows(inputs, active) if self._is_generated else None,
+            written=self._written_rows(inputs, active, micro_batch, draw) if self._is_generated else None,
             scored_by=self.args.scored_by,
             needs_reference=self.objective.needs_reference and self.num_tiers > 1,
             records_routing=self.args.balance_coef > 0,
             sharing=self._sharing,
-            step=step,
+            **draw,
             tier_by_tier=self._place is not None if is_training else self._schedule.is_tier_by_tier(inputs),
             looks_ahead=not (is_training and self.objective.is_sum_over_tiers),
         )
 
-    def _written_rows(self, inputs: dict[str, Any], tiers: list[int]) -> list[dict[str, Any]]:
+    def _written_rows(
+        self, inputs: dict[str, Any], tiers: list[int], micro_batch: int, draw: dict[str, int]
+    ) -> list[dict[str, Any]]:
         """The batch's prompts with what each of `tiers` writes to them."""
         prompts = left_padded_prompts(inputs, self._pad_token_id)
         written = generate_by_tier(
             self.model,
             prompts,
             tiers,
-            seed=self._draw_seed(),
+            seed=self._draw_seed(micro_batch),
             end_ids=self.end_of_sequence_ids,
             pad_token_id=self._pad_token_id,
             rows_per_call=self.args.generation_batch_size,
-            routing={"step": self.state.global_step},
+            routing=draw,
             **self.args.sampling,
         )
         return [with_responses(prompts, *response) for response in zip(written.ids_CBS, written.mask_CBS, strict=True)]
 
-    def _draw_seed(self) -> int:
-        """A seed for this micro-batch of this step and process, the same when the step is run again."""
+    def _next_micro_batch(self) -> int:
+        """The place of the micro-batch in its step, over all processes, as if one process ran them in turn.
+
+        Draws depend on it, so two processes draw what one does that accumulates, and no two micro-batches the same.
+        """
         place = (self.model.training, self.state.global_step)
-        self._drawn = (place, self._drawn[1] + 1 if self._drawn[0] == place else 0)
-        name = (self.args.seed, *place, self._drawn[1], self.accelerator.process_index)
+        self._seen = (place, self._seen[1] + 1 if self._seen[0] == place else 0)
+        return self._seen[1] * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _draw_seed(self, micro_batch: int) -> int:
+        """A seed for this micro-batch of this step, the same when the step is run again."""
+        name = (self.args.seed, self.model.training, self.state.global_step, micro_batch)
         return random.Random(str(name)).getrandbits(63)
 
     # ---------------------------------------------------------------------------------------------------------- losses
@@ -406,7 +432,8 @@ class OrdMoETrainer(SFTTrainer):
         device = scores.log_probs_CBS.device
         parts = [torch.as_tensor(part, dtype=torch.float32, device=device) for pair in sums.values() for part in pair]
         local_n2 = torch.stack(parts).view(-1, 2)
-        summed_n2 = self.accelerator.gather_for_metrics(local_n2.unsqueeze(0)).sum(0)
+        # Not `gather_for_metrics`, which drops processes where the last batch has fewer samples than there are.
+        summed_n2 = self.accelerator.reduce(local_n2, reduction="sum")
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, (total, count) in zip(sums, summed_n2.tolist(), strict=True):
             if count:

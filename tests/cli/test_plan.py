@@ -29,19 +29,21 @@ def test_a_model_that_fits(folder, tmp_path, capsys):
     assert run(folder, "--gpu_memory_gb", 24, "--load_in_4bit", "--max_length", 32, "--output", results) == 0
     printed = capsys.readouterr().out
     assert "3 MoE layers, E 8, K 2" in printed
-    assert "tiers 1, 3 in one forward" in printed
+    assert "8 rows of 32 tokens; tiers 1, 3 one after another" in printed
     assert "Fits: " in printed
+    assert "the first batch, of 256 tokens, runs tier by tier; those after it run under all tiers at once" in printed
     plan = json.loads(results.read_text())
     assert plan["fits"]
     assert plan["suggestions"] == []
-    assert {share["form"] for share in plan["weights"] if share["role"] == "experts"} == {"nf4"}
+    assert {row["dtype"] for row in plan["weights"] if row["role"] == "experts"} == {"nf4"}
+    assert plan["tokens_at_once"] > 256
     assert plan["total"] < plan["room"] == 23 * 2**30
 
 
 def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys):
     results = tmp_path / "plan.json"
     arguments = ("--gpu_memory_gb", 0.05, "--reserve_gb", 0, "--per_device_train_batch_size", 4, "--output", results)
-    assert run(folder, *arguments) == 0
+    assert run(folder, *arguments, "--tier_passes", "batched") == 0
     printed = capsys.readouterr().out
     assert "Does not fit: " in printed
     assert "--tier_passes sequential" in printed
@@ -75,11 +77,14 @@ def test_a_known_model_needs_no_hub(capsys, monkeypatch):
 
 def test_a_training_recipe(folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("lora_r: 4\nerl_coef: 0.1\nmax_length: 32\nper_device_train_batch_size: 1\noptim: adamw_8bit\n")
+    recipe.write_text(
+        "lora_r: 4\nerl_coef: 0.1\nrewards: [1, 0.9, 0]\nmax_length: 32\n"
+        "per_device_train_batch_size: 1\noptim: adamw_8bit\n"
+    )
     assert run(folder, "--config", recipe) == 0
     printed = capsys.readouterr().out
     assert "adapter, r 4" in printed
-    assert "2 rows of 32 tokens" in printed
+    assert "1 rows of 32 tokens; tiers 1, 2, 3 one after another" in printed
     assert "adamw_8bit" in printed
 
 

@@ -6,7 +6,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners import tuners_utils
 from peft.utils.peft_types import PeftType
-from transformers import modeling_layers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from transformers import Trainer, modeling_layers
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -36,6 +37,18 @@ def test_checkpointed_layers_keep_their_function_as_an_attribute():
     layer = model.model.layers[0]
     assert isinstance(layer, modeling_layers.GradientCheckpointingLayer)
     assert callable(layer.__dict__["_gradient_checkpointing_func"])
+
+
+def test_the_trainer_writes_and_deletes_checkpoints_by_methods_of_these_names():
+    for name in ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "_run_epoch", "_finalize_training"):
+        assert callable(getattr(Trainer, name))
+
+
+def test_the_wrapper_of_fsdps_checkpointing_calls_its_function_by_this_name():
+    layer = checkpoint_wrapper(torch.nn.Linear(2, 2))
+    assert isinstance(layer, CheckpointWrapper)
+    layer.checkpoint_fn = lambda function, *args, **kwargs: "called"
+    assert layer(torch.zeros(1, 2)) == "called"
 
 
 def test_experts_carry_the_flags_and_take_further_arguments():

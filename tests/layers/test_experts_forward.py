@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers.integrations.moe import use_experts_implementation
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from ordmoe_peft.layers.experts_forward import LoraFactors, experts_forward
+from ordmoe_peft.layers.experts_forward import experts_forward
+from ordmoe_peft.ops.frozen_experts import LowRank
 from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
@@ -17,8 +19,10 @@ LAYOUTS = {
     "biased": {"has_bias": True},
     "transposed and biased": {"is_transposed": True, "has_bias": True},
     "not gated": {"has_gate": False},
+    "normed": {"has_post_expert_norm": True},
 }
 ROUTINGS = {
+    "one expert with most tokens": [[1, e] for e in (0, 2, 3, 4)] + [[1, 0]] * 20,
     "mixed, one expert empty": [[2, 0], [0, 3], [2, 3], [1, 0]],
     "all tokens on one expert": [[3], [3], [3]],
     "one token": [[1, 4]],
@@ -30,12 +34,15 @@ class Config:
 
 
 def build_experts(**flags) -> nn.Module:
+    has_gate = flags.get("has_gate", True)
+
     class Experts(nn.Module):
         def __init__(self, config):
             super().__init__()
-            self.num_experts, self.act_fn = NUM_EXPERTS, nn.SiLU()
+            # Not zero at zero, as sigmoid: what stands in gaps of the layout must not count.
+            self.num_experts, self.act_fn = NUM_EXPERTS, nn.SiLU() if has_gate else nn.Sigmoid()
+            self.post_expert_norm = nn.RMSNorm(HIDDEN).requires_grad_(False)
 
-    has_gate = flags.get("has_gate", True)
     module = use_experts_implementation(Experts, **flags)(Config())
     up_name, up_features = ("gate_up_proj", 2 * WIDTH) if has_gate else ("up_proj", WIDTH)
     for name, out_features, in_features in ((up_name, up_features, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
@@ -59,10 +66,8 @@ def build_lora(module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-def factors(A, B, scaling=0.5) -> list[LoraFactors]:
-    return [
-        LoraFactors(A.view(NUM_EXPERTS, R, -1), B.view(len(B), R, NUM_EXPERTS).permute(2, 0, 1), scaling),
-    ]
+def factors(A, B, scaling=0.5) -> list[LowRank]:
+    return [LowRank(A, B, NUM_EXPERTS, scaling)]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
@@ -93,6 +98,127 @@ def test_values_and_gradients(flags, routing, packed):
         torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
     ):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_experts_that_are_trained_themselves(flags):
+    """Through `grouped_mm` and autograd, which is also the way of dense experts on other devices."""
+    module = build_experts(**flags)
+    module.requires_grad_(True)
+    lora = build_lora(module)
+    index = torch.tensor(ROUTINGS["mixed, one expert empty"])
+    x, weights = torch.randn(len(index), HIDDEN, requires_grad=True), torch.rand(index.shape, requires_grad=True)
+
+    def with_delta(name, A, B):
+        delta = reference.expert_deltas(A, B, NUM_EXPERTS, 0.5)
+        return getattr(module, name) + (delta.transpose(1, 2) if module.is_transposed else delta)
+
+    got = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    wanted = reference.experts(module, x, index, weights, {name: with_delta(name, *ab) for name, ab in lora.items()})
+    used = [p for name, p in module.named_parameters() if "norm" not in name or module.has_post_expert_norm]
+    inputs = [x, weights, *used, *(tensor for ab in lora.values() for tensor in ab)]
+    direction = torch.randn_like(wanted)
+    for mine, true in zip(
+        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_without_an_adapter_the_bits_are_those_of_grouped_mm(tokens, dtype):
+    module = build_experts().to(dtype)
+    index = torch.rand(tokens, NUM_EXPERTS).topk(2).indices
+    x, weights = torch.randn(tokens, HIDDEN, dtype=dtype), torch.rand(tokens, 2, dtype=dtype)
+    wanted = grouped_mm_experts_forward(module, x, index, weights)
+    assert torch.equal(experts_forward(module, x, index, weights), wanted)
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero():
+    module = build_experts()
+    lora = build_lora(module)
+    x, weights = torch.empty(0, HIDDEN, requires_grad=True), torch.empty(0, 2, requires_grad=True)
+    index = torch.empty(0, 2, dtype=torch.long)
+    output = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    assert output.shape == (0, HIDDEN)
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not tensor.grad.any() for ab in lora.values() for tensor in ab)
+
+
+def test_only_gradients_that_are_asked_for_are_computed():
+    module = build_experts()
+    index, weights = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2)
+    x = torch.randn(3, HIDDEN)
+    everything = dict(zip(("A", "B"), build_lora(module)["gate_up_proj"], strict=True))
+
+    def gradients(asked: str) -> dict[str, torch.Tensor]:
+        leaves = {name: value.detach().requires_grad_(name in asked) for name, value in (everything | {"x": x}).items()}
+        lora = {"gate_up_proj": factors(leaves["A"], leaves["B"])}
+        output = experts_forward(module, leaves["x"], index, weights, expert_lora=lora)
+        output.pow(2).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    whole = gradients("ABx")
+    for asked in ("A", "B", "x", "Ax"):
+        for name, gradient in gradients(asked).items():
+            if name in asked:
+                torch.testing.assert_close(gradient, whole[name])
+            else:
+                assert gradient is None
+
+
+def test_a_second_derivative_is_refused():
+    module = build_experts()
+    x = torch.randn(1, HIDDEN, requires_grad=True)
+    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2))
+    (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_leaves_the_dtype_of_the_weights():
+    module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    index, weights, x = torch.tensor([[0, 1]]), torch.rand(1, 2), torch.randn(1, HIDDEN, requires_grad=True)
+    wanted = experts_forward(module, x, index, weights, expert_lora=lora)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = experts_forward(module, x, index, weights, expert_lora=lora)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(reentrant):
+    module, index = build_experts(), torch.tensor([[0, 1], [1, 2], [2, 3]])
+    lora, x, weights = build_lora(module), torch.randn(3, HIDDEN, requires_grad=True), torch.rand(3, 2)
+
+    def run(x):
+        return experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()})
+
+    inputs = [x, *(tensor for ab in lora.values() for tensor in ab)]
+    results = []
+    for output in (run(x), checkpoint(run, x, use_reentrant=reentrant)):
+        for tensor in inputs:
+            tensor.grad = None
+        output.pow(2).sum().backward()
+        results.append([tensor.grad for tensor in inputs])
+    assert all(map(torch.equal, *results))
+
+
+def test_compiled_experts_compute_the_same():
+    module, index = build_experts(), torch.tensor([[0, 1], [1, 2], [2, 3]])
+    lora, x, weights = build_lora(module), torch.randn(3, HIDDEN, requires_grad=True), torch.rand(3, 2)
+
+    def run(x):
+        return experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()}) * 2
+
+    compiled = torch.compile(run, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), run(x))
+    gradients = [torch.autograd.grad(function(x).pow(2).sum(), x)[0] for function in (compiled, run)]
+    torch.testing.assert_close(*gradients)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="lays rows out by expert on the host"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(x)
 
 
 def test_two_adapters_add_up():

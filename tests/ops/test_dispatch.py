@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ordmoe_peft.ops.dispatch import combine_by_token, group_by_expert
+from ordmoe_peft.ops.dispatch import best_tile, combine_by_token, group_by_expert, lay_out_by_expert
 
 
 ROUTINGS = {
@@ -33,3 +33,52 @@ def test_combine_sums_the_rows_of_each_token(routing):
     for place, token in enumerate(groups.token_N.tolist()):
         expected[token] += rows_NH[place]
     torch.testing.assert_close(combine_by_token(rows_NH, groups), expected)
+
+
+LAYOUTS = {"without gaps": {}, "few tiles": {"tile_cost": 100}, "many tiles": {"tile_cost": 1, "row_step": 2}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_each_tile_holds_rows_of_one_expert(routing, layout):
+    index_TK = torch.tensor(routing)
+    tiles = lay_out_by_expert(index_TK, **layout)
+    slots = len(tiles.token_S)
+    assert slots == len(tiles.expert_P) * tiles.tile == sum(tiles.sizes)
+    assert len(set(tiles.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
+    for place, slot in enumerate(tiles.slot_N.tolist()):
+        assert tiles.token_S[slot] == place // index_TK.shape[1]
+        assert tiles.expert_P[slot // tiles.tile] == index_TK.reshape(-1)[place]
+    gaps = [] if tiles.gaps is None else tiles.gaps.tolist()
+    assert sorted(gaps + tiles.slot_N.tolist()) == list(range(slots))
+    assert bool(gaps) <= bool(layout), "gaps only for the sake of tiles"
+    # The blocks to multiply hold all rows of their expert and nobody else's.
+    numbered = torch.arange(slots).unsqueeze(1)
+    for expert, block in zip(tiles.experts, tiles.blocks(numbered), strict=True):
+        mine = {
+            slot for slot, e in zip(tiles.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True) if e == expert
+        }
+        others = set(tiles.slot_N.tolist()) - mine
+        assert mine <= set(block.flatten().tolist())
+        assert not others & set(block.flatten().tolist())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_slots_go_back_to_their_tokens(layout):
+    index_TK = torch.tensor(ROUTINGS["mixed"])
+    tiles = lay_out_by_expert(index_TK, **layout)
+    x_TH = torch.randn(len(index_TK), 6)
+    rows = tiles.rows(x_TH)
+    assert torch.equal(tiles.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
+    torch.testing.assert_close(tiles.sum_by_token(rows), 2 * x_TH)
+    blanked = tiles.blank_gaps_(rows)
+    assert torch.equal(tiles.sum_by_token(blanked), 2 * x_TH)
+    torch.testing.assert_close(blanked.abs().sum(), 2 * x_TH.abs().sum())
+
+
+def test_the_tile_grows_with_its_cost_and_stays_within_the_largest_block():
+    assert best_tile([5, 5, 5], tile_cost=0) == 1
+    assert best_tile([30, 32, 31], tile_cost=16) == 32, "even loads: one tile each"
+    assert best_tile([1000, *[10] * 100], tile_cost=16) < 100, "one large load does not fill the others' tiles up"
+    assert best_tile([30, 29], tile_cost=16, row_step=8) == 32
+    assert best_tile([1, 1], tile_cost=16, row_step=8) == 1, "few rows are left as they are"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ordmoe_peft.ops.grouped_linear import grouped_lora, grouped_matmul, packed_grouped_matmul
+from ordmoe_peft.ops.grouped_linear import grouped_lora, grouped_matmul
 
 
 # Blocks of 5 experts: two of them empty, all rows on one, a single row.
@@ -28,25 +28,6 @@ def test_grouped_matmul(ends, sizes):
         x,
         weight,
     )
-
-
-@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-def test_packed_grouped_matmul_unpacks_only_experts_with_rows(ends):
-    x = torch.randn(ends[-1], 24, requires_grad=True)
-    weight = torch.randn(5, 24, 40)
-    unpacked = []
-
-    def unpack(expert):
-        unpacked.append(expert)
-        return weight[expert]
-
-    check(
-        lambda: packed_grouped_matmul(x, unpack, 40, torch.tensor(ends, dtype=torch.int32)),
-        lambda: reference(x, weight, ends),
-        x,
-    )
-    with_rows = [e for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a]
-    assert unpacked == with_rows * 2, "once for forward and once for backward"
 
 
 @pytest.mark.parametrize("r", [1, 3, 4, 8])

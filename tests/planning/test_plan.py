@@ -1,12 +1,14 @@
 """The whole plan, and what it suggests."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
-from ordmoe_peft.planning.plan import PlanSettings, plan_memory, suggest
+from ordmoe_peft.planning.plan import PlanSettings, plan_memory, suggest, tokens_at_once
 from tests import models, text
 
 
@@ -42,20 +44,24 @@ def test_adapter_is_what_the_trainer_trains(quantization, tmp_path):
     [
         ({"num_tiers": 1}, [1], 2),
         ({"num_tiers": 3}, [1, 3], 4),  # the middle tier of three has advantage 0
+        ({"num_tiers": 3, "rewards": (1.0, 0.9, 0.0)}, [1, 2, 3], 6),
+        ({"num_tiers": 3, "advantages": "none"}, [1, 2], 4),
         ({"num_tiers": 4}, [1, 2, 3, 4], 8),
         ({"num_tiers": 4, "objective": "logistic"}, [1, 4], 4),
         ({"num_tiers": 4, "tier_passes": "sequential"}, [1, 2, 3, 4], 2),
+        ({"num_tiers": 4, "tier_passes": "auto"}, [1, 2, 3, 4], 2),
     ],
 )
 def test_rows_of_a_forward(settings, tiers, rows):
-    settings = PlanSettings(**(SMALL | settings))
+    settings = PlanSettings(**(SMALL | {"tier_passes": "batched"} | settings))
     assert settings.tiers_run() == tiers
     assert settings.rows == rows
 
 
 def test_suggestions_come_in_order_and_stop_where_it_fits():
-    config = models.qwen3_moe(vocab_size=512).config
-    settings = PlanSettings(gradient_checkpointing=False, **(SMALL | {"sequence_length": 1024, "r": 16}))
+    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=1).config
+    small = SMALL | {"sequence_length": 1024, "r": 16}
+    settings = PlanSettings(gradient_checkpointing=False, tier_passes="batched", **small)
     plan = plan_memory(config, settings)
     assert list(suggest(config, settings, plan, limit=plan.total)) == []
 
@@ -90,6 +96,35 @@ def test_suggestions_come_in_order_and_stop_where_it_fits():
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(OrdMoEConfigError, match=message):
         PlanSettings(**settings)
+
+
+def test_a_suggestion_keeps_the_rest_of_the_quantisation():
+    config = models.qwen3_moe(num_hidden_layers=1, moe_intermediate_size=1024).config
+    quantization = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128, llm_int8_skip_modules=["lm_head"])
+    settings = PlanSettings(quantization=quantization, **(SMALL | {"batch_size": 1}))
+    plan = plan_memory(config, settings)
+    (way,) = suggest(config, settings, plan, limit=plan.total - 1)
+    assert way.options == "--use_bnb_nested_quant true"
+    assert way.settings.quantization.to_dict() == quantization.to_dict() | {"bnb_4bit_use_double_quant": True}
+    assert not quantization.bnb_4bit_use_double_quant, "what was given stays as it is"
+
+    stored = replace(settings, is_stored_packed=True)
+    assert "nested" not in next(suggest(config, stored, plan, limit=plan.total - 1)).options
+
+
+def test_auto_decides_by_the_rule_of_the_trainer():
+    """A pass of 32 tokens takes p bytes, so a batch of n tokens on two tiers takes 2 p n / 32: at most half of free."""
+    config = models.qwen3_moe().config
+    settings = PlanSettings(**SMALL)
+    plan = plan_memory(config, settings)
+    a_pass = plan.gradients + plan.activations.peak
+    assert tokens_at_once(plan, settings, plan.base + plan.adapter + 4 * a_pass) == 32
+    assert tokens_at_once(plan, settings, plan.base) == 0
+    assert tokens_at_once(plan, replace(settings, tier_passes="batched"), plan.total) is None
+    assert tokens_at_once(plan, replace(settings, num_tiers=1), plan.total) is None
+    one_after_another = plan_memory(config, replace(settings, tier_passes="sequential"))
+    assert plan.total == one_after_another.total
+    assert plan.activations.peak < plan_memory(config, replace(settings, tier_passes="batched")).activations.peak
 
 
 def test_more_tiers_than_experts():

@@ -1,12 +1,15 @@
-"""The plan's bytes are those of the loaded model."""
+"""A model without weights is counted as the loaded one."""
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
+from ordmoe_peft.cli.arguments import ModelArguments
+from ordmoe_peft.cli.plan import PlanArguments, load_config, plan_settings
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.planning.weights import build_meta_model, weight_shares
+from ordmoe_peft.planning.weights import build_meta_model
+from ordmoe_peft.quantization.census import QuantizationCensus
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
 
@@ -16,83 +19,80 @@ FORMS = {
     "nf4": {},
     "nf4-double": {"bnb_4bit_use_double_quant": True},
     "fp4": {"bnb_4bit_quant_type": "fp4"},
+    "nf4-128-double": {"bnb_4bit_blocksize": 128, "bnb_4bit_use_double_quant": True},
+    "nf4-bf16-storage": {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_compute_dtype": torch.bfloat16},
 }
-FAMILIES = ("qwen3_moe", "qwen3_vl_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe")
-
-
-def loaded_bytes(model) -> int:
-    """Every byte that the parameters and buffers of a model in memory hold, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for packed in [tensor for tensor in tensors if is_packed(tensor)]:
-        state = packed.quant_state
-        tensors += [state.absmax, state.code]
-        tensors += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def planned(folder, form):
-    return weight_shares(build_meta_model(AutoConfig.from_pretrained(folder), torch.bfloat16, quantization(form)))
+FAMILIES = ("qwen3_moe", "qwen3_vl_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3", "qwen2_moe", "nemotron_h")
 
 
 def quantization(form) -> MoeBitsAndBytesConfig | None:
     return None if FORMS[form] is None else MoeBitsAndBytesConfig(**FORMS[form])
 
 
+def planned(folder, config) -> QuantizationCensus:
+    return quantization_census(build_meta_model(AutoConfig.from_pretrained(folder), torch.bfloat16, config))
+
+
+def loaded(model, folder, config):
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bytes_are_those_of_the_loaded_model(family, tmp_path):
-    model = getattr(models, family)().to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
+def test_it_is_the_census_of_the_loaded_model(family, tmp_path):
+    """Roles, dtypes, counts and bytes, for every way to store them."""
     for form in FORMS:
-        loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization(form))
-        assert sum(share.size for share in planned(tmp_path, form)) == loaded_bytes(loaded), form
+        model = loaded(getattr(models, family)(), tmp_path, quantization(form))
+        assert planned(tmp_path, quantization(form)) == quantization_census(model), form
 
 
-def test_skipped_modules_are_planned_unquantised(tmp_path):
-    model = models.qwen3_moe().to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layers.1.mlp.experts"])
-    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
-    shares = weight_shares(build_meta_model(AutoConfig.from_pretrained(tmp_path), torch.bfloat16, config))
-    assert {share.form for share in shares if share.role == "experts"} == {"nf4", "bfloat16"}
-    assert sum(share.size for share in shares) == loaded_bytes(loaded)
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("use_double_quant", [False, True])
+def test_experts_of_odd_sizes_are_filled_up_to_blocks(blocksize, use_double_quant, tmp_path):
+    """24 x 52 and 52 x 12 are no whole blocks of 64, and rows of 52 are none either."""
+    model = models.qwen3_moe(hidden_size=52, moe_intermediate_size=12, num_attention_heads=2, num_key_value_heads=1)
+    config = MoeBitsAndBytesConfig(bnb_4bit_blocksize=blocksize, bnb_4bit_use_double_quant=use_double_quant)
+    model = loaded(model, tmp_path, config)
+    census = planned(tmp_path, config)
+    assert census == quantization_census(model)
+    (experts,) = [row for row in census.rows if row.role == "experts"]
+    assert experts.weights == 3 * 8 * 3 * 12 * 52
+    assert experts.bytes > experts.weights / 2 + experts.weights / blocksize
 
 
-def test_roles(tmp_path):
-    """By hand, for three layers of E 8 experts of 3 x 24 x 64 weights, H 64, V 96, and a head of its own."""
-    models.qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
-    weights = {share.role: share.weights for share in planned(tmp_path, "nf4")}
-    assert weights["experts"] == 3 * 8 * 3 * 24 * 64
-    assert weights["router"] == 3 * 8 * 64
-    assert weights["attention"] == 3 * (2 * 64 * 64 + 2 * 64 * 32)
-    assert weights["embeddings"] == weights["head"] == 96 * 64
-    assert weights["norms"] == 3 * (2 * 64 + 2 * 16) + 64
-    forms = {share.role: share.form for share in planned(tmp_path, "nf4")}
-    assert {role for role, form in forms.items() if form == "nf4"} == {"experts", "attention"}
+def test_each_linear_layer_has_the_block_size_that_the_loader_gives_it(tmp_path):
+    config = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128)
+    loaded_model = loaded(models.qwen3_moe(head_dim=32), tmp_path, config)
+    built = build_meta_model(AutoConfig.from_pretrained(tmp_path), torch.bfloat16, config)
+
+    def block_sizes(model):
+        return {name: weight.quant_state.blocksize for name, weight in model.named_parameters() if is_packed(weight)}
+
+    assert block_sizes(built) == block_sizes(loaded_model)
+    assert set(block_sizes(built).values()) == {64, 128}
 
 
-def test_roles_of_vision_and_shared_experts(tmp_path):
-    models.qwen3_vl_moe().save_pretrained(tmp_path / "vision")
-    vision = [share for share in planned(tmp_path / "vision", "nf4") if share.role == "vision"]
-    tower = models.qwen3_vl_moe().model.visual
-    assert {share.form for share in vision} == {"bfloat16", "float32"}, "weights, and a buffer of frequencies"
-    assert vision[0].weights == sum(parameter.numel() for parameter in tower.parameters())
-    models.qwen2_moe().save_pretrained(tmp_path / "shared")
-    roles = {(share.role, share.form) for share in planned(tmp_path / "shared", "nf4")}
-    assert ("shared_experts", "nf4") in roles
-    assert ("shared_experts", "bfloat16") in roles, "rows of 40 are no whole blocks; gates have one output"
+def test_a_checkpoint_in_4_bits_is_what_it_was_made_of(tmp_path):
+    config = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.layers.1.mlp.experts"])
+    loaded(models.qwen3_moe(), tmp_path / "dense", config).save_pretrained(tmp_path / "packed")
+    model = type(models.qwen3_moe()).from_pretrained(tmp_path / "packed")
+    stored = load_config(str(tmp_path / "packed"))
+    settings = plan_settings(stored, ModelArguments(str(tmp_path / "packed")), PlanArguments())
+    census = quantization_census(build_meta_model(stored, settings.dtype, settings.quantization))
+    assert census == quantization_census(model)
+    assert set(census.of("experts")) == {"bfloat16", "nf4"}
 
 
 def test_a_tied_head_counts_once(tmp_path):
     models.qwen3_moe(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
-    assert "head" not in {share.role for share in planned(tmp_path, "bf16")}
+    assert "head" not in {row.role for row in planned(tmp_path, None).rows}
 
 
 def test_loading_a_model_after_a_plan_still_quantises(tmp_path):
     """bitsandbytes keeps its first code table, which must not be one without numbers."""
     models.qwen3_moe().save_pretrained(tmp_path)
-    planned(tmp_path, "nf4-double")
     config = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=True)
+    planned(tmp_path, config)
     loaded = type(models.qwen3_moe()).from_pretrained(tmp_path, quantization_config=config)
     with torch.no_grad():
         assert loaded(**models.text_batch()).logits.isfinite().all()

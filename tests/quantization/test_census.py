@@ -19,19 +19,41 @@ def test_a_dense_model_is_counted_whole(family):
     tensors = [*model.parameters(), *model.buffers()]
     assert census.bytes == sum(tensor.nbytes for tensor in tensors)
     assert sum(row.weights for row in census.rows) == sum(tensor.numel() for tensor in tensors)
-    experts = [value for name, value in model.named_parameters() if ".experts." in name]
-    assert census.of("experts") == {"float32": sum(value.nbytes for value in experts)}
+    experts = {name: value.nbytes for name, value in model.named_parameters() if ".experts." in name}
+    biases = sum(size for name, size in experts.items() if name.endswith("_bias"))
+    assert census.of("experts") == {"float32": sum(experts.values()) - biases}
+    assert sum(census.of("expert_biases").values()) == biases
+
+
+def test_a_storage_counts_whole_and_once():
+    """Two views of 10 of one storage of 30 numbers, and the same parameter under another name."""
+    model, numbers = torch.nn.Linear(2, 5, bias=False), torch.zeros(30)
+    model.weight.data = numbers[:10].view(5, 2)
+    model.register_buffer("also", numbers[10:20])
+    model.register_parameter("again", model.weight)
+    (row,) = quantization_census(model).rows
+    assert (row.tensors, row.weights, row.bytes) == (2, 20, 30 * 4)
+
+
+def test_biases_of_experts_are_not_experts(tmp_path):
+    """So that nobody reads of experts in 32 bits where all their matrices are in 4."""
+    census = quantization_census(load(models.gpt_oss(), tmp_path))
+    assert set(census.of("experts")) == {"nf4"}
+    assert set(census.of("expert_biases")) == {"float32"}
+    assert "float32" not in census.summary()
 
 
 @pytest.mark.parametrize("use_double_quant", [False, True])
 def test_4_bit_tensors_count_with_their_scales(tmp_path, use_double_quant):
     # gate_up: 8 experts of 48 x 64 in blocks of 64, down: of 64 x 24; 3 layers. 8 experts x 4,608 weights / 2 bytes;
     # 72 blocks an expert, 576 a layer: 4 bytes each; or 1 each, with 4 bytes for every 256 of a stack (384 and 192
-    # blocks: 2 and 1 groups) and 4 for the mean of each of its two stacks.
+    # blocks: 2 and 1 groups) and 4 for the mean of each of its two stacks. A stack's table of 16 values, and of 256 for
+    # its scales in 8 bits, of 4 bytes each.
     model = load(models.qwen3_moe(), tmp_path, bnb_4bit_use_double_quant=use_double_quant)
-    scales = 576 + 4 * (2 + 1) + 4 * 2 if use_double_quant else 4 * 576
+    scales = 576 + 4 * (2 + 1) + 4 * 2 + 2 * 4 * 256 if use_double_quant else 4 * 576
+    tables = 2 * 4 * 16
     census = quantization_census(model)
-    assert census.of("experts") == {"nf4": 3 * (8 * 4608 // 2 + scales)}
+    assert census.of("experts") == {"nf4": 3 * (8 * 4608 // 2 + scales + tables)}
     (row,) = [row for row in census.rows if row.role == "experts"]
     assert (row.tensors, row.weights) == (6, 3 * 8 * 4608)
     assert census.of("router") == {"float32": 3 * 8 * 64 * 4}
@@ -92,7 +114,7 @@ def test_it_prints_as_a_table_and_as_a_line(tmp_path):
     census = quantization_census(load(models.qwen3_moe(), tmp_path))
     lines = str(census).splitlines()
     assert lines[0].split() == ["role", "dtype", "tensors", "weights", "bytes", "bits", "a", "weight"]
-    assert lines[1].split() == ["experts", "nf4", "6", "110,592", "62,208", "4.50"]
+    assert lines[1].split() == ["experts", "nf4", "6", "110,592", "62,592", "4.53"]
     assert lines[-1].split()[0] == "all"
     assert "0.06 MB of experts in nf4" in census.summary()
     assert "\n" not in census.summary()

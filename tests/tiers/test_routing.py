@@ -159,6 +159,14 @@ class TestRandom:
         rows = len(batch["input_ids"])
         assert torch.equal(self.routing(model, twice, 2, num_samples=rows)[0][len(once) :], once)
 
+    def test_a_sample_draws_the_same_in_whichever_part_of_a_batch_it_is(self, model, batch):
+        rows = len(batch["input_ids"])
+        twice = {name: torch.cat([value, value]) for name, value in batch.items()}
+        whole = self.routing(model, twice, 2)[0].view(2, -1, models.TOP_K)
+        parts = [self.routing(model, batch, 2, first_sample=first)[0] for first in (0, rows)]
+        assert all(map(torch.equal, whole, parts))
+        assert not torch.equal(*parts)
+
     def test_rows_that_generation_repeats_draw_the_same(self, model, batch):
         """Beam search repeats each row of a tier in place: both copies are the sample that the row is of."""
         rows = len(batch["input_ids"])

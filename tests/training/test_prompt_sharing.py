@@ -97,19 +97,42 @@ def test_windows_are_those_of_transformers():
     assert attention_windows(models.gpt_oss()) == {"full_attention": None, "sliding_attention": 16}
 
 
+def drop_positions(model):
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+    )
+
+
 @pytest.mark.parametrize("num_tiers", [2, 3])
 def test_what_is_not_known_shows_in_the_first_batch(warnings, num_tiers):
     """A model that counts positions itself: branches would follow the response of tier 1."""
     model, batch = packed_adapted(num_tiers=num_tiers), rows()
-    model.get_base_model().model.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
-    )
+    drop_positions(model)
     sharing = sharing_of(model)
     got = results(model, batch, num_tiers, sharing)
     assert not sharing.is_possible
-    assert len(warnings) == 1 and "log-probabilities by" in warnings[0]
+    assert len(warnings) == 1 and "changes the log-probabilities of" in warnings[0]
     assert model.training
     assert_same(got, results(model, batch, num_tiers, None))
+
+
+@pytest.mark.parametrize("is_possible", [True, False])
+def test_a_resumed_run_keeps_to_the_verdict(tmp_path, warnings, is_possible):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "tier_passes": "batched"}
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        trainer = trainer_for(tmp_path, adapted(token_scope="response"), log_tiers_every=0, **settings)
+        if not is_possible and resume is None:
+            drop_positions(trainer.model)
+        runs.append([])
+        trainer.model.get_base_model().model.register_forward_pre_hook(
+            lambda module, args, kwargs: runs[-1].append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer._sharing.is_possible == is_possible
+    rows_of_step = 4 if is_possible else 8
+    assert runs == [[4, 8, *[rows_of_step] * 3], [rows_of_step] * 2]
+    assert len(warnings) == (not is_possible)
 
 
 def test_a_batch_without_responses_judges_nothing():

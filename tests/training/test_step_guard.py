@@ -132,6 +132,23 @@ def test_too_many_in_a_row_end_training_with_the_last_good_weights(tmp_path, tol
     assert saved and all(torch.equal(loaded[name], value) for name, value in saved.items())
 
 
+def test_a_resumed_run_counts_on(tmp_path, told):
+    settings = {"max_nonfinite_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer, _ = poisoned(tmp_path, Poison(3, {2}), max_steps=2, **settings)
+    without_responses(trainer, {0})
+    trainer.train()
+    resumed, _ = poisoned(tmp_path, Poison(3, {4, 5}), max_steps=5, **settings)
+    with pytest.raises(OrdMoERuntimeError, match="ends at step 5"):
+        resumed.train(resume_from_checkpoint="auto")
+    counted = [(log["step"], log["nonfinite_steps"], log["empty_batches"]) for log in resumed.state.log_history[1:]]
+    assert counted == [(2, 1, 1), (3, 1, 1), (4, 2, 1)]
+    told.clear()
+    at_once, _ = poisoned(tmp_path, Poison(3, {5}), max_steps=5, **settings)  # step 4 was one in a row
+    with pytest.raises(OrdMoERuntimeError, match="That is 2 steps in a row"):
+        at_once.train(resume_from_checkpoint="auto")
+    assert told == []
+
+
 def test_without_a_checkpoint_the_error_says_so(tmp_path, told):
     trainer, _ = poisoned(tmp_path / "none", Poison(3, {1}), max_nonfinite_steps=1)
     with pytest.raises(OrdMoERuntimeError, match="those after step 0. The last checkpoint is none: none was saved"):

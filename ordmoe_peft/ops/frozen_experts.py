@@ -1,0 +1,281 @@
+"""Frozen experts with low-rank updates as one differentiable function: what to compute forward, what to keep, and how
+to come back.
+
+Where the host knows which expert has which rows (always on CPU, and for packed weights, which are unpacked expert by
+expert), a base product is one `torch.mm` per expert that has rows, on a block of contiguous rows, as `grouped_mm` does
+on CPU. The products with LoRA's factors are too small for that: they are batched over tiles (`ops/dispatch.py`).
+
+Kept for backward are the tokens, the up-projection's output, and products with R columns. Frozen weights are kept by
+reference, and packed ones are unpacked again. The gate is run again. Nothing of width H per routed row is kept: the
+gradient of a routing weight is taken before the down-projection, as ⟨g, a W⟩ = ⟨g Wᵀ, a⟩.
+
+Shape suffixes as in `ops/__init__.py`; P tiles, S slots, M slots per tile (`ExpertTiles`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import ExpertTiles
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The low-rank update of one projection of all experts, in PEFT's layout.
+
+    Args:
+        A (`torch.Tensor` of shape `(E·R, I)`): rows run over (expert, r).
+        B (`torch.Tensor` of shape `(O, R·E)`): columns run over (r, expert).
+        num_experts (`int`): E.
+        scaling (`float`): alpha / r, or alpha / √r with rsLoRA.
+        B_REO (`torch.Tensor` of shape `(R, E, O)`, *optional*): `B` transposed, in the dtype of the products, where it
+            is at hand.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    num_experts: int
+    scaling: float
+    B_REO: torch.Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        return self.B.shape[1] // self.num_experts
+
+    @property
+    def A_ERI(self) -> torch.Tensor:
+        return self.A.view(self.num_experts, self.r, -1)
+
+    @property
+    def B_EOR(self) -> torch.Tensor:
+        return self.B.view(-1, self.r, self.num_experts).permute(2, 0, 1)
+
+
+def transposed_B(lora: LowRank, dtype: torch.dtype) -> torch.Tensor:
+    """`B` with columns as rows (`torch.Tensor` of shape `(R, E, O)`), which products can read as it is."""
+    if lora.B_REO is not None and lora.B_REO.dtype == dtype:
+        return lora.B_REO
+    return lora.B.detach().to(dtype).t().contiguous().view(lora.r, lora.num_experts, -1)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen projection of all experts.
+
+    Args:
+        matrix (`Callable`): expert → `torch.Tensor` of shape `(I, O)`, in `dtype`.
+        out_features (`int`): O.
+        dtype (`torch.dtype`): of the products.
+        bias_EO (`torch.Tensor` of shape `(E, O)`, *optional*): frozen, too.
+        lora (`tuple` of [`LowRank`]): updates that are added.
+    """
+
+    matrix: Callable[[int], torch.Tensor]
+    out_features: int
+    dtype: torch.dtype
+    bias_EO: torch.Tensor | None = None
+    lora: tuple[LowRank, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenExperts:
+    """Up-projection, gate, down-projection, norm.
+
+    Args:
+        up, down ([`Projection`]): the projections.
+        gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation.
+        norm (`Callable`, *optional*): what each expert's output goes through.
+    """
+
+    up: Projection
+    down: Projection
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def run_frozen_experts(
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, tiles: ExpertTiles
+) -> torch.Tensor:
+    """Each token through its experts, summed by routing weight.
+
+    Differentiable once, in `x_TH`, `weights_TK` and the factors of `experts`.
+
+    Args:
+        x_TH (`torch.Tensor` of shape `(T, H)`): tokens.
+        weights_TK (`torch.Tensor` of shape `(T, K)`): routing weights.
+        experts ([`FrozenExperts`]): what to run.
+        tiles ([`ExpertTiles`]): which rows go to which expert.
+
+    Returns:
+        `torch.Tensor` of shape `(T, H)`, in the dtype of `x_TH`.
+    """
+    factors = [factor for lora in (*experts.up.lora, *experts.down.lora) for factor in (lora.A, lora.B)]
+    return _FrozenExperts.apply(experts, tiles, x_TH, weights_TK, *factors)
+
+
+class _FrozenExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, experts, tiles, x_TH, weights_TK, *factors):
+        up, down = experts.up, experts.down
+        # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
+        with torch.autocast(x_TH.device.type, enabled=False):
+            up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
+            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
+            y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
+            # Weighted and summed as transformers does it, rounding included.
+            y_TKH = tiles.by_token(y_SH)
+            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
+            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
+            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
+        ctx.experts, ctx.tiles = experts, tiles
+        kept_SH = None if experts.norm is None else down_SH
+        ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
+        return y_TH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TH):
+        up, down, tiles = ctx.experts.up, ctx.experts.down, ctx.tiles
+        x_TH, weights_TK, up_SO, down_SH, *saved = ctx.saved_tensors
+        saved_up, saved_down = saved[: 2 * len(up.lora)], saved[2 * len(up.lora) : 2 * len(up.lora + down.lora)]
+        _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
+        needs_up, needs_down = needs[: 2 * len(up.lora)], needs[2 * len(up.lora) :]
+
+        with torch.autocast(x_TH.device.type, enabled=False):
+            weight_S = weights_TK.new_zeros(len(tiles.token_S)).index_copy_(0, tiles.slot_N, weights_TK.reshape(-1))
+            weight_S1 = weight_S.to(down.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
+            grad_SH = tiles.rows(grad_TH.to(down.dtype))
+            if ctx.experts.norm is not None:
+                y_SH, through_norm = _rerun(ctx.experts.norm, down_SH)
+                grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
+                grad_SH, weight_S1 = through_norm(grad_SH * weight_S1), torch.ones_like(weight_S1)
+
+            a_SF, through_gate = _rerun(ctx.experts.gate, up_SO)
+            a_SF = a_SF.to(down.dtype)
+            grad_a_SF, *small_grads = _input_grad(down, grad_SH, a_SF.shape[1], saved_down, tiles)
+            if ctx.experts.norm is None:
+                grad_weight_S = (grad_a_SF * a_SF).sum(dim=-1)
+                if down.bias_EO is not None:
+                    grad_weight_S = grad_weight_S + (grad_SH * tiles.of_slots(down.bias_EO)).sum(dim=-1)
+            grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, tiles, weight_S1)
+
+            grads_up, grad_TH = [None] * len(needs_up), None
+            if needs_x or any(needs_up):
+                grad_up_SO = through_gate(grad_a_SF.mul_(weight_S1))
+                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x, False)
+                x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
+                grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
+                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
+            grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+        return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
+
+
+def _project(
+    projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles, gaps_count: bool = True
+) -> list[torch.Tensor]:
+    """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
+    y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
+    for expert, x_MI, y_MO in zip(tiles.experts, tiles.blocks(x_SI), tiles.blocks(y_SO), strict=True):
+        torch.mm(x_MI, projection.matrix(expert), out=y_MO)
+    if gaps_count:  # what memory held there may be no number, which times 0 is none either
+        tiles.blank_gaps_(y_SO)
+    if projection.bias_EO is not None:
+        y_SO += tiles.of_slots(projection.bias_EO)
+    saved = []
+    for lora in projection.lora:
+        B_REO = transposed_B(lora, projection.dtype)
+        small_PMR = torch.bmm(tiles.tiles(x_SI), _A_of_tiles(lora, tiles, projection.dtype).transpose(1, 2))
+        tiles.tiles(y_SO).baddbmm_(small_PMR, _B_of_tiles(B_REO, tiles), alpha=lora.scaling)
+        saved += [small_PMR, B_REO]
+    return [y_SO, *saved]
+
+
+def _input_grad(
+    projection: Projection,
+    grad_SO: torch.Tensor,
+    in_features: int,
+    saved: list[torch.Tensor],
+    tiles: ExpertTiles,
+    needed: bool = True,
+    gaps_count: bool = True,
+) -> list[torch.Tensor | None]:
+    """The gradient of the projection's input, where `needed`, and `grad B` (P, M, R) for each update.
+
+    Gaps are left as they are where they do not count, because no sum runs over them.
+    """
+    grad_SI = None
+    if needed:
+        grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
+        for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
+            torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
+        if gaps_count:
+            tiles.blank_gaps_(grad_SI)
+    small_grads = []
+    for lora, B_REO in zip(projection.lora, saved[1::2], strict=True):
+        small_PMR = torch.bmm(tiles.tiles(grad_SO), _B_of_tiles(B_REO, tiles).transpose(1, 2))
+        if needed:
+            A_PRI = _A_of_tiles(lora, tiles, projection.dtype)
+            tiles.tiles(grad_SI).baddbmm_(small_PMR, A_PRI, alpha=lora.scaling)
+        small_grads.append(small_PMR)
+    return [grad_SI, *small_grads]
+
+
+def _factor_grads(
+    projection: Projection,
+    needs: list[bool],
+    x_SI: torch.Tensor | None,
+    grad_SO: torch.Tensor,
+    saved: list[torch.Tensor],
+    small_grads: list[torch.Tensor],
+    tiles: ExpertTiles,
+    weight_S1: torch.Tensor | None = None,
+) -> list[torch.Tensor | None]:
+    """Gradients of each update's A and B. Rows of `grad_SO` are scaled by `weight_S1` where it is given."""
+    grads = []
+    for place, lora in enumerate(projection.lora):
+        scale = lora.scaling if weight_S1 is None else tiles.tiles(weight_S1 * lora.scaling)
+        grad_A = grad_B = None
+        if needs[2 * place]:
+            grad_PRI = torch.bmm((small_grads[place] * scale).transpose(1, 2), tiles.tiles(x_SI))
+            grad_A = _sum_by_expert(grad_PRI, lora.num_experts, tiles).reshape(lora.A.shape).to(lora.A.dtype)
+        if needs[2 * place + 1]:
+            grad_PRO = torch.bmm((saved[2 * place] * scale).transpose(1, 2), tiles.tiles(grad_SO))
+            grad_ERO = _sum_by_expert(grad_PRO, lora.num_experts, tiles)
+            grad_B = grad_ERO.transpose(0, 1).reshape(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
+        grads += [grad_A, grad_B]
+    return grads
+
+
+def _A_of_tiles(lora: LowRank, tiles: ExpertTiles, dtype: torch.dtype) -> torch.Tensor:
+    """Each tile's A (`torch.Tensor` of shape `(P, R, I)`)."""
+    A_ERI = lora.A_ERI.detach()
+    if tiles.are_experts(lora.num_experts):
+        return A_ERI.to(dtype)
+    if len(tiles.expert_P) < lora.num_experts:
+        return A_ERI.index_select(0, tiles.expert_P).to(dtype)
+    return A_ERI.to(dtype).index_select(0, tiles.expert_P)
+
+
+def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
+    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
+    B_RPO = B_REO if tiles.are_experts(B_REO.shape[1]) else B_REO.index_select(1, tiles.expert_P)
+    return B_RPO.transpose(0, 1)
+
+
+def _sum_by_expert(x_PRI: torch.Tensor, num_experts: int, tiles: ExpertTiles) -> torch.Tensor:
+    """The sum over each expert's tiles (`torch.Tensor` of shape `(E, R, I)`), added up in 32 bits."""
+    if tiles.are_experts(num_experts):
+        return x_PRI
+    if len(tiles.expert_P) == len(tiles.experts):
+        return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_copy_(0, tiles.expert_P, x_PRI)
+    x_PRI = x_PRI.to(torch.promote_types(x_PRI.dtype, torch.float32))
+    return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_add_(0, tiles.expert_P, x_PRI)
+
+
+def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+    """`function(x)`, and what takes the gradient of that to the gradient of x."""
+    with torch.enable_grad():
+        leaf_SI = x_SI.detach().requires_grad_()
+        y_SO = function(leaf_SI)
+    return y_SO.detach(), lambda grad_SO: torch.autograd.grad(y_SO, leaf_SI, grad_SO.to(y_SO.dtype))[0]

@@ -1,0 +1,39 @@
+"""What the trainer can do on models that are shared out over processes."""
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..errors import OrdMoEConfigError
+
+
+def check_placement(accelerator: Accelerator, writes_responses: bool) -> None:
+    """See that training works as accelerate is set up to share the model out.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        writes_responses (`bool`): whether tiers generate responses.
+
+    Raises:
+        [`OrdMoEConfigError`]: it does not.
+    """
+    sharding = _sharding(accelerator)
+    if sharding == "FSDP1":
+        raise OrdMoEConfigError(
+            "FSDP1 (fsdp_version: 1) flattens weights, so tiers do not find the routers: set fsdp_version: 2."
+        )
+    if sharding is not None and writes_responses:
+        raise OrdMoEConfigError(
+            f"responses='generated' does not work with {sharding}: each process holds a part of every weight, and a "
+            "process whose responses end early would leave the others waiting. Use DDP or ZeRO-2, or set "
+            "responses='reference'."
+        )
+
+
+def _sharding(accelerator: Accelerator) -> str | None:
+    """What shares every weight out over processes, if anything does."""
+    state = accelerator.state
+    if state.distributed_type == DistributedType.FSDP:
+        return f"FSDP{state.fsdp_plugin.fsdp_version}"
+    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO-3"
+    return None

@@ -1,0 +1,70 @@
+"""What is kept of LoRA's factors between forwards without gradients is never out of date."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from ordmoe_peft import OrdMoEConfig
+from tests import models
+
+
+@pytest.fixture
+def tuned():
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).eval()
+    models.randomize_adapter(model)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**models.text_batch()).logits
+
+
+def factor(model) -> torch.nn.Parameter:
+    return model.get_parameter("base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.default.weight")
+
+
+def replace_data(B):
+    B.data = B.data * 2
+
+
+def write_through_data(B):
+    B.data.mul_(2)
+
+
+def write_in_place(B):
+    with torch.no_grad():
+        B.mul_(2)
+
+
+@pytest.mark.parametrize("change", [write_in_place, write_through_data, replace_data])
+def test_a_changed_factor_counts_at_once(tuned, change):
+    before = logits(tuned)
+    assert torch.equal(logits(tuned), before)
+    change(factor(tuned))
+    changed = logits(tuned)
+    assert not torch.allclose(changed, before)
+    with torch.enable_grad():  # which keeps nothing
+        torch.testing.assert_close(tuned(**models.text_batch()).logits, changed)
+
+
+def test_nothing_is_kept_in_training(tuned):
+    wrapper = tuned.base_model.model.model.layers[1].mlp.experts.base_layer
+    logits(tuned)
+    assert set(wrapper.kept_transposed_B) == {"default"}
+    tuned(**models.text_batch())
+    assert not wrapper.kept_transposed_B
+
+
+def test_switching_adapters_keeps_each_ones_own(tuned):
+    first = logits(tuned)
+    tuned.add_adapter("second", OrdMoEConfig(r=4))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B.second" in name:
+                parameter.normal_(std=0.1)
+    tuned.set_adapter("second")
+    second = logits(tuned)
+    assert not torch.allclose(first, second)
+    tuned.set_adapter("default")
+    assert torch.equal(logits(tuned), first)

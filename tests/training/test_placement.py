@@ -1,0 +1,36 @@
+"""What is refused on models that are shared out over processes. Tests on processes: `tests/distributed`."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.training.placement import check_placement
+
+
+def accelerator(kind: str, version: int | None = None, stage: int | None = None) -> SimpleNamespace:
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=version),
+        "deepspeed_plugin": SimpleNamespace(zero_stage=stage),
+    }
+    return SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType(kind), **plugins))
+
+
+def test_responses_are_not_generated_where_weights_are_sharded():
+    with pytest.raises(OrdMoEConfigError, match="responses='generated' does not work with FSDP2"):
+        check_placement(accelerator("FSDP", version=2), writes_responses=True)
+    with pytest.raises(OrdMoEConfigError, match="does not work with DeepSpeed ZeRO-3"):
+        check_placement(accelerator("DEEPSPEED", stage=3), writes_responses=True)
+
+
+def test_fsdp1_is_refused():
+    with pytest.raises(OrdMoEConfigError, match="set fsdp_version: 2"):
+        check_placement(accelerator("FSDP", version=1), writes_responses=False)
+
+
+def test_the_others_are_not():
+    for shared in (accelerator("FSDP", version=2), accelerator("DEEPSPEED", stage=3)):
+        check_placement(shared, writes_responses=False)
+    for whole in (accelerator("NO"), accelerator("MULTI_GPU"), accelerator("DEEPSPEED", stage=2)):
+        check_placement(whole, writes_responses=True)
