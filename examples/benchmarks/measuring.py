@@ -1,10 +1,10 @@
 """What the benchmarks share: processes of their own, peak memory, and FLOPs of grouped products."""
 
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ def in_a_fresh_process(module: str, **options: Any) -> Any:
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """The most bytes that `work` held over what was held before: on the CUDA device if there is one, else resident.
+    """The most bytes that torch held during `work` over what it held before, on the CUDA device if there is one.
 
-    The resident peak is Linux's high-water mark, which can be set back (`man 5 proc`, `clear_refs`).
+    On CPU it is [`allocated_peak`]: resident memory has the gaps that malloc leaves between blocks as well, which are
+    half as much again where passes follow one another.
     """
     if torch.cuda.is_available():
         torch.cuda.init()
@@ -28,16 +29,24 @@ def peak_of(work: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    return allocated_peak(profiler)
 
 
-def resident(name: str) -> int:
-    """A line of `/proc/self/status`, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def allocated_peak(profiler: torch.profiler.profile) -> int:
+    """The highest running sum of what was allocated and freed on CPU, in bytes: exact, and the same each time."""
+    return max(itertools.accumulate(_changes(profiler), initial=0))
+
+
+def held_at_end(profiler: torch.profiler.profile) -> int:
+    """What was allocated and not freed, in bytes."""
+    return sum(_changes(profiler))
+
+
+def _changes(profiler: torch.profiler.profile) -> list[int]:
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def grouped_mm_flops() -> dict[Any, Callable[..., int]]:

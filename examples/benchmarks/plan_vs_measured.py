@@ -1,7 +1,7 @@
 """Hold `ordmoe plan`'s estimate of activations against what a training step allocates, on CPU.
 
-    python examples/benchmarks/plan_vs_measured.py            # all cases, a minute or two
-    python examples/benchmarks/plan_vs_measured.py --case 3   # one
+    python -m examples.benchmarks.plan_vs_measured            # all cases, a minute or two
+    python -m examples.benchmarks.plan_vs_measured --case 3   # one
 
 Each case trains a small model of a real class with random weights, in a process of its own, with the real trainer and
 4-bit loader. Measured is the most that torch's allocator held during a training step above what it held at its start:
@@ -10,7 +10,6 @@ The step is the second of two that accumulate, so gradients exist before it, as 
 """
 
 import argparse
-import itertools
 import multiprocessing
 import tempfile
 from dataclasses import dataclass, field
@@ -28,6 +27,8 @@ from ordmoe_peft.cli.tables import percent, print_table
 from ordmoe_peft.planning.activations import step_inputs
 from ordmoe_peft.planning.plan import PlanSettings, plan_memory
 from ordmoe_peft.planning.weights import model_class
+
+from .measuring import peak_of
 
 
 MIB = 2**20
@@ -187,25 +188,10 @@ class MeasuringTrainer(OrdMoETrainer):
     """Notes the peak of each training step."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            loss = super().training_step(*args, **kwargs)
-        self.peaks = [*getattr(self, "peaks", ()), allocated_peak(profiler)]
-        return loss
-
-
-def allocated_peak(profiler: torch.profiler.profile) -> int:
-    """The highest running sum of what was allocated and freed, in bytes."""
-    return max(itertools.accumulate(_changes(profiler), initial=0))
-
-
-def held_at_end(profiler: torch.profiler.profile) -> int:
-    """What was allocated and not freed, in bytes."""
-    return sum(_changes(profiler))
-
-
-def _changes(profiler: torch.profiler.profile) -> list[int]:
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        losses = []
+        peak = peak_of(lambda: losses.append(super(MeasuringTrainer, self).training_step(*args, **kwargs)))
+        self.peaks = [*getattr(self, "peaks", ()), peak]
+        return losses[0]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

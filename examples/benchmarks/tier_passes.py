@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,14 +140,19 @@ def trainer_of(name: str, options: Options, folder: str) -> Any:
     return OrdMoETrainer(adapted(options, **settings), args, dataset, processing_class=tokenizer)
 
 
+def training_step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward, as the trainer's loop takes them."""
+    trainer.current_gradient_accumulation_steps = 1
+    count = (batch["labels"] != -100).sum() if "labels" in batch else None
+    trainer.training_step(trainer.model, dict(batch), count)
+
+
 def flops(trainer: Any) -> int:
     """Of one step, forward and backward."""
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1
-    count = (batch["labels"] != -100).sum() if "labels" in batch else None
     for _ in range(2):  # the first may also judge whether prompts can be shared
         with FlopCounterMode(display=False, custom_mapping=grouped_mm_flops()) as counter:
-            trainer.training_step(trainer.model, batch, count)
+            training_step(trainer, batch)
         trainer.model.zero_grad()
     return counter.get_total_flops()
 
@@ -166,10 +172,13 @@ def seconds_by_row(trainers: dict[str, Any], rounds: int) -> dict[str, float]:
 
 
 def memory(name: str, options: Options) -> int:
-    """Peak bytes of training over the loaded model; call it in a fresh process."""
+    """Peak bytes of a training step, the second of two that accumulate, so that gradients exist before it."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(name, options, folder)
-        return peak_of(trainer.train)
+        batch = next(iter(trainer.get_train_dataloader()))
+        step = partial(training_step, trainer, batch)
+        step()
+        return peak_of(step)
 
 
 def cost_table(options: Options) -> None:

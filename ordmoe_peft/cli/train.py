@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         eval_dataset=eval_dataset,
         processing_class=processing_class,
     )
+    peak_before = peak_memory()  # tier_passes="auto" sets the count back
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     steps = trainer.state.global_step
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         **result.metrics,
         "train_steps": steps,
         "train_seconds_per_step": result.metrics["train_runtime"] / max(steps, 1),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(peak_before, peak_memory()),
     }
     trainer.save_metrics("train", metrics)
     trainer.save_state()

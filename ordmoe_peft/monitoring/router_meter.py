@@ -209,7 +209,7 @@ class _LiveForward:
             else:
                 counted_T = self._is_real(num_tokens, device)
             if tiers is not None:
-                tier_T = tiers.plan.tier_of_token(num_tokens, device, tiers.sequence_length, tiers.past_length)
+                tier_T = tiers.tier_of_token(num_tokens, device)
                 counted_T = counted_T & (tier_T == 1)
             self.counted_by_device[device] = counted_T
         return self.counted_by_device[device]

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,17 @@ class TierForward:
     plan: TierPlan
     sequence_length: int
     past_length: int
+    _tiers_of_tokens: dict[tuple[int, torch.device], torch.Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""
+        key = (num_tokens, device)
+        if key not in self._tiers_of_tokens:
+            lengths = (self.sequence_length, self.past_length)
+            self._tiers_of_tokens[key] = self.plan.tier_of_token(num_tokens, device, *lengths)
+        return self._tiers_of_tokens[key]
 
 
 class _Running(threading.local):
@@ -332,10 +343,7 @@ class _TierSelection(TorchFunctionMode):
         self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
     ) -> torch.Tensor:
         plan, top_k = self.forward.plan, self.router.top_k
-        tier_T = plan.tier_of_token(
-            len(scores_TE), scores_TE.device, self.forward.sequence_length, self.forward.past_length
-        )
-        self.tier_T = tier_T
+        self.tier_T = tier_T = self.forward.tier_of_token(len(scores_TE), scores_TE.device)
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)

@@ -91,13 +91,13 @@ class PassSchedule(TrainerCallback):
     def _settle(self, max_tokens: int, reason: str) -> None:
         self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens}
         if self.accelerator.is_main_process:
-            choice = "all run one tier after another"
+            choice = "all batches run their tier passes one after another"
             if max_tokens:
                 choice = (
-                    f"those of up to {max_tokens} tokens run under all {self.num_passes} tiers at once, others one "
+                    f"batches of up to {max_tokens} tokens run their {self.num_passes} tier passes at once, others one "
+                    "after another"
                 )
-                choice += "tier after another"
-            logger.warning(f"tier_passes='auto': {reason}, so of the batches {choice}.")
+            logger.warning(f"tier_passes='auto': {reason}, so {choice}.")
 
     def _over_processes(self, number: int) -> torch.Tensor:
         return self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))

@@ -92,18 +92,20 @@ class PromptSharing(TrainerCallback):
         return not reduce(torch.tensor(packed is None, dtype=torch.long, device=device), reduction="sum").item()
 
     def judge(self, packed_log_probs: torch.Tensor, log_probs: torch.Tensor, mask: torch.Tensor) -> None:
-        """Compare log-probabilities of one batch in both ways, and give up where they are not the same.
+        """Compare branches' log-probabilities on tier 1 with those of separate rows, and give up where they differ.
 
-        Rounding alone can send a token to another expert, so the mean over tokens, of all processes, is held against
-        the square root of the precision.
+        Rounding alone sends some tokens to other experts, the more so in low tiers, whose scores lie close together,
+        and in deep models in bf16. So it is tier 1's typical token, over all processes, that is held against the square
+        root of the precision. Rows without responses, or not finite as they are, say nothing.
         """
-        differences = (packed_log_probs - log_probs)[mask].abs().float()
-        total, count = reduce(torch.stack([differences.sum(), mask.sum().float()]), reduction="sum").tolist()
+        mask = mask & log_probs.isfinite()
+        is_same = (packed_log_probs - log_probs)[mask].abs() <= torch.finfo(self.dtype).eps ** 0.5
+        same, count = reduce(torch.stack([is_same.sum(), mask.sum()]), reduction="sum").tolist()
         if not count:
             return
         self.is_judged = True
-        if not total / count <= torch.finfo(self.dtype).eps ** 0.5:
-            self._give_up(f"it changes log-probabilities by {total / count:.2g} a token in the first batch")
+        if same < count / 2:
+            self._give_up(f"it changes the log-probabilities of {1 - same / count:.0%} of tokens in the first batch")
         self._keep_verdict()
 
     def _keep_verdict(self) -> None:

@@ -264,6 +264,7 @@ class TierPasses:
 
     def _judge_sharing(self, groups: list[RowGroup]) -> None:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
+        groups = [replace(group, routed_by=1) for group in groups]
         packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
         if not self.sharing.can_judge(packed, groups[0].inputs["input_ids"].device):
             return
@@ -272,7 +273,9 @@ class TierPasses:
         with torch.no_grad():
             both = [self._run_packed(groups, packed).outputs, self._run_rows(groups).outputs]
         self.moe_model.train(was_training)
-        self.sharing.judge(both[0].log_probs, both[1].log_probs, both[1].label_mask)
+        # The first rows are the same in both; what is in question is the branches.
+        branches = slice(len(groups[0].inputs["labels"]), None)
+        self.sharing.judge(*(rows.log_probs[branches] for rows in both), both[1].label_mask[branches])
 
     def _stack(self, scored: Scored, part: int) -> torch.Tensor:
         width = max(group.inputs["labels"].shape[1] for group in self._groups) - 1

@@ -102,6 +102,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
+        # The losses are made here, so what the model's own forward does with token counts does not matter: models with
+        # images (Qwen3-VL) say that they take none, and transformers would then average over micro-batches.
+        self.model_accepts_loss_kwargs |= not self._is_plain_sft
         self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         # Place in training of the last micro-batch, and how many were before it there, of this process.
         self._seen: tuple[Any, int] = (None, 0)
@@ -204,6 +207,10 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return PromptSharing(self.model, self._pad_token_id, dtype)
 
     @property
+    def _is_plain_sft(self) -> bool:
+        return self.num_tiers == 1 and self.args.balance_coef == 0 and self.args.ntp_coef == 1
+
+    @property
     def _is_generated(self) -> bool:
         return self.args.responses == "generated" and self.num_tiers > 1
 
@@ -284,7 +291,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of tier 1, and the two further losses; in a later tier pass what that adds to them."""
-        if self.num_tiers == 1 and self.args.balance_coef == 0 and self.args.ntp_coef == 1:
+        if self._is_plain_sft:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._place:
             return self._later_loss(inputs, num_items_in_batch)

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from examples.benchmarks.plan_vs_measured import allocated_peak, held_at_end
+from examples.benchmarks.measuring import allocated_peak, held_at_end
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.planning.activations import StepShape, estimate_activations, step_inputs

@@ -67,13 +67,13 @@ def test_auto_measures_the_first_batch_and_then_runs_what_fits_at_once(tmp_path,
     (message,) = told
     assert "tier_passes='auto'" in message
     # 36 tokens took 10 bytes; half of 100 are 5 times as much, of which each tier has half.
-    assert "up to 90 tokens run under all 2 tiers at once" in message
+    assert "batches of up to 90 tokens run their 2 tier passes at once, others one after another" in message
     told.clear()
     assert run(tmp_path, monkeypatch, peak=80) == [4, 4, 4, 4]
-    assert "others one tier after another" in told[0]
+    assert "others one after another" in told[0]
     told.clear()
     assert run(tmp_path, monkeypatch, peak=0) == [4, 4, 4, 4]
-    assert "cannot be measured on cpu, so of the batches all run one tier after another" in told[0]
+    assert "cannot be measured on cpu, so all batches run their tier passes one after another" in told[0]
 
 
 def test_a_resumed_run_keeps_to_what_was_measured(tmp_path, monkeypatch, told):
@@ -91,7 +91,7 @@ def test_offloaded_activations_are_reason_enough(told):
     schedule = PassSchedule("auto", 2, accelerator, saves_memory=True)
     schedule.on_train_begin(None, TrainerState(), None)
     assert schedule.max_tokens == 0
-    assert "activations are offloaded to save memory, so of the batches all run one tier after another" in told[0]
+    assert "activations are offloaded to save memory, so all batches run their tier passes one after another" in told[0]
 
 
 @pytest.mark.parametrize("mode", ["auto", "batched", "sequential"])
