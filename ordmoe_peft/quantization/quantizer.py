@@ -130,6 +130,8 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                     f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
                     "weights for it were missing or of another shape. See the load report above."
                 )
+        for name in sorted({name.rpartition(".")[0] for name in self.expert_stacks}):
+            model.get_submodule(name).requires_grad_(False)  # biases, too: no gradient is computed of packed experts
         keep_linear4bit_layout(model)
         save_in_own_names(model)
         # No other experts function can read packed stacks.
