@@ -121,9 +121,9 @@ def test_dense_experts_on_cuda_keep_what_autograd_keeps_of_grouped_products():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["bf16", "nf4"])
 def test_all_experts_at_once_take_what_one_after_another_take(quantization, checkpointing, monkeypatch):
-    """Also where some of the 8 experts have no tokens (3 tokens of 2 each), or others have more (5)."""
+    """Where some of the 8 experts have no tokens (3 tokens of 2 each), and where loads are uneven (21)."""
     config = models.qwen3_moe().config
-    shapes = [StepShape(1, length, gradient_checkpointing=checkpointing, device="cpu") for length in (3, 5, 64)]
+    shapes = [StepShape(1, length, gradient_checkpointing=checkpointing, device="cpu") for length in (3, 21)]
     at_once = [planned(config, shape, quantization) for shape in shapes]
     monkeypatch.delattr(activations._OneBlock, "blocks")
     assert at_once == [planned(config, shape, quantization) for shape in shapes]
