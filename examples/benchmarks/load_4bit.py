@@ -25,7 +25,7 @@ from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.quantization.census import in_units
 
-from .measuring import in_a_fresh_process, peak_of
+from .measuring import in_a_fresh_process, resident_peak_of
 
 
 HIDDEN, EXPERT_WIDTH, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 384, 128, 16, 4, 64, 1024
@@ -74,7 +74,7 @@ def load(checkpoint: str, way: str) -> dict[str, float]:
     arguments = {"dtype": torch.bfloat16, "quantization_config": WAYS[way], "device_map": device_map}
     loaded = []
     start = time.perf_counter()
-    peak = peak_of(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)))
+    peak = resident_peak_of(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)))
     return {"seconds": time.perf_counter() - start, "peak": peak, "model": quantization_census(*loaded).bytes}
 
 

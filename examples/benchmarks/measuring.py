@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +21,41 @@ def in_a_fresh_process(module: str, **options: Any) -> Any:
 def peak_of(work: Callable[[], Any]) -> int:
     """The most bytes that torch held during `work` over what it held before, on the CUDA device if there is one.
 
-    On CPU it is [`allocated_peak`]: resident memory has the gaps that malloc leaves between blocks as well, which are
-    half as much again where passes follow one another.
+    On CPU it is [`allocated_peak`]: resident memory has the gaps that malloc leaves between blocks as well.
     """
     if torch.cuda.is_available():
-        torch.cuda.init()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
+        return _cuda_peak_of(work)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     return allocated_peak(profiler)
+
+
+def resident_peak_of(work: Callable[[], Any]) -> int:
+    """The most bytes that this process held during `work` over what it held before, on the CUDA device if there is one.
+
+    Resident memory, with the pages of mapped files that were read. Linux's high-water mark can be set back (`man 5
+    proc`, `clear_refs`).
+    """
+    if torch.cuda.is_available():
+        return _cuda_peak_of(work)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _cuda_peak_of(work: Callable[[], Any]) -> int:
+    torch.cuda.init()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _resident(name: str) -> int:
+    """A line of `/proc/self/status`, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def allocated_peak(profiler: torch.profiler.profile) -> int:

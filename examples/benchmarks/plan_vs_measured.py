@@ -1,7 +1,7 @@
 """Hold `ordmoe plan`'s estimate of activations against what a training step allocates, on CPU.
 
-    python -m examples.benchmarks.plan_vs_measured            # all cases, a minute or two
-    python -m examples.benchmarks.plan_vs_measured --case 3   # one
+    python -m examples.benchmarks.plan_vs_measured                # all cases, a few minutes
+    python -m examples.benchmarks.plan_vs_measured --cases 3 12   # two
 
 Each case trains a small model of a real class with random weights, in a process of its own, with the real trainer and
 4-bit loader. Measured is the most that torch's allocator held during a training step above what it held at its start:
@@ -10,7 +10,7 @@ The step is the second of two that accumulate, so gradients exist before it, as 
 """
 
 import argparse
-import multiprocessing
+import json
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from ordmoe_peft.planning.activations import step_inputs
 from ordmoe_peft.planning.plan import PlanSettings, plan_memory
 from ordmoe_peft.planning.weights import model_class
 
-from .measuring import peak_of
+from .measuring import in_a_fresh_process, peak_of
 
 
 MIB = 2**20
@@ -223,11 +223,13 @@ def run(index: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one case alone")
-    chosen = parser.parse_args().case
-    cases = range(len(CASES)) if chosen is None else [chosen]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = [pool.apply(run, (index,)) for index in cases]
+    parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)))
+    parser.add_argument("--only", type=int, choices=range(len(CASES)), help="measure one, here, and print it as JSON")
+    options = parser.parse_args()
+    if options.only is not None:
+        print(json.dumps(run(options.only)))
+        return
+    rows = [in_a_fresh_process("examples.benchmarks.plan_vs_measured", only=case) for case in options.cases]
     columns = [
         "model",
         "batch",

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PretrainedConfig
 
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
@@ -28,25 +32,30 @@ class ModelArguments:
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
 
-    def quantization_config(self, stored_dtype: torch.dtype | None = None) -> MoeBitsAndBytesConfig | None:
-        """The quantisation that was asked for.
-
-        Args:
-            stored_dtype (`torch.dtype`, *optional*): the checkpoint's, which `dtype="auto"` stands for.
-        """
+    def quantization_config(self, config: PretrainedConfig | None = None) -> MoeBitsAndBytesConfig | None:
+        """The quantisation that was asked for; `config` is the model's, which `dtype="auto"` is read from."""
         if not self.load_in_4bit:
             return None
-        auto = None if stored_dtype is None else str(stored_dtype).removeprefix("torch.")
-        compute_dtype = self.bnb_4bit_compute_dtype or (auto if self.dtype == "auto" else self.dtype)
-        known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        if compute_dtype is not None and compute_dtype not in known:
-            raise OrdMoEConfigError(f"bnb_4bit_compute_dtype must be one of {tuple(known)}, got {compute_dtype!r}.")
+        compute_dtype = self.bnb_4bit_compute_dtype or (None if self.dtype == "auto" else self.dtype)
+        if compute_dtype is not None and compute_dtype not in DTYPES:
+            raise OrdMoEConfigError(f"bnb_4bit_compute_dtype must be one of {tuple(DTYPES)}, got {compute_dtype!r}.")
+        if compute_dtype is None and config is not None:
+            compute_dtype = weights_dtype(config, self.dtype)
         return MoeBitsAndBytesConfig(
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
         )
+
+
+def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
+    """The dtype called `name`; for `auto` the configuration's, or bf16 where it says none."""
+    if name == "auto":
+        return config.dtype or config.get_text_config().dtype or torch.bfloat16
+    if name not in DTYPES:
+        raise OrdMoEConfigError(f"dtype must be 'auto' or one of {tuple(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
 
 
 @dataclass

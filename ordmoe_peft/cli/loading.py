@@ -24,7 +24,7 @@ def load_base(options: ModelArguments, trust_remote_code: bool) -> PreTrainedMod
         options.model_name_or_path,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
-        quantization_config=options.quantization_config(config.dtype or config.get_text_config().dtype),
+        quantization_config=options.quantization_config(config),
         **shared,
     )
 

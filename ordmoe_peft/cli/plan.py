@@ -24,7 +24,7 @@ from ..planning.plan import (
 )
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ..training.objectives import OBJECTIVES
-from .arguments import ModelArguments, with_model_first
+from .arguments import ModelArguments, weights_dtype, with_model_first
 from .tables import print_table, write_json
 
 
@@ -91,8 +91,9 @@ def main(arguments: Sequence[str]) -> None:
     print_plan(model_options.model_name_or_path, plan, settings, options)
     suggestions = list(suggest(config, settings, plan, limit))
     print_verdict(plan, suggestions, options)
-    at_once = tokens_at_once(plan, settings, limit)
-    print_choice(at_once, settings)
+    at_once = tokens_at_once(plan, settings, limit) if plan.total <= limit else None
+    if at_once is not None:
+        print_choice(at_once, settings)
     if options.output is not None:
         ways = [{"options": way.options, **way.plan.to_dict(), "fits": way.plan.total <= limit} for way in suggestions]
         results = {"model": model_options.model_name_or_path, **plan.to_dict(), "room": limit}
@@ -156,7 +157,7 @@ def plan_settings(config: PretrainedConfig, model: ModelArguments, options: Plan
         ours = ("bnb_4bit", "llm_int8_skip_modules")
         quantization = MoeBitsAndBytesConfig(**{name: stored[name] for name in stored if name.startswith(ours)})
     else:
-        quantization = model.quantization_config()
+        quantization = model.quantization_config(config)
     return PlanSettings(
         dtype=weights_dtype(config, model.dtype),
         quantization=quantization,
@@ -176,16 +177,6 @@ def plan_settings(config: PretrainedConfig, model: ModelArguments, options: Plan
         optimizer=options.optim,
         autocast=torch.bfloat16 if options.bf16 else None,
     )
-
-
-def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
-    """The dtype called `name`; for `auto` the configuration's, or bf16 where it says none."""
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name == "auto":
-        return config.dtype or config.get_text_config().dtype or torch.bfloat16
-    if name not in known:
-        raise OrdMoEConfigError(f"dtype must be 'auto' or one of {tuple(known)}, got {name!r}.")
-    return known[name]
 
 
 # ----------------------------------------------------------------------------------------------------------- printing
@@ -242,15 +233,16 @@ def print_verdict(plan: MemoryPlan, suggestions: Sequence[Suggestion], options: 
         print(f"Even with all of them it does not fit {card:g} GiB.")
 
 
-def print_choice(tokens: int | None, settings: PlanSettings) -> None:
+def print_choice(tokens: int, settings: PlanSettings) -> None:
     """What `tier_passes="auto"` makes of what the first batch leaves free."""
-    if tokens is None:
-        return
     batch = settings.batch_size * settings.sequence_length
-    way = "also run one after another"
-    if tokens:
-        way = f"run under all tiers at once up to {tokens:,} tokens"
-    print(f"tier_passes auto: the first batch, of {batch:,} tokens, runs tier by tier; those after it {way}.")
+    print(f"With tier_passes auto, tiers of the first batch run one after another, {batch:,} tokens at a time.")
+    if tokens >= batch:
+        print("After it there is room to run all tiers of a batch in one forward, which is faster.")
+    elif tokens:
+        print(f"After it, a batch of up to {tokens:,} tokens runs all its tiers in one forward, which is faster.")
+    else:
+        print("So do those of later batches: there is no room to run all tiers in one forward.")
 
 
 def _gib(size: int) -> str:

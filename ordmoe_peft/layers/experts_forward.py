@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..ops.dispatch import ExpertGroups, combine_by_token, group_by_expert, lay_out_by_expert
+from ..ops.dispatch import ExpertGroups, ExpertTiles, combine_by_token, group_by_expert, lay_out_by_expert
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
 from ..ops.grouped_linear import grouped_lora, grouped_matmul
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
@@ -79,6 +79,13 @@ def _up_name(experts: nn.Module) -> str:
 def _frozen_forward(
     experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
 ) -> torch.Tensor:
+    return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora))
+
+
+def frozen_step(
+    experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
+) -> tuple[FrozenExperts, ExpertTiles]:
+    """What `run_frozen_experts` takes for these experts and this routing."""
     up_lora, down_lora = (tuple(lora.get(name, ())) for name in (_up_name(experts), "down_proj"))
     frozen = FrozenExperts(
         up=_projection(experts, _up_name(experts), up_lora),
@@ -87,8 +94,7 @@ def _frozen_forward(
         norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
     )
     r = max((update.r for update in up_lora + down_lora), default=0)
-    tiles = lay_out_by_expert(index_TK, TILE_COST_PER_R * r, 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP)
-    return run_frozen_experts(x_TH, weights_TK, frozen, tiles)
+    return frozen, lay_out_by_expert(index_TK, TILE_COST_PER_R * r, 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP)
 
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:

@@ -84,9 +84,9 @@ class ExpertTiles:
         """A view by tile (`torch.Tensor` of shape `(P, tile, I)`)."""
         return x_SI.view(len(self.expert_P), self.tile, x_SI.shape[-1])
 
-    def blocks(self, x_SI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views of the slots to multiply, for each of `experts`."""
-        return x_SI.split(self.sizes)[::2]
+    def blocks(self, *tensors_SI: torch.Tensor) -> Iterable[tuple]:
+        """Each of `experts` with views of its slots to multiply, one for each tensor."""
+        return zip(self.experts, *(x_SI.split(self.sizes)[::2] for x_SI in tensors_SI), strict=True)
 
     def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
         """Write zeros where no row is."""

@@ -176,7 +176,7 @@ def _project(
 ) -> list[torch.Tensor]:
     """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
     y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
-    for expert, x_MI, y_MO in zip(tiles.experts, tiles.blocks(x_SI), tiles.blocks(y_SO), strict=True):
+    for expert, x_MI, y_MO in tiles.blocks(x_SI, y_SO):
         torch.mm(x_MI, projection.matrix(expert), out=y_MO)
     if gaps_count:  # what memory held there may be no number, which times 0 is none either
         tiles.blank_gaps_(y_SO)
@@ -207,7 +207,7 @@ def _input_grad(
     grad_SI = None
     if needed:
         grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
-        for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
+        for expert, grad_MO, grad_MI in tiles.blocks(grad_SO, grad_SI):
             torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
         if gaps_count:
             tiles.blank_gaps_(grad_SI)

@@ -6,7 +6,7 @@ the others are added by kind.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import OrdMoEConfigError
 from ..images import encode_images
-from ..layers.experts_forward import grouped_forward
+from ..layers.experts_forward import frozen_step, grouped_forward
 from ..moe_layers import find_moe_layers
+from ..ops.dispatch import ExpertTiles
+from ..ops.frozen_experts import LowRank, run_frozen_experts
 from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
 from .lm_head import log_probs_as_on_cuda
@@ -87,9 +89,8 @@ def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
     """
     base = model.get_base_model()
     inputs = step_inputs(base.config, shape)
-    if shape.device == "cuda":
-        _group_dense_experts(model)
-    else:
+    _stand_in_for_experts(model, shape.device)
+    if shape.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
     missing = _cut_layers(model, _unlike_the_rest(base.config, shape))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -196,11 +197,36 @@ def _kind(layer: nn.Module) -> tuple:
     return tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()), settings
 
 
-def _group_dense_experts(model: nn.Module) -> None:
-    """Have dense experts run as on CUDA: fake tensors are on the CPU, where these run expert by expert."""
+def _stand_in_for_experts(model: nn.Module, device: str) -> None:
+    """Have experts run with the memory that they take on `device`, in few operations.
+
+    Dense ones run grouped on CUDA, and expert by expert on the CPU, where fake tensors are.
+    """
     for layer in find_moe_layers(model):
-        if not is_packed(layer.experts.down_proj):
-            layer.experts.forward = functools.partial(grouped_forward, layer.experts)
+        is_grouped = device == "cuda" and not is_packed(layer.experts.down_proj)
+        layer.experts.forward = functools.partial(grouped_forward if is_grouped else _forward_at_once, layer.experts)
+
+
+class _OneBlock(ExpertTiles):
+    """Tiles of which all slots are multiplied with the first expert's matrix, at once.
+
+    Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
+    one after another takes.
+    """
+
+    def blocks(self, *tensors_SI: torch.Tensor) -> Iterable[tuple]:
+        return [(self.experts[0], *tensors_SI)]
+
+
+def _forward_at_once(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    expert_lora: dict[str, list[LowRank]] | None = None,
+) -> torch.Tensor:
+    frozen, tiles = frozen_step(experts, index_TK, expert_lora or {})
+    return run_frozen_experts(x_TH, weights_TK, frozen, _OneBlock(**vars(tiles)))
 
 
 def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:

@@ -255,8 +255,7 @@ def suggest(config: PretrainedConfig, settings: PlanSettings, plan: MemoryPlan, 
 def _quantise(settings: PlanSettings) -> tuple[str, dict] | None:
     if settings.quantization is not None:
         return None
-    options = f"--load_in_4bit true --bnb_4bit_compute_dtype {str(settings.dtype).removeprefix('torch.')}"
-    return options, {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
+    return "--load_in_4bit true", {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
 
 
 def _checkpoint(settings: PlanSettings) -> tuple[str, dict] | None:

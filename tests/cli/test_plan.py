@@ -8,6 +8,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.cli import plan as plan_command
+from ordmoe_peft.cli.arguments import ModelArguments
 from ordmoe_peft.cli.main import main
 from tests import models
 from tests.cli.test_main import error_of
@@ -31,7 +32,8 @@ def test_a_model_that_fits(folder, tmp_path, capsys):
     assert "3 MoE layers, E 8, K 2" in printed
     assert "8 rows of 32 tokens; tiers 1, 3 one after another" in printed
     assert "Fits: " in printed
-    assert "the first batch, of 256 tokens, runs tier by tier; those after it run under all tiers at once" in printed
+    assert "tiers of the first batch run one after another, 256 tokens at a time" in printed
+    assert "room to run all tiers of a batch in one forward" in printed
     plan = json.loads(results.read_text())
     assert plan["fits"]
     assert plan["suggestions"] == []
@@ -46,6 +48,7 @@ def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys)
     assert run(folder, *arguments, "--tier_passes", "batched") == 0
     printed = capsys.readouterr().out
     assert "Does not fit: " in printed
+    assert "tier_passes auto" not in printed
     assert "--tier_passes sequential" in printed
     plan = json.loads(results.read_text())
     assert not plan["fits"]
@@ -143,3 +146,14 @@ def test_a_checkpoint_that_holds_4_bits_of_ours(tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert run(tmp_path, "--max_length", 16) == 0
     assert "fp4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stored", "computed"), [(torch.bfloat16, torch.bfloat16), (None, torch.bfloat16)])
+def test_4_bits_compute_in_the_dtype_of_the_model(stored, computed):
+    """bitsandbytes' own default is fp32."""
+    config = models.qwen3_moe().config
+    config.dtype = stored
+    quantization = ModelArguments("model", load_in_4bit=True).quantization_config(config)
+    assert quantization.bnb_4bit_compute_dtype == computed
+    asked = ModelArguments("model", load_in_4bit=True, dtype="bfloat16", bnb_4bit_compute_dtype="float16")
+    assert asked.quantization_config(config).bnb_4bit_compute_dtype == torch.float16

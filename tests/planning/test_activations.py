@@ -10,6 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 from examples.benchmarks.measuring import allocated_peak, held_at_end
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.planning import activations
 from ordmoe_peft.planning.activations import StepShape, estimate_activations, step_inputs
 from ordmoe_peft.planning.weights import build_meta_model
 from tests import models
@@ -115,6 +116,17 @@ def test_dense_experts_on_cuda_keep_what_autograd_keeps_of_grouped_products():
     assert on_cuda > on_cpu
     on_cuda, on_cpu = (planned(config, shape, NF4).kept for shape in shapes)
     assert on_cuda == pytest.approx(on_cpu, rel=0.1), "packed ones run one after another on both"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["bf16", "nf4"])
+def test_all_experts_at_once_take_what_one_after_another_take(quantization, checkpointing, monkeypatch):
+    """Where some of the 8 experts have no tokens (3 tokens of 2 each), and where loads are uneven (21)."""
+    config = models.qwen3_moe().config
+    shapes = [StepShape(1, length, gradient_checkpointing=checkpointing, device="cpu") for length in (3, 21)]
+    at_once = [planned(config, shape, quantization) for shape in shapes]
+    monkeypatch.delattr(activations._OneBlock, "blocks")
+    assert at_once == [planned(config, shape, quantization) for shape in shapes]
 
 
 @pytest.mark.parametrize(
