@@ -1,10 +1,9 @@
 """The experts function `"ordmoe"`: one forward for every class of fused experts, dense or in 4 bits, with LoRA.
 
-It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. On
-dense weights it multiplies the same blocks of rows with the same matrices and rounds where that does, so a model's
-outputs do not change by a bit.
+It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. Dense
+experts without an adapter are left to that, so a model's outputs do not change by a bit.
 
-There are two ways to compute it. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU and the
+There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU and the
 only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts elsewhere,
 and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
@@ -13,6 +12,7 @@ Shape suffixes as in `ops/__init__.py`.
 
 import torch
 from torch import nn
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..errors import OrdMoEModelError
 from ..ops.dispatch import ExpertGroups, combine_by_token, group_by_expert, lay_out_by_expert
@@ -55,6 +55,8 @@ def experts_forward(
         )
     lora = expert_lora or {}
     weight = self.down_proj
+    if not lora and not is_packed(weight):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if is_packed(weight) or (weight.device.type == "cpu" and not is_trained(self)):
         return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
     return _grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)

@@ -123,11 +123,7 @@ class _FrozenExperts(torch.autograd.Function):
             up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
             down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
-            # Weighted and summed as transformers does it, rounding included.
-            y_TKH = tiles.by_token(y_SH)
-            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
-            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
-            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
+            y_TH = tiles.sum_by_token(y_SH, weights_TK).to(x_TH.dtype)
         ctx.experts, ctx.tiles = experts, tiles
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
@@ -167,7 +163,7 @@ class _FrozenExperts(torch.autograd.Function):
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
                 grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
-            grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+            grad_weights = tiles.by_token(grad_weight_S).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
 
@@ -238,11 +234,12 @@ def _factor_grads(
         grad_A = grad_B = None
         if needs[2 * place]:
             grad_PRI = torch.bmm((small_grads[place] * scale).transpose(1, 2), tiles.tiles(x_SI))
-            grad_A = _sum_by_expert(grad_PRI, lora.num_experts, tiles).reshape(lora.A.shape).to(lora.A.dtype)
+            grad_A = tiles.sum_by_expert(grad_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
         if needs[2 * place + 1]:
             grad_PRO = torch.bmm((saved[2 * place] * scale).transpose(1, 2), tiles.tiles(grad_SO))
-            grad_ERO = _sum_by_expert(grad_PRO, lora.num_experts, tiles)
-            grad_B = grad_ERO.transpose(0, 1).reshape(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
+            grad_REO = tiles.sum_by_expert(grad_PRO, lora.num_experts, r_first=True)
+            # Two dimensions in 16 bits are what torch transposes fast.
+            grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
         grads += [grad_A, grad_B]
     return grads
 
@@ -258,19 +255,13 @@ def _A_of_tiles(lora: LowRank, tiles: ExpertTiles, dtype: torch.dtype) -> torch.
 
 
 def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
-    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
-    B_RPO = B_REO if tiles.are_experts(B_REO.shape[1]) else B_REO.index_select(1, tiles.expert_P)
-    return B_RPO.transpose(0, 1)
+    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`).
 
-
-def _sum_by_expert(x_PRI: torch.Tensor, num_experts: int, tiles: ExpertTiles) -> torch.Tensor:
-    """The sum over each expert's tiles (`torch.Tensor` of shape `(E, R, I)`), added up in 32 bits."""
-    if tiles.are_experts(num_experts):
-        return x_PRI
-    if len(tiles.expert_P) == len(tiles.experts):
-        return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_copy_(0, tiles.expert_P, x_PRI)
-    x_PRI = x_PRI.to(torch.promote_types(x_PRI.dtype, torch.float32))
-    return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_add_(0, tiles.expert_P, x_PRI)
+    Copied also where tiles are experts: products are slow on matrices whose rows lie far apart.
+    """
+    r, num_experts, out_features = B_REO.shape
+    row_PR = tiles.expert_P.unsqueeze(1) + num_experts * torch.arange(r, device=B_REO.device)
+    return B_REO.view(-1, out_features).index_select(0, row_PR.view(-1)).view(-1, r, out_features)
 
 
 def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:

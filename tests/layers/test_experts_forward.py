@@ -170,8 +170,9 @@ def test_only_gradients_that_are_asked_for_are_computed():
 
 def test_a_second_derivative_is_refused():
     module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
     x = torch.randn(1, HIDDEN, requires_grad=True)
-    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2))
+    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2), expert_lora=lora)
     (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
