@@ -3,12 +3,15 @@
 It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. Dense
 experts without an adapter are left to that, so a model's outputs do not change by a bit.
 
-There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU and the
-only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts elsewhere,
-and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
+There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU
+and the only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts
+elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
 Shape suffixes as in `ops/__init__.py`.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -89,14 +92,18 @@ def _frozen_forward(
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:
     weight, is_transposed = getattr(experts, name), experts.is_transposed
-    if is_packed(weight):
-        unpack, dtype = expert_unpacker(weight), weight.quant_state.dtype
-        matrix = unpack if is_transposed else lambda expert: unpack(expert).t()
-    else:
-        weight_EIO, dtype = weight.detach() if is_transposed else weight.detach().transpose(1, 2), weight.dtype
-        matrix = weight_EIO.__getitem__
+    dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
     bias_EO = getattr(experts, f"{name}_bias").detach() if experts.has_bias else None
-    return Projection(matrix, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
+    open_weight = partial(_matrices, weight, is_transposed)
+    return Projection(open_weight, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
+
+
+def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
+    """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
+    if is_packed(weight):
+        unpack = expert_unpacker(weight)
+        return unpack if is_transposed else lambda expert: unpack(expert).t()
+    return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
 
 
 def _grouped_forward(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch.nn import functional as F
@@ -90,8 +91,9 @@ class ExpertTiles:
 
     def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
         """Write zeros where no row is."""
-        for gap_I in x_SI.split(self.gaps)[1::2]:
-            gap_I.zero_()
+        if len(x_SI) > len(self.slot_N):
+            for gap_I in x_SI.split(self.gaps)[1::2]:
+                gap_I.zero_()
         return x_SI
 
     def are_experts(self, num_experts: int) -> bool:
@@ -169,7 +171,7 @@ def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step
     return ExpertTiles(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
         token_S=token_S,
-        expert_P=on_device(rows_of).repeat_interleave(on_device(tiles_of.values())),
+        expert_P=on_device(chain.from_iterable(repeat(expert, tiles) for expert, tiles in tiles_of.items())),
         experts=[*rows_of],
         sizes=sizes,
         gaps=gaps,

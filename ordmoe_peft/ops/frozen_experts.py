@@ -64,14 +64,15 @@ class Projection:
     """One frozen projection of all experts.
 
     Args:
-        matrix (`Callable`): expert → `torch.Tensor` of shape `(I, O)`, in `dtype`.
+        open (`Callable`): returns a function expert → `torch.Tensor` of shape `(I, O)`, in `dtype`. Called in forward
+            and again in backward, so that what it makes for all experts at once, as 4-bit scales, is not kept between.
         out_features (`int`): O.
         dtype (`torch.dtype`): of the products.
         bias_EO (`torch.Tensor` of shape `(E, O)`, *optional*): frozen, too.
         lora (`tuple` of [`LowRank`]): updates that are added.
     """
 
-    matrix: Callable[[int], torch.Tensor]
+    open: Callable[[], Callable[[int], torch.Tensor]]
     out_features: int
     dtype: torch.dtype
     bias_EO: torch.Tensor | None = None
@@ -171,9 +172,9 @@ def _project(
     projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles, gaps_count: bool = True
 ) -> list[torch.Tensor]:
     """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
-    y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
+    y_SO, matrix = x_SI.new_empty(len(x_SI), projection.out_features), projection.open()
     for expert, x_MI, y_MO in zip(tiles.experts, tiles.blocks(x_SI), tiles.blocks(y_SO), strict=True):
-        torch.mm(x_MI, projection.matrix(expert), out=y_MO)
+        torch.mm(x_MI, matrix(expert), out=y_MO)
     if gaps_count:  # what memory held there may be no number, which times 0 is none either
         tiles.blank_gaps_(y_SO)
     if projection.bias_EO is not None:
@@ -202,9 +203,9 @@ def _input_grad(
     """
     grad_SI = None
     if needed:
-        grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
+        grad_SI, matrix = grad_SO.new_empty(len(grad_SO), in_features), projection.open()
         for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
-            torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
+            torch.mm(grad_MO, matrix(expert).t(), out=grad_MI)
         if gaps_count:
             tiles.blank_gaps_(grad_SI)
     small_grads = []
