@@ -95,7 +95,8 @@ def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Pro
     dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
     bias_EO = getattr(experts, f"{name}_bias").detach() if experts.has_bias else None
     open_weight = partial(_matrices, weight, is_transposed)
-    return Projection(open_weight, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
+    in_features, out_features = logical_shape(weight)[1:] if is_transposed else reversed(logical_shape(weight)[1:])
+    return Projection(open_weight, in_features, out_features, dtype, bias_EO, lora)
 
 
 def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:

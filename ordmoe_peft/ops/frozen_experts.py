@@ -20,6 +20,10 @@ import torch
 from .dispatch import ExpertTiles
 
 
+# Rows that go back through the gate at a time.
+GATE_ROWS = 512
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The low-rank update of one projection of all experts, in PEFT's layout.
@@ -66,13 +70,14 @@ class Projection:
     Args:
         open (`Callable`): returns a function expert → `torch.Tensor` of shape `(I, O)`, in `dtype`. Called in forward
             and again in backward, so that what it makes for all experts at once, as 4-bit scales, is not kept between.
-        out_features (`int`): O.
+        in_features (`int`), out_features (`int`): I and O.
         dtype (`torch.dtype`): of the products.
         bias_EO (`torch.Tensor` of shape `(E, O)`, *optional*): frozen, too.
         lora (`tuple` of [`LowRank`]): updates that are added.
     """
 
     open: Callable[[], Callable[[int], torch.Tensor]]
+    in_features: int
     out_features: int
     dtype: torch.dtype
     bias_EO: torch.Tensor | None = None
@@ -85,7 +90,7 @@ class FrozenExperts:
 
     Args:
         up, down ([`Projection`]): the projections.
-        gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation.
+        gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation; each row by itself.
         norm (`Callable`, *optional*): what each expert's output goes through.
     """
 
@@ -148,22 +153,24 @@ class _FrozenExperts(torch.autograd.Function):
                 grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
                 grad_SH, weight_S1 = through_norm(grad_SH * weight_S1), torch.ones_like(weight_S1)
 
-            a_SF, through_gate = _rerun(ctx.experts.gate, up_SO)
-            a_SF = a_SF.to(down.dtype)
-            grad_a_SF, *small_grads = _input_grad(down, grad_SH, a_SF.shape[1], saved_down, tiles)
+            grad_a_SF, *small_grads = _input_grad(down, grad_SH, saved_down, tiles)
+            needs_up_grad = needs_x or any(needs_up)
+            a_SF, gated_weight_S, grad_up_SO = _gate_back(ctx.experts, up_SO, grad_a_SF, weight_S1, needs_up_grad)
+            del grad_a_SF
             if ctx.experts.norm is None:
-                grad_weight_S = (grad_a_SF * a_SF).sum(dim=-1)
+                grad_weight_S = gated_weight_S
                 if down.bias_EO is not None:
                     grad_weight_S = grad_weight_S + (grad_SH * tiles.of_slots(down.bias_EO)).sum(dim=-1)
             grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, tiles, weight_S1)
+            del a_SF, grad_SH
 
             grads_up, grad_TH = [None] * len(needs_up), None
-            if needs_x or any(needs_up):
-                grad_up_SO = through_gate(grad_a_SF.mul_(weight_S1))
-                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x, False)
+            if needs_up_grad:
+                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, saved_up, tiles, needs_x, gaps_count=False)
+                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
+                del grad_x_SH
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
-                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
             grad_weights = tiles.by_token(grad_weight_S).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
@@ -191,7 +198,6 @@ def _project(
 def _input_grad(
     projection: Projection,
     grad_SO: torch.Tensor,
-    in_features: int,
     saved: list[torch.Tensor],
     tiles: ExpertTiles,
     needed: bool = True,
@@ -203,7 +209,7 @@ def _input_grad(
     """
     grad_SI = None
     if needed:
-        grad_SI, matrix = grad_SO.new_empty(len(grad_SO), in_features), projection.open()
+        grad_SI, matrix = grad_SO.new_empty(len(grad_SO), projection.in_features), projection.open()
         for expert, grad_MO, grad_MI in zip(tiles.experts, tiles.blocks(grad_SO), tiles.blocks(grad_SI), strict=True):
             torch.mm(grad_MO, matrix(expert).t(), out=grad_MI)
         if gaps_count:
@@ -263,6 +269,24 @@ def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
     r, num_experts, out_features = B_REO.shape
     row_PR = tiles.expert_P.unsqueeze(1) + num_experts * torch.arange(r, device=B_REO.device)
     return B_REO.view(-1, out_features).index_select(0, row_PR.view(-1)).view(-1, r, out_features)
+
+
+def _gate_back(
+    experts: FrozenExperts, up_SO: torch.Tensor, grad_a_SF: torch.Tensor, weight_S1: torch.Tensor, needed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gate's output, ⟨its gradient, it⟩ for each slot, and, where `needed`, the weighted gradient of its input.
+
+    Some rows at a time: what autograd holds of the gate stays small, and in the caches.
+    """
+    a_SF, grad_up_SO = torch.empty_like(grad_a_SF), torch.empty_like(up_SO) if needed else None
+    product_S = grad_a_SF.new_empty(len(grad_a_SF))
+    for start in range(0, len(up_SO), GATE_ROWS):
+        rows = slice(start, start + GATE_ROWS)
+        a_SF[rows], through_gate = _rerun(experts.gate, up_SO[rows])
+        product_S[rows] = (grad_a_SF[rows] * a_SF[rows]).sum(dim=-1)
+        if needed:
+            grad_up_SO[rows] = through_gate(grad_a_SF[rows] * weight_S1[rows])
+    return a_SF, product_S, grad_up_SO
 
 
 def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:
