@@ -69,8 +69,8 @@ def forwards(untouched: nn.Module, adapted: nn.Module, ids: torch.Tensor) -> tup
         "base": nullcontext,
         "adapter on": nullcontext,
         "adapter disabled": adapted.disable_adapter,
-        "adapter on, tier 1": partial(tier_routing, adapted, 1),
-        "adapter on, tier 3": partial(tier_routing, adapted, 3),
+        "adapter on, tier 1": partial(tier_routing, adapted, 1, num_tiers=3),
+        "adapter on, tier 3": partial(tier_routing, adapted, 3, num_tiers=3),
     }
     models = {name: untouched if name == "base" else adapted for name in contexts}
     functions = {name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()}
