@@ -4,16 +4,17 @@
 
 One forward of 1 token (a decoding step without its cache), of 16 and of 512 tokens, by turns: the base on transformers'
 `grouped_mm`, which is what it runs on before an adapter is attached; the adapter on; disabled; and on, held to tier 3
-of 3 and to tier 1, which is the model as it is.
+of 3 and to tier 1, which is the model as it is. Switching these on and off is not timed.
 """
 
 import copy
 import itertools
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from measure import by_turns, in_own_process
+from measuring import by_turns, in_own_process
 from subjects import DTYPES, SHAPES, build_base, variant
 from torch import nn
 from transformers import HfArgumentParser
@@ -57,26 +58,23 @@ def time_forwards(shape_name: str, dtype_name: str, lengths: list[int], repetiti
     for length in lengths:
         ids = torch.randint(untouched.config.vocab_size, (1, length))
         with torch.inference_mode():
-            times[length] = by_turns(forwards(untouched, adapted, ids), repetitions)
+            functions, contexts = forwards(untouched, adapted, ids)
+            times[length] = by_turns(functions, repetitions, inside=contexts)
     return times
 
 
-def forwards(untouched: nn.Module, adapted: nn.Module, ids: torch.Tensor) -> dict[str, Callable]:
-    def disabled():
-        with adapted.disable_adapter():
-            adapted(input_ids=ids, use_cache=False)
-
-    def on_tier(tier: int):
-        with tier_routing(adapted, tier):
-            adapted(input_ids=ids, use_cache=False)
-
-    return {
-        "base": lambda: untouched(input_ids=ids, use_cache=False),
-        "adapter on": lambda: adapted(input_ids=ids, use_cache=False),
-        "adapter disabled": disabled,
-        "adapter on, tier 1": lambda: on_tier(1),
-        "adapter on, tier 3": lambda: on_tier(3),
+def forwards(untouched: nn.Module, adapted: nn.Module, ids: torch.Tensor) -> tuple[dict, dict]:
+    """What to run, and in which context: one that a user enters once for many forwards."""
+    contexts = {
+        "base": nullcontext,
+        "adapter on": nullcontext,
+        "adapter disabled": adapted.disable_adapter,
+        "adapter on, tier 1": partial(tier_routing, adapted, 1, num_tiers=3),
+        "adapter on, tier 3": partial(tier_routing, adapted, 3, num_tiers=3),
     }
+    models = {name: untouched if name == "base" else adapted for name in contexts}
+    functions = {name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()}
+    return functions, contexts
 
 
 if __name__ == "__main__":

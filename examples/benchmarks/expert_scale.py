@@ -7,7 +7,7 @@ One layer of `--hidden` and `--width` in bfloat16. With E the frozen weights tha
 
 from dataclasses import dataclass, field
 
-from measure import by_turns, in_own_process
+from measuring import by_turns, in_own_process
 from subjects import DTYPES, Shape, batch, build_base, step, variant
 from transformers import HfArgumentParser
 

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from measure import added_memory, by_turns, in_own_process
+from measuring import by_turns, in_own_process, resident_peak_of
 from subjects import DTYPES, SHAPES, VARIANTS, Shape, batch, build_base, step, variant
 from torch import nn
 from transformers import HfArgumentParser
@@ -127,7 +127,7 @@ def memory_of(cell: Cell, name: str) -> int:
     step(model, batch(small, cell.device))
     inputs = batch(cell.shape, cell.device)
     model = variant(cell.build(cell.is_packed(name)), name, cell.checkpointing)
-    return added_memory(lambda: step(model, inputs), cell.device)
+    return resident_peak_of(lambda: [step(model, inputs) for _ in range(3)])
 
 
 def experts_hit(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[list[int]]:

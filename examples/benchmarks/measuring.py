@@ -1,14 +1,81 @@
-"""What the benchmarks share: processes of their own, peak memory, and FLOPs of grouped products."""
+"""What the benchmarks share: times by turns, processes of their own, peak memory, and FLOPs of grouped products."""
 
+import gc
 import itertools
 import json
+import multiprocessing
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each repetition."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        scale, unit = (1e3, "ms") if self.median < 0.1 else (1, "s")
+        digits = 2 if self.median * scale < 10 else 1 if scale > 1 else 3
+        low, middle, high = (f"{scale * x:.{digits}f}" for x in (min(self.seconds), self.median, max(self.seconds)))
+        return f"{middle} [{low}, {high}] {unit}"
+
+
+def by_turns(
+    functions: dict[str, Callable[[], Any]],
+    repetitions: int,
+    device: str = "cpu",
+    inside: dict[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, Times]:
+    """Run each function once to warm up, then all of them one after the other, `repetitions` times.
+
+    A function that `inside` names runs in that context; entering and leaving it is not timed.
+    """
+    seconds = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            with (inside or {}).get(name, nullcontext)():
+                _wait(device)
+                start = time.perf_counter()
+                function()
+                _wait(device)
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Times(values) for name, values in seconds.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` returns, run in a fork of this process: nothing that it allocates stays.
+
+    Nothing must have started CUDA or threads before; else take [`in_a_fresh_process`].
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
 
 
 def in_a_fresh_process(module: str, **options: Any) -> Any:
@@ -23,6 +90,7 @@ def peak_of(work: Callable[[], Any]) -> int:
 
     On CPU it is [`allocated_peak`]: resident memory has the gaps that malloc leaves between blocks as well.
     """
+    gc.collect()
     if torch.cuda.is_available():
         return _cuda_peak_of(work)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -107,7 +107,7 @@ def variant(base: Qwen3MoeForCausalLM, name: str, checkpointing: bool = False) -
         return model
     targets = [name for name, parameter in model.named_parameters() if ".mlp." in name]
     config = (
-        OrdMoEConfig(r=R, lora_alpha=2 * R)
+        OrdMoEConfig(r=R, lora_alpha=2 * R, num_tiers=1)
         if method == "ordmoe"
         else LoraConfig(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets)
     )

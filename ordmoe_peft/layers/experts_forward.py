@@ -1,18 +1,21 @@
 """The experts function `"ordmoe"`: one forward for every class of fused experts, dense or in 4 bits, with LoRA.
 
-It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. On
-dense weights it multiplies the same blocks of rows with the same matrices and rounds where that does, so a model's
-outputs do not change by a bit.
+It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. Dense
+experts without an adapter are left to that, so a model's outputs do not change by a bit.
 
-There are two ways to compute it. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU and the
-only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts elsewhere,
-and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
+There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU
+and the only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts
+elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
 Shape suffixes as in `ops/__init__.py`.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..errors import OrdMoEModelError
 from ..ops.dispatch import ExpertGroups, ExpertTiles, combine_by_token, group_by_expert, lay_out_by_expert
@@ -61,6 +64,8 @@ def experts_forward(
             f"{', '.join(trained)} of {type(self).__name__} want gradients, but its experts are packed in 4 bits and "
             "frozen. Freeze them (`requires_grad_(False)`), or train an unquantised model."
         )
+    if not lora and not is_packed(weight):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if is_packed(weight) or (weight.device.type == "cpu" and not is_trained(self)):
         return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
     return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
@@ -99,14 +104,19 @@ def frozen_step(
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:
     weight, is_transposed = getattr(experts, name), experts.is_transposed
-    if is_packed(weight):
-        unpack, dtype = expert_unpacker(weight), weight.quant_state.dtype
-        matrix = unpack if is_transposed else lambda expert: unpack(expert).t()
-    else:
-        weight_EIO, dtype = weight.detach() if is_transposed else weight.detach().transpose(1, 2), weight.dtype
-        matrix = weight_EIO.__getitem__
+    dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
     bias_EO = getattr(experts, f"{name}_bias").detach() if experts.has_bias else None
-    return Projection(matrix, logical_shape(weight)[2 if is_transposed else 1], dtype, bias_EO, lora)
+    open_weight = partial(_matrices, weight, is_transposed)
+    in_features, out_features = logical_shape(weight)[1:] if is_transposed else reversed(logical_shape(weight)[1:])
+    return Projection(open_weight, in_features, out_features, dtype, bias_EO, lora)
+
+
+def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
+    """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
+    if is_packed(weight):
+        unpack = expert_unpacker(weight)
+        return unpack if is_transposed else lambda expert: unpack(expert).t()
+    return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
 
 
 def grouped_forward(

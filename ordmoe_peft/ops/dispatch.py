@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch.nn import functional as F
@@ -59,20 +60,20 @@ class ExpertTiles:
     Args:
         slot_N (`torch.Tensor` of shape `(N,)`): the slot of each row, in the order of the flattened `(T, K)` routing.
         token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
-        gaps (`torch.Tensor`, *optional*): the slots without a row, `None` where there are none.
         expert_P (`torch.Tensor` of shape `(P,)`): the expert of each tile; S = P · `tile`.
         experts (`list` of `int`): the experts that have rows.
         sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `experts` in turn.
+        gaps (`list` of `int`): the slots with a row and those without, for each of `experts` in turn.
         tile (`int`): slots per tile.
         top_k (`int`): K.
     """
 
     slot_N: torch.Tensor
     token_S: torch.Tensor
-    gaps: torch.Tensor | None
     expert_P: torch.Tensor
     experts: list[int]
     sizes: list[int]
+    gaps: list[int]
     tile: int
     top_k: int
 
@@ -90,7 +91,10 @@ class ExpertTiles:
 
     def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
         """Write zeros where no row is."""
-        return x_SI if self.gaps is None else x_SI.index_fill_(0, self.gaps, 0)
+        if len(x_SI) > len(self.slot_N):
+            for gap_I in x_SI.split(self.gaps)[1::2]:
+                gap_I.zero_()
+        return x_SI
 
     def are_experts(self, num_experts: int) -> bool:
         """Whether tile e is expert e's and there is one for each."""
@@ -100,13 +104,41 @@ class ExpertTiles:
         """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
         return x_EI.index_select(0, self.expert_P.repeat_interleave(self.tile))
 
-    def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
-        return x_SI.index_select(0, self.slot_N).view(-1, self.top_k, x_SI.shape[-1])
+    def by_token(self, x_S: torch.Tensor) -> torch.Tensor:
+        """What the slots of each token hold (`torch.Tensor` of shape `(T, K)`)."""
+        return x_S.index_select(0, self.slot_N).view(-1, self.top_k)
 
-    def sum_by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
-        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
+    def sum_by_token(self, x_SI: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of each token's rows, by weight where given (`torch.Tensor` of shape `(T, I)`).
+
+        Rows are not copied, and added up in 32 bits.
+        """
+        if weights_TK is not None:
+            dtype = torch.promote_types(x_SI.dtype, weights_TK.dtype)
+            x_SI, weights_TK = x_SI.to(dtype), weights_TK.to(dtype)
+        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum", per_sample_weights=weights_TK)
+
+    def sum_by_expert(self, x_PRI: torch.Tensor, num_experts: int, r_first: bool = False) -> torch.Tensor:
+        """The sum over each expert's tiles, added up in 32 bits; 0 without tiles.
+
+        Args:
+            x_PRI (`torch.Tensor` of shape `(P, R, I)`): what the tiles hold.
+            num_experts (`int`): E.
+            r_first (`bool`, defaults to `False`): return `(R, E, I)` rather than `(E, R, I)`.
+        """
+        _, r, width = x_PRI.shape
+        if self.are_experts(num_experts) and not r_first:
+            return x_PRI
+        # One sum over rows of `width` for each r and expert, or of r · `width` for each expert.
+        first_tile_E = torch.searchsorted(self.expert_P, torch.arange(num_experts, device=x_PRI.device))
+        tile_P, num_tiles = torch.arange(len(x_PRI), device=x_PRI.device), len(x_PRI)
+        if not r_first:
+            sums = F.embedding_bag(tile_P, x_PRI.reshape(num_tiles, r * width), first_tile_E, mode="sum")
+            return sums.view(num_experts, r, width)
+        r_R1 = torch.arange(r, device=x_PRI.device).unsqueeze(1)
+        row_RP, first_RE = r * tile_P + r_R1, first_tile_E + num_tiles * r_R1
+        sums = F.embedding_bag(row_RP.view(-1), x_PRI.reshape(-1, width), first_RE.view(-1), mode="sum")
+        return sums.view(r, num_experts, width)
 
 
 def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step: int = 1) -> ExpertTiles:
@@ -121,12 +153,13 @@ def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step
     rows_of = {expert: rows for expert, rows in enumerate(torch.bincount(expert_N).tolist()) if rows}
     tile = best_tile(list(rows_of.values()), tile_cost, row_step)
     tiles_of = {expert: -(-rows // tile) for expert, rows in rows_of.items()}
-    sizes, shifts, slot, row = [], [], 0, 0
+    sizes, gaps, shifts, slot, row = [], [], [], 0, 0
     for expert, rows in rows_of.items():
         shifts.append(slot - row)
         slots = tiles_of[expert] * tile
         block = min(whole_steps(rows, row_step), slots)
         sizes += [block, slots - block]
+        gaps += [rows, slots - rows]
         slot, row = slot + slots, row + rows
 
     def on_device(values: Iterable[int]) -> torch.Tensor:
@@ -135,17 +168,13 @@ def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step
     row_N = torch.arange(len(order_N), device=order_N.device)
     sorted_slot_N = row_N + on_device(shifts).repeat_interleave(on_device(rows_of.values()))
     token_S = order_N.new_zeros(slot).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
-    gaps = None
-    if slot > row:
-        is_gap_S = torch.ones(slot, dtype=torch.bool, device=order_N.device).index_fill_(0, sorted_slot_N, False)
-        gaps = is_gap_S.nonzero().squeeze(1)
     return ExpertTiles(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
         token_S=token_S,
-        gaps=gaps,
-        expert_P=on_device(rows_of).repeat_interleave(on_device(tiles_of.values())),
+        expert_P=on_device(chain.from_iterable(repeat(expert, tiles) for expert, tiles in tiles_of.items())),
         experts=[*rows_of],
         sizes=sizes,
+        gaps=gaps,
         tile=tile,
         top_k=top_k_index_TK.shape[-1],
     )

@@ -20,6 +20,10 @@ import torch
 from .dispatch import ExpertTiles
 
 
+# Rows that go back through the gate at a time.
+GATE_ROWS = 512
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The low-rank update of one projection of all experts, in PEFT's layout.
@@ -64,14 +68,16 @@ class Projection:
     """One frozen projection of all experts.
 
     Args:
-        matrix (`Callable`): expert → `torch.Tensor` of shape `(I, O)`, in `dtype`.
-        out_features (`int`): O.
+        open (`Callable`): returns a function expert → `torch.Tensor` of shape `(I, O)`, in `dtype`. Called in forward
+            and again in backward, so that what it makes for all experts at once, as 4-bit scales, is not kept between.
+        in_features (`int`), out_features (`int`): I and O.
         dtype (`torch.dtype`): of the products.
         bias_EO (`torch.Tensor` of shape `(E, O)`, *optional*): frozen, too.
         lora (`tuple` of [`LowRank`]): updates that are added.
     """
 
-    matrix: Callable[[int], torch.Tensor]
+    open: Callable[[], Callable[[int], torch.Tensor]]
+    in_features: int
     out_features: int
     dtype: torch.dtype
     bias_EO: torch.Tensor | None = None
@@ -84,7 +90,7 @@ class FrozenExperts:
 
     Args:
         up, down ([`Projection`]): the projections.
-        gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation.
+        gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation; each row by itself.
         norm (`Callable`, *optional*): what each expert's output goes through.
     """
 
@@ -123,11 +129,7 @@ class _FrozenExperts(torch.autograd.Function):
             up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
             down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
-            # Weighted and summed as transformers does it, rounding included.
-            y_TKH = tiles.by_token(y_SH)
-            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
-            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
-            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
+            y_TH = tiles.sum_by_token(y_SH, weights_TK).to(x_TH.dtype)
         ctx.experts, ctx.tiles = experts, tiles
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
@@ -151,23 +153,25 @@ class _FrozenExperts(torch.autograd.Function):
                 grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
                 grad_SH, weight_S1 = through_norm(grad_SH * weight_S1), torch.ones_like(weight_S1)
 
-            a_SF, through_gate = _rerun(ctx.experts.gate, up_SO)
-            a_SF = a_SF.to(down.dtype)
-            grad_a_SF, *small_grads = _input_grad(down, grad_SH, a_SF.shape[1], saved_down, tiles)
+            grad_a_SF, *small_grads = _input_grad(down, grad_SH, saved_down, tiles)
+            needs_up_grad = needs_x or any(needs_up)
+            a_SF, gated_weight_S, grad_up_SO = _gate_back(ctx.experts, up_SO, grad_a_SF, weight_S1, needs_up_grad)
+            del grad_a_SF
             if ctx.experts.norm is None:
-                grad_weight_S = (grad_a_SF * a_SF).sum(dim=-1)
+                grad_weight_S = gated_weight_S
                 if down.bias_EO is not None:
                     grad_weight_S = grad_weight_S + (grad_SH * tiles.of_slots(down.bias_EO)).sum(dim=-1)
             grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, tiles, weight_S1)
+            del a_SF, grad_SH
 
             grads_up, grad_TH = [None] * len(needs_up), None
-            if needs_x or any(needs_up):
-                grad_up_SO = through_gate(grad_a_SF.mul_(weight_S1))
-                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, x_TH.shape[1], saved_up, tiles, needs_x, False)
+            if needs_up_grad:
+                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, saved_up, tiles, needs_x, gaps_count=False)
+                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
+                del grad_x_SH
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
-                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
-            grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+            grad_weights = tiles.by_token(grad_weight_S).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
 
@@ -175,9 +179,9 @@ def _project(
     projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles, gaps_count: bool = True
 ) -> list[torch.Tensor]:
     """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
-    y_SO = x_SI.new_empty(len(x_SI), projection.out_features)
+    y_SO, matrix = x_SI.new_empty(len(x_SI), projection.out_features), projection.open()
     for expert, x_MI, y_MO in tiles.blocks(x_SI, y_SO):
-        torch.mm(x_MI, projection.matrix(expert), out=y_MO)
+        torch.mm(x_MI, matrix(expert), out=y_MO)
     if gaps_count:  # what memory held there may be no number, which times 0 is none either
         tiles.blank_gaps_(y_SO)
     if projection.bias_EO is not None:
@@ -194,7 +198,6 @@ def _project(
 def _input_grad(
     projection: Projection,
     grad_SO: torch.Tensor,
-    in_features: int,
     saved: list[torch.Tensor],
     tiles: ExpertTiles,
     needed: bool = True,
@@ -206,9 +209,9 @@ def _input_grad(
     """
     grad_SI = None
     if needed:
-        grad_SI = grad_SO.new_empty(len(grad_SO), in_features)
+        grad_SI, matrix = grad_SO.new_empty(len(grad_SO), projection.in_features), projection.open()
         for expert, grad_MO, grad_MI in tiles.blocks(grad_SO, grad_SI):
-            torch.mm(grad_MO, projection.matrix(expert).t(), out=grad_MI)
+            torch.mm(grad_MO, matrix(expert).t(), out=grad_MI)
         if gaps_count:
             tiles.blank_gaps_(grad_SI)
     small_grads = []
@@ -238,11 +241,12 @@ def _factor_grads(
         grad_A = grad_B = None
         if needs[2 * place]:
             grad_PRI = torch.bmm((small_grads[place] * scale).transpose(1, 2), tiles.tiles(x_SI))
-            grad_A = _sum_by_expert(grad_PRI, lora.num_experts, tiles).reshape(lora.A.shape).to(lora.A.dtype)
+            grad_A = tiles.sum_by_expert(grad_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
         if needs[2 * place + 1]:
             grad_PRO = torch.bmm((saved[2 * place] * scale).transpose(1, 2), tiles.tiles(grad_SO))
-            grad_ERO = _sum_by_expert(grad_PRO, lora.num_experts, tiles)
-            grad_B = grad_ERO.transpose(0, 1).reshape(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
+            grad_REO = tiles.sum_by_expert(grad_PRO, lora.num_experts, r_first=True)
+            # Two dimensions in 16 bits are what torch transposes fast.
+            grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
         grads += [grad_A, grad_B]
     return grads
 
@@ -258,19 +262,31 @@ def _A_of_tiles(lora: LowRank, tiles: ExpertTiles, dtype: torch.dtype) -> torch.
 
 
 def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
-    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
-    B_RPO = B_REO if tiles.are_experts(B_REO.shape[1]) else B_REO.index_select(1, tiles.expert_P)
-    return B_RPO.transpose(0, 1)
+    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`).
+
+    Copied also where tiles are experts: products are slow on matrices whose rows lie far apart.
+    """
+    r, num_experts, out_features = B_REO.shape
+    row_PR = tiles.expert_P.unsqueeze(1) + num_experts * torch.arange(r, device=B_REO.device)
+    return B_REO.view(-1, out_features).index_select(0, row_PR.view(-1)).view(-1, r, out_features)
 
 
-def _sum_by_expert(x_PRI: torch.Tensor, num_experts: int, tiles: ExpertTiles) -> torch.Tensor:
-    """The sum over each expert's tiles (`torch.Tensor` of shape `(E, R, I)`), added up in 32 bits."""
-    if tiles.are_experts(num_experts):
-        return x_PRI
-    if len(tiles.expert_P) == len(tiles.experts):
-        return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_copy_(0, tiles.expert_P, x_PRI)
-    x_PRI = x_PRI.to(torch.promote_types(x_PRI.dtype, torch.float32))
-    return x_PRI.new_zeros(num_experts, *x_PRI.shape[1:]).index_add_(0, tiles.expert_P, x_PRI)
+def _gate_back(
+    experts: FrozenExperts, up_SO: torch.Tensor, grad_a_SF: torch.Tensor, weight_S1: torch.Tensor, needed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gate's output, ⟨its gradient, it⟩ for each slot, and, where `needed`, the weighted gradient of its input.
+
+    Some rows at a time: what autograd holds of the gate stays small, and in the caches.
+    """
+    a_SF, grad_up_SO = torch.empty_like(grad_a_SF), torch.empty_like(up_SO) if needed else None
+    product_S = grad_a_SF.new_empty(len(grad_a_SF))
+    for start in range(0, len(up_SO), GATE_ROWS):
+        rows = slice(start, start + GATE_ROWS)
+        a_SF[rows], through_gate = _rerun(experts.gate, up_SO[rows])
+        product_S[rows] = (grad_a_SF[rows] * a_SF[rows]).sum(dim=-1)
+        if needed:
+            grad_up_SO[rows] = through_gate(grad_a_SF[rows] * weight_S1[rows])
+    return a_SF, product_S, grad_up_SO
 
 
 def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:

@@ -1,5 +1,7 @@
 """The experts function against one token and one expert at a time: every layout, dense and in 4 bits, with LoRA."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -134,6 +136,28 @@ def test_without_an_adapter_the_bits_are_those_of_grouped_mm(tokens, dtype):
     assert torch.equal(experts_forward(module, x, index, weights), wanted)
 
 
+def test_unpacked_scales_are_not_kept_between_forward_and_backward():
+    module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    for name in lora:
+        setattr(module, name, pack_experts(getattr(module, name).data, name, use_double_quant=True))
+    num_scales = {getattr(module, name).quant_state.absmax.numel() for name in lora}
+
+    def unpacked_scales() -> list[torch.Tensor]:
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return [tensor for tensor in tensors if tensor.dtype == torch.float32 and tensor.numel() in num_scales]
+
+    before = len(unpacked_scales())
+    unpack = expert_unpacker(module.down_proj)
+    assert len(unpacked_scales()) > before, "this is how one sees them"
+    del unpack
+    x = torch.randn(3, HIDDEN, requires_grad=True)
+    output = experts_forward(module, x, torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2), expert_lora=lora)
+    assert len(unpacked_scales()) == before
+    output.sum().backward()
+    assert x.grad.any()
+
+
 def test_no_tokens_give_no_output_and_gradients_of_zero():
     module = build_experts()
     lora = build_lora(module)
@@ -170,8 +194,9 @@ def test_only_gradients_that_are_asked_for_are_computed():
 
 def test_a_second_derivative_is_refused():
     module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
     x = torch.randn(1, HIDDEN, requires_grad=True)
-    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2))
+    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2), expert_lora=lora)
     (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

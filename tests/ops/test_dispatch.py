@@ -49,7 +49,8 @@ def test_each_tile_holds_rows_of_one_expert(routing, layout):
     for place, slot in enumerate(tiles.slot_N.tolist()):
         assert tiles.token_S[slot] == place // index_TK.shape[1]
         assert tiles.expert_P[slot // tiles.tile] == index_TK.reshape(-1)[place]
-    gaps = [] if tiles.gaps is None else tiles.gaps.tolist()
+    blank = tiles.blank_gaps_(torch.ones(slots, 1)).squeeze(1) == 0
+    gaps = blank.nonzero().squeeze(1).tolist()
     assert sorted(gaps + tiles.slot_N.tolist()) == list(range(slots))
     assert bool(gaps) <= bool(layout), "gaps only for the sake of tiles"
     # The blocks to multiply hold all rows of their expert and nobody else's.
@@ -69,11 +70,26 @@ def test_slots_go_back_to_their_tokens(layout):
     tiles = lay_out_by_expert(index_TK, **layout)
     x_TH = torch.randn(len(index_TK), 6)
     rows = tiles.rows(x_TH)
-    assert torch.equal(tiles.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
+    assert torch.equal(tiles.by_token(rows[:, 0]), x_TH[:, :1].expand(-1, 2))
+    weights_TK = torch.rand(index_TK.shape)
+    torch.testing.assert_close(tiles.sum_by_token(rows, weights_TK), weights_TK.sum(1, keepdim=True) * x_TH)
     torch.testing.assert_close(tiles.sum_by_token(rows), 2 * x_TH)
     blanked = tiles.blank_gaps_(rows)
     assert torch.equal(tiles.sum_by_token(blanked), 2 * x_TH)
     torch.testing.assert_close(blanked.abs().sum(), 2 * x_TH.abs().sum())
+
+
+@pytest.mark.parametrize("r_first", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("routing", [*ROUTINGS.values(), [[0, 1], [2, 3], [4, 0], [0, 1]]])
+def test_tiles_are_summed_by_expert(routing, layout, r_first):
+    tiles = lay_out_by_expert(torch.tensor(routing), **layout)
+    x_PRI = torch.randn(len(tiles.expert_P), 3, 8)
+    wanted_ERI = torch.zeros(5, 3, 8)
+    for expert, x_RI in zip(tiles.expert_P.tolist(), x_PRI, strict=True):
+        wanted_ERI[expert] += x_RI
+    got = tiles.sum_by_expert(x_PRI, 5, r_first)
+    torch.testing.assert_close(got, wanted_ERI.transpose(0, 1) if r_first else wanted_ERI)
 
 
 def test_the_tile_grows_with_its_cost_and_stays_within_the_largest_block():
