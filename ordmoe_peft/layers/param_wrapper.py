@@ -71,7 +71,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""
         delta_OI = sum(
             factors.scaling * (factors.B_EOR[expert] @ factors.A_ERI[expert])
-            for factors in map(self.factors, adapter_names)
+            for factors in map(self.low_rank, adapter_names)
         )
         return delta_OI.T if self.get_base_layer().is_transposed else delta_OI
 
