@@ -104,19 +104,13 @@ class ExpertTiles:
         """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
         return x_EI.index_select(0, self.expert_P.repeat_interleave(self.tile))
 
-    def by_token(self, x_S: torch.Tensor) -> torch.Tensor:
-        """What the slots of each token hold (`torch.Tensor` of shape `(T, K)`)."""
-        return x_S.index_select(0, self.slot_N).view(-1, self.top_k)
+    def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
+        return x_SI.index_select(0, self.slot_N).view(-1, self.top_k, x_SI.shape[-1])
 
-    def sum_by_token(self, x_SI: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of each token's rows, by weight where given (`torch.Tensor` of shape `(T, I)`).
-
-        Rows are not copied, and added up in 32 bits.
-        """
-        if weights_TK is not None:
-            dtype = torch.promote_types(x_SI.dtype, weights_TK.dtype)
-            x_SI, weights_TK = x_SI.to(dtype), weights_TK.to(dtype)
-        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum", per_sample_weights=weights_TK)
+    def sum_by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
+        """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
+        return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
 
     def sum_by_expert(self, x_PRI: torch.Tensor, num_experts: int, r_first: bool = False) -> torch.Tensor:
         """The sum over each expert's tiles, added up in 32 bits; 0 without tiles.

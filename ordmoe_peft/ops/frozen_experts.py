@@ -129,7 +129,11 @@ class _FrozenExperts(torch.autograd.Function):
             up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
             down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
-            y_TH = tiles.sum_by_token(y_SH, weights_TK).to(x_TH.dtype)
+            # Weighted and summed as transformers does it, rounding included: an adapter that is 0 changes no bit.
+            y_TKH = tiles.by_token(y_SH)
+            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
+            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
+            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
         ctx.experts, ctx.tiles = experts, tiles
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
@@ -171,7 +175,7 @@ class _FrozenExperts(torch.autograd.Function):
                 del grad_x_SH
                 x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
                 grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
-            grad_weights = tiles.by_token(grad_weight_S).to(weights_TK.dtype)
+            grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
 
