@@ -164,10 +164,11 @@ def _unlike_the_rest(config: PretrainedConfig, shape: StepShape) -> int:
     """How many of the first layers hold something else than others of their kind.
 
     Backward ends at the first adapter, so without checkpointing the layer that has it keeps less; and Qwen3-VL adds
-    features of the vision tower to what its first layers give.
+    features of the vision tower to what its first layers give; when the layer behind them begins, what the last of them
+    gave without features is still held, too.
     """
     deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
-    return max(0 if shape.gradient_checkpointing else 1, len(deepstack) if shape.images_per_row else 0)
+    return max(0 if shape.gradient_checkpointing else 1, len(deepstack) + 1 if shape.images_per_row else 0)
 
 
 def _cut_layers(model: nn.Module, unlike: int) -> list[int]:

@@ -78,11 +78,21 @@ def test_packed_experts_are_near_what_is_allocated(tmp_path):
     assert estimate.peak == pytest.approx(peak, rel=0.15)
 
 
-def test_further_layers_take_what_layers_take():
-    """What is kept grows by the same for each further layer, traced or not."""
-    shape = StepShape(1, 16, gradient_checkpointing=False)
-    kept = [planned(models.qwen3_moe(num_hidden_layers=layers).config, shape).kept for layers in (3, 4, 8)]
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
+def test_further_layers_take_what_layers_take(family, checkpointing):
+    """What is kept grows by the same for each further layer, traced or not, also behind layers that get features."""
+    images = {"images_per_row": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
+    shape = StepShape(1, 16, gradient_checkpointing=checkpointing, **images)
+    build = getattr(models, family)
+    kept = [planned(with_layers(build().config, layers), shape).kept for layers in (4, 5, 9)]
     assert kept[2] - kept[1] == pytest.approx(4 * (kept[1] - kept[0]), rel=0.01)
+    assert kept[1] - kept[0] >= 16 * build().config.get_text_config().hidden_size * 2, "at least its input"
+
+
+def with_layers(config, layers):
+    config.get_text_config().num_hidden_layers = layers
+    return config
 
 
 def test_more_rows_take_more_and_checkpointing_less():
