@@ -99,7 +99,6 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_a_suggestion_keeps_the_rest_of_the_quantisation():
-    # Several layers: the scales of one at a time are unpacked, which takes more than one layer saves.
     config = models.qwen3_moe(num_hidden_layers=4, moe_intermediate_size=1024).config
     quantization = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128, llm_int8_skip_modules=["lm_head"])
     settings = PlanSettings(quantization=quantization, **(SMALL | {"batch_size": 1}))
