@@ -1,6 +1,6 @@
 """What the adapter and the tiers cost in a forward without gradients, against the base before any adapter.
 
-    python examples/benchmarks/expert_inference.py --shapes wide --dtypes bfloat16
+    python -m examples.benchmarks.expert_inference --shapes wide --dtypes bfloat16
 
 One forward of 1 token (a decoding step without its cache), of 16 and of 512 tokens, by turns: the base on transformers'
 `grouped_mm`, which is what it runs on before an adapter is attached; the adapter on; disabled; and on, held to tier 3
@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from measuring import by_turns, in_own_process
-from subjects import DTYPES, SHAPES, build_base, variant
 from torch import nn
 from transformers import HfArgumentParser
 
 from ordmoe_peft import tier_routing
 from ordmoe_peft.cli.tables import print_table
+
+from .measuring import by_turns, in_own_process
+from .subjects import DTYPES, SHAPES, build_base, variant
 
 
 @dataclass

@@ -1,17 +1,18 @@
 """How the time per token of a step grows with experts, experts per token, and tokens: a table, and a plot.
 
-    python examples/benchmarks/expert_scale.py --plot scale.png
+    python -m examples.benchmarks.expert_scale --plot scale.png
 
 One layer of `--hidden` and `--width` in bfloat16. With E the frozen weights that a batch reads grow, with K its work.
 """
 
 from dataclasses import dataclass, field
 
-from measuring import by_turns, in_own_process
-from subjects import DTYPES, Shape, batch, build_base, step, variant
 from transformers import HfArgumentParser
 
 from ordmoe_peft.cli.tables import print_table
+
+from .measuring import by_turns, in_own_process
+from .subjects import DTYPES, Shape, batch, build_base, step, variant
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What LoRA on experts and routers costs in a training step, against the frozen model's own forward and backward.
 
-    python examples/benchmarks/expert_step.py --shapes wide --dtypes bfloat16 --bases dense nf4
+    python -m examples.benchmarks.expert_step --shapes wide --dtypes bfloat16 --bases dense nf4
 
 The floor runs the frozen base on transformers' `grouped_mm`, forward and back to the embeddings, without any LoRA. On a
 4-bit base it cannot run, so the budget there is the dense floor and the time in which bitsandbytes unpacks each expert
@@ -14,14 +14,15 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from measuring import by_turns, in_own_process, resident_peak_of
-from subjects import DTYPES, SHAPES, VARIANTS, Shape, batch, build_base, step, variant
 from torch import nn
 from transformers import HfArgumentParser
 
 from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.moe_layers import find_moe_layers
 from ordmoe_peft.quantization.storage import expert_unpacker
+
+from .measuring import by_turns, in_own_process, resident_peak_of
+from .subjects import DTYPES, SHAPES, VARIANTS, Shape, batch, build_base, step, variant
 
 
 BASES = ("dense", "nf4")
