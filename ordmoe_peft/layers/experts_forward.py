@@ -57,16 +57,16 @@ def experts_forward(
             "model without `ep_size`."
         )
     lora = expert_lora or {}
-    weight = self.down_proj
-    if is_packed(weight) and is_trained(self):
+    is_any_packed = any(is_packed(getattr(self, name)) for name in (_up_name(self), "down_proj"))
+    if is_any_packed and is_trained(self):
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         raise OrdMoEModelError(
             f"{', '.join(trained)} of {type(self).__name__} want gradients, but its experts are packed in 4 bits and "
             "frozen. Freeze them (`requires_grad_(False)`), or train an unquantised model."
         )
-    if not lora and not is_packed(weight):
+    if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if is_packed(weight) or (weight.device.type == "cpu" and not is_trained(self)):
+    if is_any_packed or (self.down_proj.device.type == "cpu" and not is_trained(self)):
         return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
     return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
 

@@ -220,7 +220,8 @@ except RuntimeError as error:
     print("without:", error)
 import ordmoe_peft
 with torch.no_grad():
-    print("with:", torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(**batch).logits, logits))
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    print("with:", (reloaded(**batch).logits - logits).abs().max().item())
 """
 
 
@@ -236,4 +237,5 @@ def test_a_new_process_needs_the_package_and_says_so(tmp_path):
     assert "Unknown quantization type, got ordmoe_peft" in result.stderr, result.stderr
     without, with_package = result.stdout.splitlines()
     assert without.startswith("without: ")
-    assert with_package == "with: True"
+    # The bytes are the same; where they lie in memory decides on the last bits of products.
+    assert float(with_package.removeprefix("with: ")) < 1e-5
