@@ -42,7 +42,7 @@ def main() -> None:
         for name in times[options.tokens[0]]:
             cells = [times[tokens][name] for tokens in options.tokens]
             firsts = [next(iter(times[tokens].values())) for tokens in options.tokens]
-            ratios = [f"{cell.median / first.median:.2f}" for cell, first in zip(cells, firsts, strict=True)]
+            ratios = [f"{cell.over(first):.2f}" for cell, first in zip(cells, firsts, strict=True)]
             rows.append([name, *itertools.chain(*zip(map(str, cells), ratios, strict=True))])
         columns = itertools.chain(*((f"{tokens} tokens", "/ base") for tokens in options.tokens))
         print_table(f"\n{shape}, {dtype}: median [min, max] of a forward", ["", *columns], rows)

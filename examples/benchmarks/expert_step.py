@@ -5,7 +5,7 @@
 The floor runs the frozen base on transformers' `grouped_mm`, forward and back to the embeddings, without any LoRA. On a
 4-bit base it cannot run, so the budget there is the dense floor and the time in which bitsandbytes unpacks each expert
 that tokens hit, once for forward (twice with gradient checkpointing, which runs it twice) and once for backward. All
-variants of a cell take turns in one process; memory is what three steps add to the loaded model, in a process for each
+variants of a cell take turns in one process, and ratios are medians over turns; memory is what three steps add to the loaded model, in a process for each
 variant. See `subjects.py` for the shapes.
 """
 
@@ -94,12 +94,12 @@ def compare(cell: Cell, names: list[str], options: Options) -> None:
     """Print the table of a cell."""
     times = in_own_process(time_steps, cell, names, options.repetitions)
     memory = {name: in_own_process(memory_of, cell, name) for name in names} if options.memory else {}
-    budget = times[FLOOR].median + (times[UNPACKING].median if UNPACKING in times else 0)
+    budget = times[FLOOR] + times[UNPACKING] if UNPACKING in times else times[FLOOR]
     rows = [
         [
             name,
             str(times[name]),
-            f"{times[name].median / budget:.2f}",
+            f"{times[name].over(budget):.2f}",
             f"{memory[name] / 1e6:.0f}" if name in memory else "",
             f"{memory[name] / memory[FLOOR]:.2f}" if name in memory else "",
         ]

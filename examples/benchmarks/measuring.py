@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from typing import Any
 import torch
 
 
+# What takes turns in one process shares oneDNN's cache of compiled products. It holds 1,024, and a model of 128 experts
+# meets several hundred shapes in 16 bits: without room for all, each would compile anew what another's turn pushed out.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of each repetition."""
@@ -26,6 +32,13 @@ class Times:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def __add__(self, other: "Times") -> "Times":
+        return Times([mine + its for mine, its in zip(self.seconds, other.seconds, strict=True)])
+
+    def over(self, other: "Times") -> float:
+        """The median ratio to what `other` took in the same turn: a machine's speed drifts from turn to turn."""
+        return statistics.median(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
 
     def __str__(self) -> str:
         scale, unit = (1e3, "ms") if self.median < 0.1 else (1, "s")
@@ -40,13 +53,16 @@ def by_turns(
     device: str = "cpu",
     inside: dict[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, Times]:
-    """Run each function once to warm up, then all of them one after the other, `repetitions` times.
+    """Run each function once to warm up, then all of them one after the other, `repetitions` times, each turn begun by
+    another.
 
     A function that `inside` names runs in that context; entering and leaving it is not timed.
     """
-    seconds = {name: [] for name in functions}
+    seconds, names = {name: [] for name in functions}, list(functions)
     for repetition in range(repetitions + 1):
-        for name, function in functions.items():
+        names = names[1:] + names[:1]
+        for name in names:
+            function = functions[name]
             with (inside or {}).get(name, nullcontext)():
                 _wait(device)
                 start = time.perf_counter()

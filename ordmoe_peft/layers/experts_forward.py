@@ -18,15 +18,15 @@ from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..errors import OrdMoEModelError
-from ..ops.dispatch import ExpertGroups, ExpertTiles, combine_by_token, group_by_expert, lay_out_by_expert
+from ..ops.dispatch import ExpertBins, ExpertGroups, combine_by_token, group_by_expert, lay_out_by_expert
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
 from ..ops.grouped_linear import grouped_lora, grouped_matmul
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 
-# What a tile costs beside its rows: R rows of both factors are gathered, forward and backward, and their gradients
-# are summed.
-TILE_COST_PER_R = 1
+# What the products of LoRA with one more bin of experts cost, as bytes of slots that they read and write, all widths
+# together: measured on two CPU cores.
+BIN_COST_BYTES = 1_200_000
 # In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
 # rows up to multiples of this makes them few.
 ROW_STEP = 4
@@ -89,7 +89,7 @@ def _frozen_forward(
 
 def frozen_step(
     experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
-) -> tuple[FrozenExperts, ExpertTiles]:
+) -> tuple[FrozenExperts, ExpertBins]:
     """What `run_frozen_experts` takes for these experts and this routing."""
     up_lora, down_lora = (tuple(lora.get(name, ())) for name in (_up_name(experts), "down_proj"))
     frozen = FrozenExperts(
@@ -98,8 +98,10 @@ def frozen_step(
         gate=experts._apply_gate if experts.has_gate else experts.act_fn,
         norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
     )
-    r = max((update.r for update in up_lora + down_lora), default=0)
-    return frozen, lay_out_by_expert(index_TK, TILE_COST_PER_R * r, 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP)
+    row_step = 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP
+    features = sum(projection.in_features + projection.out_features for projection in (frozen.up, frozen.down))
+    bin_cost = BIN_COST_BYTES // (features * frozen.down.dtype.itemsize) if up_lora or down_lora else None
+    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step)
 
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:

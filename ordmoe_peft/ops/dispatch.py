@@ -1,11 +1,17 @@
 """Sort routed tokens by expert, so that each expert works on one contiguous block of rows."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
+
+
+# In 16 bits on CPU, products are compiled for each shape that they meet (about 1 ms and 0.65 MB), so shapes are few: in
+# bins, experts are counted in so many groups at most, and their slots in few sizes.
+MOST_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,20 @@ def combine_by_token(rows_NH: torch.Tensor, groups: ExpertGroups) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class ExpertTiles:
-    """Routed rows laid out by expert, each expert's block filled up to whole tiles of `tile` rows.
+class ExpertBins:
+    """Routed rows laid out by expert: experts with about as many rows share a bin, where each has as many slots.
 
-    Tiles let one batched product serve all experts, whatever their numbers of rows. The host knows the layout: one sync
-    on CUDA. Slots that hold no row are gaps.
+    One batched product serves a bin. The host knows the layout: one sync on CUDA. Slots that hold no row are gaps.
 
     Args:
         slot_N (`torch.Tensor` of shape `(N,)`): the slot of each row, in the order of the flattened `(T, K)` routing.
         token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
-        expert_P (`torch.Tensor` of shape `(P,)`): the expert of each tile; S = P · `tile`.
-        experts (`list` of `int`): the experts that have rows.
-        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `experts` in turn.
-        gaps (`list` of `int`): the slots with a row and those without, for each of `experts` in turn.
-        tile (`int`): slots per tile.
+        expert_P (`torch.Tensor` of shape `(P,)`): the experts in the order of their slots. Some at the end may have
+            nothing but gaps.
+        experts (`list` of `int`): those that have rows.
+        shapes (`list` of `(int, int)`): experts, and slots of each, for one bin after the other.
+        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `expert_P` in turn.
+        gaps (`list` of `int`): the slots with a row and those without, for each of `expert_P` in turn.
         top_k (`int`): K.
     """
 
@@ -72,22 +78,28 @@ class ExpertTiles:
     token_S: torch.Tensor
     expert_P: torch.Tensor
     experts: list[int]
+    shapes: list[tuple[int, int]]
     sizes: list[int]
     gaps: list[int]
-    tile: int
     top_k: int
 
     def rows(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Each slot's token (`torch.Tensor` of shape `(S, H)`)."""
         return x_TH.index_select(0, self.token_S)
 
-    def tiles(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """A view by tile (`torch.Tensor` of shape `(P, tile, I)`)."""
-        return x_SI.view(len(self.expert_P), self.tile, x_SI.shape[-1])
+    def by_bin(self, x_SI: torch.Tensor) -> list[torch.Tensor]:
+        """A view of each bin's slots (`torch.Tensor` of shape `(B, M, I)`: experts, slots of each)."""
+        parts = x_SI.split([experts * slots for experts, slots in self.shapes])
+        return [part.view(*shape, x_SI.shape[-1]) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def experts_by_bin(self, x_PRI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A view of what belongs to each bin's experts (`torch.Tensor` of shape `(B, R, I)`)."""
+        return x_PRI.split([experts for experts, _ in self.shapes])
 
     def blocks(self, *tensors_SI: torch.Tensor) -> Iterable[tuple]:
         """Each of `experts` with views of its slots to multiply, one for each tensor."""
-        return zip(self.experts, *(x_SI.split(self.sizes)[::2] for x_SI in tensors_SI), strict=True)
+        # Experts without rows come last.
+        return zip(self.experts, *(x_SI.split(self.sizes)[::2] for x_SI in tensors_SI), strict=False)
 
     def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
         """Write zeros where no row is."""
@@ -96,13 +108,11 @@ class ExpertTiles:
                 gap_I.zero_()
         return x_SI
 
-    def are_experts(self, num_experts: int) -> bool:
-        """Whether tile e is expert e's and there is one for each."""
-        return len(self.expert_P) == len(self.experts) == num_experts
-
     def of_slots(self, x_EI: torch.Tensor) -> torch.Tensor:
         """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
-        return x_EI.index_select(0, self.expert_P.repeat_interleave(self.tile))
+        slots_P = [rows + gaps for rows, gaps in zip(self.gaps[::2], self.gaps[1::2], strict=True)]
+        slots_P = torch.tensor(slots_P, device=self.expert_P.device)
+        return x_EI.index_select(0, self.expert_P.repeat_interleave(slots_P))
 
     def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
         """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
@@ -112,78 +122,101 @@ class ExpertTiles:
         """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
         return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
 
-    def sum_by_expert(self, x_PRI: torch.Tensor, num_experts: int, r_first: bool = False) -> torch.Tensor:
-        """The sum over each expert's tiles, added up in 32 bits; 0 without tiles.
+    def by_expert(self, x_PRI: torch.Tensor, num_experts: int, r_first: bool = False) -> torch.Tensor:
+        """What belongs to `expert_P` in the order of all experts, with 0 for the others.
 
         Args:
-            x_PRI (`torch.Tensor` of shape `(P, R, I)`): what the tiles hold.
+            x_PRI (`torch.Tensor` of shape `(P, R, I)`): what to arrange.
             num_experts (`int`): E.
             r_first (`bool`, defaults to `False`): return `(R, E, I)` rather than `(E, R, I)`.
         """
-        _, r, width = x_PRI.shape
-        if self.are_experts(num_experts) and not r_first:
-            return x_PRI
-        # One sum over rows of `width` for each r and expert, or of r · `width` for each expert.
-        first_tile_E = torch.searchsorted(self.expert_P, torch.arange(num_experts, device=x_PRI.device))
-        tile_P, num_tiles = torch.arange(len(x_PRI), device=x_PRI.device), len(x_PRI)
-        if not r_first:
-            sums = F.embedding_bag(tile_P, x_PRI.reshape(num_tiles, r * width), first_tile_E, mode="sum")
-            return sums.view(num_experts, r, width)
-        r_R1 = torch.arange(r, device=x_PRI.device).unsqueeze(1)
-        row_RP, first_RE = r * tile_P + r_R1, first_tile_E + num_tiles * r_R1
-        sums = F.embedding_bag(row_RP.view(-1), x_PRI.reshape(-1, width), first_RE.view(-1), mode="sum")
-        return sums.view(r, num_experts, width)
+        num_present, r, width = x_PRI.shape
+        # A gather, which runs on all cores, where index_copy_ runs on one.
+        place_E = self.expert_P.new_full((num_experts,), -1)
+        place_E[self.expert_P] = torch.arange(num_present, device=place_E.device)
+        absent = (place_E < 0).nonzero().squeeze(1)
+        place_E = place_E.clamp(min=0)
+        if r_first:
+            row_RE = r * place_E + torch.arange(r, device=place_E.device).unsqueeze(1)
+            y = x_PRI.reshape(-1, width).index_select(0, row_RE.view(-1)).view(r, num_experts, width)
+        else:
+            y = x_PRI.reshape(num_present, r * width).index_select(0, place_E).view(num_experts, r, width)
+        return y.index_fill_(int(r_first), absent, 0) if len(absent) else y
 
 
-def lay_out_by_expert(top_k_index_TK: torch.Tensor, tile_cost: int = 0, row_step: int = 1) -> ExpertTiles:
+def lay_out_by_expert(
+    top_k_index_TK: torch.Tensor, num_experts: int, bin_cost: int | None = None, row_step: int = 1
+) -> ExpertBins:
     """Lay the routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) out by expert.
 
     Args:
-        tile_cost (`int`, defaults to 0): what a tile costs beside its rows, in rows; 0 leaves no gaps.
-        row_step (`int`, defaults to 1): from so many rows on, tiles and blocks to multiply are multiples of it, where
-            there are gaps.
+        num_experts (`int`): E.
+        bin_cost (`int`, *optional*): what a bin costs, in slots: rows are laid out in bins, the experts with most rows
+            first. Without it they lie in the experts' order, without gaps.
+        row_step (`int`, defaults to 1): in bins, slots and blocks to multiply are multiples of it from so many rows on.
     """
     expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
-    rows_of = {expert: rows for expert, rows in enumerate(torch.bincount(expert_N).tolist()) if rows}
-    tile = best_tile(list(rows_of.values()), tile_cost, row_step)
-    tiles_of = {expert: -(-rows // tile) for expert, rows in rows_of.items()}
-    sizes, gaps, shifts, slot, row = [], [], [], 0, 0
-    for expert, rows in rows_of.items():
-        shifts.append(slot - row)
-        slots = tiles_of[expert] * tile
+    rows_E = torch.bincount(expert_N, minlength=num_experts).tolist()
+    hit = [expert for expert, rows in enumerate(rows_E) if rows]
+    experts, shapes, slots_P = hit, [], [rows_E[expert] for expert in hit]
+    if bin_cost is not None:
+        most_first = sorted(range(num_experts), key=lambda expert: -rows_E[expert])
+        shapes = into_bins([rows_E[expert] for expert in most_first], bin_cost, row_step)
+        slots_P = [slots for present, slots in shapes for _ in range(present)]
+        experts = most_first[: len(slots_P)]
+    sizes, gaps = [], []
+    for expert, slots in zip(experts, slots_P, strict=True):
+        rows = rows_E[expert]
         block = min(whole_steps(rows, row_step), slots)
         sizes += [block, slots - block]
         gaps += [rows, slots - rows]
-        slot, row = slot + slots, row + rows
+    first_slot = dict(zip(experts, accumulate(slots_P, initial=0), strict=False))
+    first_row = list(accumulate(rows_E, initial=0))
 
     def on_device(values: Iterable[int]) -> torch.Tensor:
         return torch.tensor([*values], dtype=torch.long, device=order_N.device)
 
-    row_N = torch.arange(len(order_N), device=order_N.device)
-    sorted_slot_N = row_N + on_device(shifts).repeat_interleave(on_device(rows_of.values()))
-    token_S = order_N.new_zeros(slot).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
-    return ExpertTiles(
+    shift_N = on_device(first_slot[expert] - first_row[expert] for expert in hit).repeat_interleave(
+        on_device(rows_E[expert] for expert in hit)
+    )
+    sorted_slot_N = torch.arange(len(order_N), device=order_N.device) + shift_N
+    token_S = order_N.new_zeros(sum(slots_P)).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
+    return ExpertBins(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
         token_S=token_S,
-        expert_P=on_device(chain.from_iterable(repeat(expert, tiles) for expert, tiles in tiles_of.items())),
-        experts=[*rows_of],
+        expert_P=on_device(experts),
+        experts=experts[: len(hit)],
+        shapes=shapes,
         sizes=sizes,
         gaps=gaps,
-        tile=tile,
         top_k=top_k_index_TK.shape[-1],
     )
 
 
-def best_tile(rows_of_experts: list[int], tile_cost: int, row_step: int = 1) -> int:
-    """The rows per tile at which tiles cost least: their slots, gaps included, and `tile_cost` for each tile.
+def into_bins(rows_E: list[int], bin_cost: int, row_step: int = 1) -> list[tuple[int, int]]:
+    """Cut experts into bins: `(experts, slots of each)`, for one bin after the other.
 
-    Few large tiles have many gaps where experts' numbers of rows differ; many small ones repeat each expert's factors.
+    A bin takes in experts until it leaves more slots empty than a bin of their own costs.
+
+    Args:
+        rows_E (`list` of `int`): their rows, descending.
+        bin_cost (`int`), row_step (`int`, defaults to 1): see [`lay_out_by_expert`].
     """
-    if tile_cost == 0:
-        return 1
-    largest = max(rows_of_experts, default=1)
-    sizes = {whole_steps(-(-largest // 2**halvings), row_step) for halvings in range(largest.bit_length() + 1)}
-    return min(sizes, key=lambda tile: (tile + tile_cost) * sum(-(-rows // tile) for rows in rows_of_experts))
+    group, bins, start = max(1, len(rows_E) // MOST_GROUPS), [], 0
+    hit = len(rows_E) - rows_E.count(0)
+    slots_P = [filled_up(rows, row_step) for rows in rows_E[: -(-hit // group) * group]]
+    while start < hit:
+        empty = accumulate(slots_P[start] - slots for slots in slots_P[start:])
+        fitting = bisect_right(list(empty), bin_cost)
+        present = fitting // group * group or 1 << fitting.bit_length() - 1
+        bins.append((present, slots_P[start]))
+        start += present
+    return bins or [(1, 0)]
+
+
+def filled_up(rows: int, row_step: int) -> int:
+    """`rows`, or the next of few larger numbers: four between a power of two and the next."""
+    return whole_steps(rows, max(row_step, 1 << max(0, (rows - 1).bit_length() - 3)))
 
 
 def whole_steps(rows: int, row_step: int) -> int:

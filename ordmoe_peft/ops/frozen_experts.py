@@ -3,13 +3,15 @@ to come back.
 
 Where the host knows which expert has which rows (always on CPU, and for packed weights, which are unpacked expert by
 expert), a base product is one `torch.mm` per expert that has rows, on a block of contiguous rows, as `grouped_mm` does
-on CPU. The products with LoRA's factors are too small for that: they are batched over tiles (`ops/dispatch.py`).
+on CPU. The products with LoRA's factors are too small for that: they are batched over bins of experts
+(`ops/dispatch.py`).
 
 Kept for backward are the tokens, the up-projection's output, and products with R columns. Frozen weights are kept by
 reference, and packed ones are unpacked again. The gate is run again. Nothing of width H per routed row is kept: the
 gradient of a routing weight is taken before the down-projection, as ⟨g, a W⟩ = ⟨g Wᵀ, a⟩.
 
-Shape suffixes as in `ops/__init__.py`; P tiles, S slots, M slots per tile (`ExpertTiles`).
+Shape suffixes as in `ops/__init__.py`; S slots, P experts in the order of their slots, and in a bin B experts of M
+slots (`ExpertBins`).
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import ExpertTiles
+from .dispatch import ExpertBins
 
 
 # Rows that go back through the gate at a time.
@@ -101,7 +103,7 @@ class FrozenExperts:
 
 
 def run_frozen_experts(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, tiles: ExpertTiles
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, bins: ExpertBins
 ) -> torch.Tensor:
     """Each token through its experts, summed by routing weight.
 
@@ -111,30 +113,30 @@ def run_frozen_experts(
         x_TH (`torch.Tensor` of shape `(T, H)`): tokens.
         weights_TK (`torch.Tensor` of shape `(T, K)`): routing weights.
         experts ([`FrozenExperts`]): what to run.
-        tiles ([`ExpertTiles`]): which rows go to which expert.
+        bins ([`ExpertBins`]): which rows go to which expert.
 
     Returns:
         `torch.Tensor` of shape `(T, H)`, in the dtype of `x_TH`.
     """
     factors = [factor for lora in (*experts.up.lora, *experts.down.lora) for factor in (lora.A, lora.B)]
-    return _FrozenExperts.apply(experts, tiles, x_TH, weights_TK, *factors)
+    return _FrozenExperts.apply(experts, bins, x_TH, weights_TK, *factors)
 
 
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, experts, tiles, x_TH, weights_TK, *factors):
+    def forward(ctx, experts, bins, x_TH, weights_TK, *factors):
         up, down = experts.up, experts.down
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
         with torch.autocast(x_TH.device.type, enabled=False):
-            up_SO, *saved_up = _project(up, tiles.rows(x_TH.to(up.dtype)), tiles)
-            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), tiles, experts.norm is not None)
+            up_SO, *saved_up = _project(up, bins.rows(x_TH.to(up.dtype)), bins)
+            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), bins, experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
             # Weighted and summed as transformers does it, rounding included: an adapter that is 0 changes no bit.
-            y_TKH = tiles.by_token(y_SH)
+            y_TKH = bins.by_token(y_SH)
             in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
             y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
             y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
-        ctx.experts, ctx.tiles = experts, tiles
+        ctx.experts, ctx.bins = experts, bins
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
         return y_TH
@@ -142,60 +144,61 @@ class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
-        up, down, tiles = ctx.experts.up, ctx.experts.down, ctx.tiles
+        up, down, bins = ctx.experts.up, ctx.experts.down, ctx.bins
         x_TH, weights_TK, up_SO, down_SH, *saved = ctx.saved_tensors
         saved_up, saved_down = saved[: 2 * len(up.lora)], saved[2 * len(up.lora) : 2 * len(up.lora + down.lora)]
         _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
         needs_up, needs_down = needs[: 2 * len(up.lora)], needs[2 * len(up.lora) :]
 
         with torch.autocast(x_TH.device.type, enabled=False):
-            weight_S = weights_TK.new_zeros(len(tiles.token_S)).index_copy_(0, tiles.slot_N, weights_TK.reshape(-1))
+            weight_S = weights_TK.new_zeros(len(bins.token_S)).index_copy_(0, bins.slot_N, weights_TK.reshape(-1))
             weight_S1 = weight_S.to(down.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
-            grad_SH = tiles.rows(grad_TH.to(down.dtype))
+            grad_SH = bins.rows(grad_TH.to(down.dtype))
             if ctx.experts.norm is not None:
                 y_SH, through_norm = _rerun(ctx.experts.norm, down_SH)
                 grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
                 grad_SH, weight_S1 = through_norm(grad_SH * weight_S1), torch.ones_like(weight_S1)
 
-            grad_a_SF, *small_grads = _input_grad(down, grad_SH, saved_down, tiles)
+            grad_a_SF, *small_grads = _input_grad(down, grad_SH, saved_down, bins)
             needs_up_grad = needs_x or any(needs_up)
             a_SF, gated_weight_S, grad_up_SO = _gate_back(ctx.experts, up_SO, grad_a_SF, weight_S1, needs_up_grad)
             del grad_a_SF
             if ctx.experts.norm is None:
                 grad_weight_S = gated_weight_S
                 if down.bias_EO is not None:
-                    grad_weight_S = grad_weight_S + (grad_SH * tiles.of_slots(down.bias_EO)).sum(dim=-1)
-            grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, tiles, weight_S1)
+                    grad_weight_S = grad_weight_S + (grad_SH * bins.of_slots(down.bias_EO)).sum(dim=-1)
+            grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, bins, weight_S1)
             del a_SF, grad_SH
 
             grads_up, grad_TH = [None] * len(needs_up), None
             if needs_up_grad:
-                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, saved_up, tiles, needs_x, gaps_count=False)
-                grad_TH = tiles.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
+                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, saved_up, bins, needs_x, gaps_count=False)
+                grad_TH = bins.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
                 del grad_x_SH
-                x_SH = tiles.rows(x_TH.to(up.dtype)) if any(needs_up) else None
-                grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, tiles)
-            grad_weights = tiles.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+                x_SH = bins.rows(x_TH.to(up.dtype)) if any(needs_up) else None
+                grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, bins)
+            grad_weights = bins.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
         return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
 
 
 def _project(
-    projection: Projection, x_SI: torch.Tensor, tiles: ExpertTiles, gaps_count: bool = True
+    projection: Projection, x_SI: torch.Tensor, bins: ExpertBins, gaps_count: bool = True
 ) -> list[torch.Tensor]:
-    """The projection's output and, for each update, what backward needs of it: `x Aᵀ` (P, M, R) and `B` (R, E, O)."""
+    """The projection's output and, for each update, what backward needs: scaled `x Aᵀ` (S, R), and `B` (P, R, O)."""
     y_SO, matrix = x_SI.new_empty(len(x_SI), projection.out_features), projection.open()
-    for expert, x_MI, y_MO in tiles.blocks(x_SI, y_SO):
+    for expert, x_MI, y_MO in bins.blocks(x_SI, y_SO):
         torch.mm(x_MI, matrix(expert), out=y_MO)
     if gaps_count:  # what memory held there may be no number, which times 0 is none either
-        tiles.blank_gaps_(y_SO)
+        bins.blank_gaps_(y_SO)
     if projection.bias_EO is not None:
-        y_SO += tiles.of_slots(projection.bias_EO)
+        y_SO += bins.of_slots(projection.bias_EO)
     saved = []
     for lora in projection.lora:
-        B_REO = transposed_B(lora, projection.dtype)
-        small_PMR = torch.bmm(tiles.tiles(x_SI), _A_of_tiles(lora, tiles, projection.dtype).transpose(1, 2))
-        tiles.tiles(y_SO).baddbmm_(small_PMR, _B_of_tiles(B_REO, tiles), alpha=lora.scaling)
-        saved += [small_PMR, B_REO]
+        A_PRI = _A_of_experts(lora, bins, projection.dtype)
+        B_PRO = _B_of_experts(lora, bins, projection.dtype)
+        small_SR = _times(x_SI, A_PRI, bins).mul_(lora.scaling)
+        _add_product(y_SO, small_SR, B_PRO, bins)
+        saved += [small_SR, B_PRO]
     return [y_SO, *saved]
 
 
@@ -203,28 +206,27 @@ def _input_grad(
     projection: Projection,
     grad_SO: torch.Tensor,
     saved: list[torch.Tensor],
-    tiles: ExpertTiles,
+    bins: ExpertBins,
     needed: bool = True,
     gaps_count: bool = True,
 ) -> list[torch.Tensor | None]:
-    """The gradient of the projection's input, where `needed`, and `grad B` (P, M, R) for each update.
+    """The gradient of the projection's input, where `needed`, and scaled `grad B` (S, R) for each update.
 
     Gaps are left as they are where they do not count, because no sum runs over them.
     """
     grad_SI = None
     if needed:
         grad_SI, matrix = grad_SO.new_empty(len(grad_SO), projection.in_features), projection.open()
-        for expert, grad_MO, grad_MI in tiles.blocks(grad_SO, grad_SI):
+        for expert, grad_MO, grad_MI in bins.blocks(grad_SO, grad_SI):
             torch.mm(grad_MO, matrix(expert).t(), out=grad_MI)
         if gaps_count:
-            tiles.blank_gaps_(grad_SI)
+            bins.blank_gaps_(grad_SI)
     small_grads = []
-    for lora, B_REO in zip(projection.lora, saved[1::2], strict=True):
-        small_PMR = torch.bmm(tiles.tiles(grad_SO), _B_of_tiles(B_REO, tiles).transpose(1, 2))
+    for lora, B_PRO in zip(projection.lora, saved[1::2], strict=True):
+        small_grad_SR = _times(grad_SO, B_PRO, bins).mul_(lora.scaling)
         if needed:
-            A_PRI = _A_of_tiles(lora, tiles, projection.dtype)
-            tiles.tiles(grad_SI).baddbmm_(small_PMR, A_PRI, alpha=lora.scaling)
-        small_grads.append(small_PMR)
+            _add_product(grad_SI, small_grad_SR, _A_of_experts(lora, bins, projection.dtype), bins)
+        small_grads.append(small_grad_SR)
     return [grad_SI, *small_grads]
 
 
@@ -235,44 +237,70 @@ def _factor_grads(
     grad_SO: torch.Tensor,
     saved: list[torch.Tensor],
     small_grads: list[torch.Tensor],
-    tiles: ExpertTiles,
+    bins: ExpertBins,
     weight_S1: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Gradients of each update's A and B. Rows of `grad_SO` are scaled by `weight_S1` where it is given."""
+
+    def weighted(small_SR: torch.Tensor) -> torch.Tensor:
+        return small_SR if weight_S1 is None else small_SR * weight_S1
+
     grads = []
     for place, lora in enumerate(projection.lora):
-        scale = lora.scaling if weight_S1 is None else tiles.tiles(weight_S1 * lora.scaling)
         grad_A = grad_B = None
         if needs[2 * place]:
-            grad_PRI = torch.bmm((small_grads[place] * scale).transpose(1, 2), tiles.tiles(x_SI))
-            grad_A = tiles.sum_by_expert(grad_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
+            grad_PRI = _outer(weighted(small_grads[place]), x_SI, bins)
+            grad_A = bins.by_expert(grad_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
         if needs[2 * place + 1]:
-            grad_PRO = torch.bmm((saved[2 * place] * scale).transpose(1, 2), tiles.tiles(grad_SO))
-            grad_REO = tiles.sum_by_expert(grad_PRO, lora.num_experts, r_first=True)
+            grad_PRO = _outer(weighted(saved[2 * place]), grad_SO, bins)
+            grad_REO = bins.by_expert(grad_PRO, lora.num_experts, r_first=True)
             # Two dimensions in 16 bits are what torch transposes fast.
             grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
         grads += [grad_A, grad_B]
     return grads
 
 
-def _A_of_tiles(lora: LowRank, tiles: ExpertTiles, dtype: torch.dtype) -> torch.Tensor:
-    """Each tile's A (`torch.Tensor` of shape `(P, R, I)`)."""
+def _times(x_SI: torch.Tensor, factor_PRI: torch.Tensor, bins: ExpertBins) -> torch.Tensor:
+    """Each slot times its expert's factor (`torch.Tensor` of shape `(S, R)`)."""
+    small_SR = x_SI.new_empty(len(x_SI), factor_PRI.shape[1])
+    for x_BMI, factor_BRI, small_BMR in zip(
+        bins.by_bin(x_SI), bins.experts_by_bin(factor_PRI), bins.by_bin(small_SR), strict=True
+    ):
+        torch.bmm(x_BMI, factor_BRI.transpose(1, 2), out=small_BMR)
+    return small_SR
+
+
+def _add_product(y_SI: torch.Tensor, small_SR: torch.Tensor, factor_PRI: torch.Tensor, bins: ExpertBins) -> None:
+    """Add to each slot what its R columns times its expert's factor give."""
+    for y_BMI, small_BMR, factor_BRI in zip(
+        bins.by_bin(y_SI), bins.by_bin(small_SR), bins.experts_by_bin(factor_PRI), strict=True
+    ):
+        y_BMI.baddbmm_(small_BMR, factor_BRI)
+
+
+def _outer(small_SR: torch.Tensor, x_SI: torch.Tensor, bins: ExpertBins) -> torch.Tensor:
+    """For each expert, the sum of its slots' outer products (`torch.Tensor` of shape `(P, R, I)`)."""
+    y_PRI = x_SI.new_empty(len(bins.expert_P), small_SR.shape[-1], x_SI.shape[-1])
+    for small_BMR, x_BMI, y_BRI in zip(
+        bins.by_bin(small_SR), bins.by_bin(x_SI), bins.experts_by_bin(y_PRI), strict=True
+    ):
+        torch.bmm(small_BMR.transpose(1, 2), x_BMI, out=y_BRI)
+    return y_PRI
+
+
+def _A_of_experts(lora: LowRank, bins: ExpertBins, dtype: torch.dtype) -> torch.Tensor:
+    """A of the experts in the order of their slots (`torch.Tensor` of shape `(P, R, I)`)."""
     A_ERI = lora.A_ERI.detach()
-    if tiles.are_experts(lora.num_experts):
-        return A_ERI.to(dtype)
-    if len(tiles.expert_P) < lora.num_experts:
-        return A_ERI.index_select(0, tiles.expert_P).to(dtype)
-    return A_ERI.to(dtype).index_select(0, tiles.expert_P)
+    if len(bins.expert_P) < lora.num_experts:
+        return A_ERI.index_select(0, bins.expert_P).to(dtype)
+    return A_ERI.to(dtype).index_select(0, bins.expert_P)
 
 
-def _B_of_tiles(B_REO: torch.Tensor, tiles: ExpertTiles) -> torch.Tensor:
-    """Each tile's B, transposed (`torch.Tensor` of shape `(P, R, O)`).
-
-    Copied also where tiles are experts: products are slow on matrices whose rows lie far apart.
-    """
-    r, num_experts, out_features = B_REO.shape
-    row_PR = tiles.expert_P.unsqueeze(1) + num_experts * torch.arange(r, device=B_REO.device)
-    return B_REO.view(-1, out_features).index_select(0, row_PR.view(-1)).view(-1, r, out_features)
+def _B_of_experts(lora: LowRank, bins: ExpertBins, dtype: torch.dtype) -> torch.Tensor:
+    """B of the experts in the order of their slots, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
+    B_REO = transposed_B(lora, dtype)
+    row_PR = bins.expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=B_REO.device)
+    return B_REO.view(-1, B_REO.shape[-1]).index_select(0, row_PR.view(-1)).view(-1, lora.r, B_REO.shape[-1])
 
 
 def _gate_back(

@@ -22,7 +22,7 @@ from ..errors import OrdMoEConfigError
 from ..images import encode_images
 from ..layers.experts_forward import frozen_step, grouped_forward
 from ..moe_layers import find_moe_layers
-from ..ops.dispatch import ExpertTiles
+from ..ops.dispatch import ExpertBins
 from ..ops.frozen_experts import LowRank, run_frozen_experts
 from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
@@ -208,8 +208,8 @@ def _stand_in_for_experts(model: nn.Module, device: str) -> None:
         layer.experts.forward = functools.partial(grouped_forward if is_grouped else _forward_at_once, layer.experts)
 
 
-class _OneBlock(ExpertTiles):
-    """Tiles of which all slots are multiplied with the first expert's matrix, at once.
+class _OneBlock(ExpertBins):
+    """Bins of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
     one after another takes.
@@ -226,8 +226,8 @@ def _forward_at_once(
     weights_TK: torch.Tensor,
     expert_lora: dict[str, list[LowRank]] | None = None,
 ) -> torch.Tensor:
-    frozen, tiles = frozen_step(experts, index_TK, expert_lora or {})
-    return run_frozen_experts(x_TH, weights_TK, frozen, _OneBlock(**vars(tiles)))
+    frozen, bins = frozen_step(experts, index_TK, expert_lora or {})
+    return run_frozen_experts(x_TH, weights_TK, frozen, _OneBlock(**vars(bins)))
 
 
 def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:

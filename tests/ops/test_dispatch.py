@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from ordmoe_peft.ops.dispatch import best_tile, combine_by_token, group_by_expert, lay_out_by_expert
+from ordmoe_peft.ops.dispatch import (
+    combine_by_token,
+    filled_up,
+    group_by_expert,
+    into_bins,
+    lay_out_by_expert,
+)
 
 
 ROUTINGS = {
@@ -35,64 +41,97 @@ def test_combine_sums_the_rows_of_each_token(routing):
     torch.testing.assert_close(combine_by_token(rows_NH, groups), expected)
 
 
-LAYOUTS = {"without gaps": {}, "few tiles": {"tile_cost": 100}, "many tiles": {"tile_cost": 1, "row_step": 2}}
+LAYOUTS = {"without gaps": {}, "in bins": {"bin_cost": 4}, "in steps": {"bin_cost": 4, "row_step": 2}}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("num_experts", [5, 40])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-def test_each_tile_holds_rows_of_one_expert(routing, layout):
+def test_slots_hold_the_rows_of_their_expert(routing, num_experts, layout):
     index_TK = torch.tensor(routing)
-    tiles = lay_out_by_expert(index_TK, **layout)
-    slots = len(tiles.token_S)
-    assert slots == len(tiles.expert_P) * tiles.tile == sum(tiles.sizes)
-    assert len(set(tiles.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
-    for place, slot in enumerate(tiles.slot_N.tolist()):
-        assert tiles.token_S[slot] == place // index_TK.shape[1]
-        assert tiles.expert_P[slot // tiles.tile] == index_TK.reshape(-1)[place]
-    blank = tiles.blank_gaps_(torch.ones(slots, 1)).squeeze(1) == 0
+    bins = lay_out_by_expert(index_TK, num_experts, **layout)
+    slots = len(bins.token_S)
+    assert slots == sum(bins.sizes) == sum(bins.gaps)
+    assert len(set(bins.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
+    expert_S = bins.of_slots(torch.arange(num_experts).unsqueeze(1)).squeeze(1)
+    for place, slot in enumerate(bins.slot_N.tolist()):
+        assert bins.token_S[slot] == place // index_TK.shape[1]
+        assert expert_S[slot] == index_TK.reshape(-1)[place]
+    blank = bins.blank_gaps_(torch.ones(slots, 1)).squeeze(1) == 0
     gaps = blank.nonzero().squeeze(1).tolist()
-    assert sorted(gaps + tiles.slot_N.tolist()) == list(range(slots))
-    assert bool(gaps) <= bool(layout), "gaps only for the sake of tiles"
+    assert sorted(gaps + bins.slot_N.tolist()) == list(range(slots))
+    assert bool(gaps) <= bool(layout), "gaps only for the sake of bins"
     # The blocks to multiply hold all rows of their expert and nobody else's.
+    assert sorted(bins.experts) == index_TK.unique().tolist()
     numbered = torch.arange(slots).unsqueeze(1)
-    for expert, block in tiles.blocks(numbered):
+    for expert, block in bins.blocks(numbered):
         mine = {
-            slot for slot, e in zip(tiles.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True) if e == expert
+            slot for slot, e in zip(bins.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True) if e == expert
         }
-        others = set(tiles.slot_N.tolist()) - mine
+        others = set(bins.slot_N.tolist()) - mine
         assert mine <= set(block.flatten().tolist())
         assert not others & set(block.flatten().tolist())
+
+
+@pytest.mark.parametrize("num_experts", [5, 40])
+@pytest.mark.parametrize("routing", [*ROUTINGS.values(), torch.randint(5, (90, 2)).tolist()])
+def test_bins_hold_slots_and_experts_in_the_same_order(routing, num_experts):
+    bins = lay_out_by_expert(torch.tensor(routing), num_experts, bin_cost=4)
+    expert_S = bins.of_slots(torch.arange(num_experts).unsqueeze(1))
+    experts_of_bins = bins.experts_by_bin(bins.expert_P.view(-1, 1, 1))
+    for slots_BM1, experts_B11 in zip(bins.by_bin(expert_S), experts_of_bins, strict=True):
+        assert torch.equal(slots_BM1, experts_B11.expand_as(slots_BM1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_slots_go_back_to_their_tokens(layout):
     index_TK = torch.tensor(ROUTINGS["mixed"])
-    tiles = lay_out_by_expert(index_TK, **layout)
+    bins = lay_out_by_expert(index_TK, 5, **layout)
     x_TH = torch.randn(len(index_TK), 6)
-    rows = tiles.rows(x_TH)
-    assert torch.equal(tiles.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
-    torch.testing.assert_close(tiles.sum_by_token(rows), 2 * x_TH)
-    blanked = tiles.blank_gaps_(rows)
-    assert torch.equal(tiles.sum_by_token(blanked), 2 * x_TH)
+    rows = bins.rows(x_TH)
+    assert torch.equal(bins.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
+    torch.testing.assert_close(bins.sum_by_token(rows), 2 * x_TH)
+    blanked = bins.blank_gaps_(rows)
+    assert torch.equal(bins.sum_by_token(blanked), 2 * x_TH)
     torch.testing.assert_close(blanked.abs().sum(), 2 * x_TH.abs().sum())
 
 
 @pytest.mark.parametrize("r_first", [False, True])
+@pytest.mark.parametrize("num_experts", [5, 40])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("routing", [*ROUTINGS.values(), [[0, 1], [2, 3], [4, 0], [0, 1]]])
-def test_tiles_are_summed_by_expert(routing, layout, r_first):
-    tiles = lay_out_by_expert(torch.tensor(routing), **layout)
-    x_PRI = torch.randn(len(tiles.expert_P), 3, 8)
-    wanted_ERI = torch.zeros(5, 3, 8)
-    for expert, x_RI in zip(tiles.expert_P.tolist(), x_PRI, strict=True):
-        wanted_ERI[expert] += x_RI
-    got = tiles.sum_by_expert(x_PRI, 5, r_first)
-    torch.testing.assert_close(got, wanted_ERI.transpose(0, 1) if r_first else wanted_ERI)
+def test_what_slots_give_goes_back_to_their_experts(routing, layout, num_experts, r_first):
+    bins = lay_out_by_expert(torch.tensor(routing), num_experts, **layout)
+    x_PRI = torch.randn(len(bins.expert_P), 3, 8)
+    wanted_ERI = torch.zeros(num_experts, 3, 8)
+    wanted_ERI[bins.expert_P] = x_PRI
+    got = bins.by_expert(x_PRI, num_experts, r_first)
+    assert torch.equal(got, wanted_ERI.transpose(0, 1) if r_first else wanted_ERI)
 
 
-def test_the_tile_grows_with_its_cost_and_stays_within_the_largest_block():
-    assert best_tile([5, 5, 5], tile_cost=0) == 1
-    assert best_tile([30, 32, 31], tile_cost=16) == 32, "even loads: one tile each"
-    assert best_tile([1000, *[10] * 100], tile_cost=16) < 100, "one large load does not fill the others' tiles up"
-    assert best_tile([30, 29], tile_cost=16, row_step=8) == 32
-    assert best_tile([1, 1], tile_cost=16, row_step=8) == 1, "few rows are left as they are"
+def test_bins_are_few_and_nearly_full():
+    assert into_bins([32, 31, 30, 30], 64) == [(4, 32)], "even loads: one bin"
+    assert into_bins([1000, *[10] * 99], 64) == [(1, 1024), (96, 10), (2, 10), (1, 10)], (
+        "one load does not fill others up"
+    )
+    assert into_bins([1000, 1000, 0, 0], 64) == [(2, 1024)], "experts without rows take no slots of note"
+    assert into_bins([9, *[8] * 4, *[0] * 123], 64) == [(8, 10)], "but complete a group"
+    assert into_bins([0, 0], 64) == [(1, 0)]
+
+
+@pytest.mark.parametrize("num_experts", [8, 60, 128, 256])
+def test_bins_take_in_all_rows(num_experts):
+    loads = sorted((torch.rand(num_experts) ** 3 * 400).long().tolist(), reverse=True)
+    bins = into_bins(loads, 192, row_step=4)
+    slots = [slots for experts, slots in bins for _ in range(experts)]
+    assert all(rows <= room for rows, room in zip(loads, slots, strict=False)) and not any(loads[len(slots) :])
+    own = sum(filled_up(rows, row_step=4) for rows in loads)
+    assert sum(slots) <= own + 192 * len(bins)
+    assert len(bins) < 24
+
+
+def test_few_sizes_serve_all_loads():
+    sizes = {rows: filled_up(rows, row_step=4) for rows in range(1, 1025)}
+    assert all(rows <= slots < max(4 + rows, 1.25 * rows) for rows, slots in sizes.items())
+    assert len(set(sizes.values())) < 35
+    assert filled_up(1, row_step=4) == 1, "few rows are left as they are"
