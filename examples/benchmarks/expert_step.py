@@ -5,8 +5,8 @@
 The floor runs the frozen base on transformers' `grouped_mm`, forward and back to the embeddings, without any LoRA. On a
 4-bit base it cannot run, so the budget there is the dense floor and the time in which bitsandbytes unpacks each expert
 that tokens hit, once for forward (twice with gradient checkpointing, which runs it twice) and once for backward. All
-variants of a cell take turns in one process, and ratios are medians over turns; memory is what three steps add to the loaded model, in a process for each
-variant. See `subjects.py` for the shapes.
+variants of a cell take turns in one process, and ratios are medians over turns. Memory is what three steps add to the
+loaded model, in a process for each variant. See `subjects.py` for the shapes.
 """
 
 import itertools

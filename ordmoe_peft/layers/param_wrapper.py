@@ -1,6 +1,7 @@
 """LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,30 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from ..errors import OrdMoEModelError
 from ..ops.frozen_experts import LowRank, transposed_B
 from ..quantization.storage import is_packed, logical_shape
-
-
-@dataclass(frozen=True)
-class KeptTransposed:
-    """`B` transposed, kept between forwards without gradients: making it costs more than a decoding step's use of it.
-
-    Args:
-        source (`torch.Tensor`): shares memory with the `B` that it was made of, so that no other can take its address.
-        version (`int`), row (`torch.Tensor`): of that `B`, which may have been written to since.
-        B_REO (`torch.Tensor` of shape `(R, E, O)`): what is kept.
-    """
-
-    source: torch.Tensor
-    version: int
-    row: torch.Tensor
-    B_REO: torch.Tensor
-
-    def is_of(self, B: torch.Tensor) -> bool:
-        """Whether it is made of `B` as it is now.
-
-        Writing through `.data` does not count as a version; a row of numbers of all experts gives that away.
-        """
-        is_same = B.data_ptr() == self.source.data_ptr() and B.dtype == self.source.dtype and B._version == self.version
-        return is_same and torch.equal(B[0], self.row)
+from .kept import keep, may_be_kept
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -59,17 +37,13 @@ class ParamWrapper(lora_layer.ParamWrapper):
         return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
-        update = self.low_rank(adapter_name)
-        B = update.B
-        kept = self.__dict__.setdefault("kept_transposed_B", {})
-        if torch.is_grad_enabled() or B.device.type != "cpu" or B.is_inference():
-            kept.pop(adapter_name, None)
+        update, kept = self.low_rank(adapter_name), self.__dict__.setdefault("kept", {})
+        if not may_be_kept(update.B):
+            kept.clear()
             return update
-        if adapter_name not in kept or not kept[adapter_name].is_of(B):
-            weight = self.get_param()
-            dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-            kept[adapter_name] = KeptTransposed(B.detach(), B._version, B[0].clone(), transposed_B(update, dtype))
-        return replace(update, B_REO=kept[adapter_name].B_REO)
+        weight = self.get_param()
+        dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
+        return replace(update, B_REO=keep(kept, adapter_name, (update.B,), partial(transposed_B, update, dtype)))
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

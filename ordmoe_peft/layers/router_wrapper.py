@@ -6,6 +6,8 @@ import torch
 from peft.tuners.lora import layer as lora_layer
 from torch.func import functional_call
 
+from .kept import keep, may_be_kept
+
 
 class ParamWrapper(lora_layer.ParamWrapper):
     """PEFT's [`~peft.tuners.lora.layer.ParamWrapper`] for the weight of a router, swapped in for a call.
@@ -24,7 +26,21 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        weight = self.get_param()
-        for name in active:
-            weight = weight + self.get_delta_weight(name)
-        return functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs)
+        return functional_call(self.base_layer, {self.parameter_name: self._weight(x, active)}, (x, *args), kwargs)
+
+    def _weight(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
+        """The router's weight with the deltas of these adapters, to run on `x`."""
+
+        def adapted() -> torch.Tensor:
+            weight = self.get_param()
+            for name in active:
+                weight = weight + self.get_delta_weight(name)
+            return weight
+
+        factors = (self.get_param(), *(half[name].weight for name in active for half in (self.lora_A, self.lora_B)))
+        kept = self.__dict__.setdefault("kept", {})
+        if not may_be_kept(*factors):
+            kept.clear()
+            return adapted()
+        scalings = (self.scaling[name] for name in active)
+        return keep(kept, (torch.is_autocast_enabled(x.device.type), *active, *scalings), factors, adapted)

@@ -173,13 +173,13 @@ def lay_out_by_expert(
     first_slot = dict(zip(experts, accumulate(slots_P, initial=0), strict=False))
     first_row = list(accumulate(rows_E, initial=0))
 
-    def on_device(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor([*values], dtype=torch.long, device=order_N.device)
+    shift_E = [first_slot.get(expert, 0) - first_row[expert] for expert in range(num_experts)]
 
-    shift_N = on_device(first_slot[expert] - first_row[expert] for expert in hit).repeat_interleave(
-        on_device(rows_E[expert] for expert in hit)
-    )
-    sorted_slot_N = torch.arange(len(order_N), device=order_N.device) + shift_N
+    def on_device(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=order_N.device)
+
+    row_N = torch.arange(len(order_N), device=order_N.device)
+    sorted_slot_N = row_N + on_device(shift_E).index_select(0, expert_N)
     token_S = order_N.new_zeros(sum(slots_P)).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
     return ExpertBins(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),

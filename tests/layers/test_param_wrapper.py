@@ -20,8 +20,11 @@ def logits(model) -> torch.Tensor:
         return model(**models.text_batch()).logits
 
 
-def factor(model) -> torch.nn.Parameter:
-    return model.get_parameter("base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.default.weight")
+FACTORS = {
+    "experts": "experts.base_layer.lora_B.default.weight",
+    "router": "gate.lora_A.default.weight",
+    "base of the router": "gate.base_layer.weight",
+}
 
 
 def replace_data(B):
@@ -37,11 +40,12 @@ def write_in_place(B):
         B.mul_(2)
 
 
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize("change", [write_in_place, write_through_data, replace_data])
-def test_a_changed_factor_counts_at_once(tuned, change):
+def test_a_changed_factor_counts_at_once(tuned, change, factor):
     before = logits(tuned)
     assert torch.equal(logits(tuned), before)
-    change(factor(tuned))
+    change(tuned.get_parameter(f"base_model.model.model.layers.1.mlp.{factor}"))
     changed = logits(tuned)
     assert not torch.allclose(changed, before)
     with torch.enable_grad():  # which keeps nothing
@@ -49,11 +53,11 @@ def test_a_changed_factor_counts_at_once(tuned, change):
 
 
 def test_nothing_is_kept_in_training(tuned):
-    wrapper = tuned.base_model.model.model.layers[1].mlp.experts.base_layer
+    mlp = tuned.base_model.model.model.layers[1].mlp
     logits(tuned)
-    assert set(wrapper.kept_transposed_B) == {"default"}
+    assert len(mlp.experts.base_layer.kept) == len(mlp.gate.kept) == 1
     tuned(**models.text_batch())
-    assert not wrapper.kept_transposed_B
+    assert not mlp.experts.base_layer.kept and not mlp.gate.kept
 
 
 def test_switching_adapters_keeps_each_ones_own(tuned):
