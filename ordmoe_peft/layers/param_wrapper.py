@@ -38,12 +38,15 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
         update, kept = self.low_rank(adapter_name), self.__dict__.setdefault("kept", {})
-        if not may_be_kept(update.B):
+        if not may_be_kept(update.A, update.B):
             kept.clear()
             return update
         weight = self.get_param()
         dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        return replace(update, B_REO=keep(kept, adapter_name, (update.B,), partial(transposed_B, update, dtype)))
+        B_REO = keep(kept, (adapter_name, "B"), (update.B,), partial(transposed_B, update, dtype))
+        if update.A.dtype != dtype:
+            update = replace(update, A=keep(kept, (adapter_name, "A"), (update.A,), partial(update.A.to, dtype)))
+        return replace(update, B_REO=B_REO)
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

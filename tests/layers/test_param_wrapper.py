@@ -8,9 +8,9 @@ from ordmoe_peft import OrdMoEConfig
 from tests import models
 
 
-@pytest.fixture
-def tuned():
-    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).eval()
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def tuned(request):
+    model = get_peft_model(models.qwen3_moe().to(request.param), OrdMoEConfig(r=4)).eval()
     models.randomize_adapter(model)
     return model
 
@@ -21,7 +21,8 @@ def logits(model) -> torch.Tensor:
 
 
 FACTORS = {
-    "experts": "experts.base_layer.lora_B.default.weight",
+    "experts' A": "experts.base_layer.lora_A.default.weight",
+    "experts' B": "experts.base_layer.lora_B.default.weight",
     "router": "gate.lora_A.default.weight",
     "base of the router": "gate.base_layer.weight",
 }
@@ -49,13 +50,14 @@ def test_a_changed_factor_counts_at_once(tuned, change, factor):
     changed = logits(tuned)
     assert not torch.allclose(changed, before)
     with torch.enable_grad():  # which keeps nothing
-        torch.testing.assert_close(tuned(**models.text_batch()).logits, changed)
+        anew = tuned(**models.text_batch()).logits
+    torch.testing.assert_close(anew, changed, rtol=0, atol=1e-2 * float(changed.abs().max()))
 
 
 def test_nothing_is_kept_in_training(tuned):
     mlp = tuned.base_model.model.model.layers[1].mlp
     logits(tuned)
-    assert len(mlp.experts.base_layer.kept) == len(mlp.gate.kept) == 1
+    assert mlp.experts.base_layer.kept and mlp.gate.kept
     tuned(**models.text_batch())
     assert not mlp.experts.base_layer.kept and not mlp.gate.kept
 
