@@ -26,7 +26,7 @@ from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 # What the products of LoRA with one more bin of experts cost, as bytes of slots that they read and write, all widths
 # together: measured on two CPU cores.
-BIN_COST_BYTES = 1_200_000
+BIN_COST_BYTES = 600_000
 # In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
 # rows up to multiples of this makes them few.
 ROW_STEP = 4

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 
+# Rows that are worked on at a time where bins are not needed: many enough for a product, few enough for the caches.
+RUN = 512
 # In 16 bits on CPU, products are compiled for each shape that they meet (about 1 ms and 0.65 MB), so shapes are few: in
 # bins, experts are counted in so many groups at most, and their slots in few sizes.
 MOST_GROUPS = 16
@@ -57,62 +59,60 @@ def combine_by_token(rows_NH: torch.Tensor, groups: ExpertGroups) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class ExpertBins:
-    """Routed rows laid out by expert: experts with about as many rows share a bin, where each has as many slots.
+class Bin:
+    """Some experts, whose slots lie side by side. Slots that hold no row are gaps.
 
-    One batched product serves a bin. The host knows the layout: one sync on CUDA. Slots that hold no row are gaps.
+    Args:
+        slots (`slice`): its slots, of all slots.
+        present (`slice`): its experts, of `ExpertBins.expert_P`.
+        experts (`list` of `int`): those that have rows. They come first.
+        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each expert in turn.
+        gaps (`list` of `int`): the slots with a row and those without, for each expert in turn.
+    """
+
+    slots: slice
+    present: slice
+    experts: list[int]
+    sizes: list[int]
+    gaps: list[int]
+
+    def batched(self, x_MI: torch.Tensor) -> torch.Tensor:
+        """A view of the bin's slots by expert (`torch.Tensor` of shape `(B, M / B, I)`), if each has as many."""
+        experts = self.present.stop - self.present.start
+        return x_MI.view(experts, len(x_MI) // experts, x_MI.shape[-1])
+
+    def blocks(self, *tensors_MI: torch.Tensor) -> Iterable[tuple]:
+        """Each of `experts` with views of its slots to multiply, one for each tensor of the bin's slots."""
+        return zip(self.experts, *(x_MI.split(self.sizes)[::2] for x_MI in tensors_MI), strict=False)
+
+    def blank_gaps_(self, x_MI: torch.Tensor) -> None:
+        """Write zeros where no row is."""
+        for gap_I in x_MI.split(self.gaps)[1::2]:
+            if len(gap_I):
+                gap_I.zero_()
+
+
+@dataclass(frozen=True)
+class ExpertBins:
+    """Routed rows laid out by expert, bin by bin. The host knows the layout: one sync on CUDA.
 
     Args:
         slot_N (`torch.Tensor` of shape `(N,)`): the slot of each row, in the order of the flattened `(T, K)` routing.
         token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
-        expert_P (`torch.Tensor` of shape `(P,)`): the experts in the order of their slots. Some at the end may have
-            nothing but gaps.
-        experts (`list` of `int`): those that have rows.
-        shapes (`list` of `(int, int)`): experts, and slots of each, for one bin after the other.
-        sizes (`list` of `int`): the slots to multiply and the slots to leave, for each of `expert_P` in turn.
-        gaps (`list` of `int`): the slots with a row and those without, for each of `expert_P` in turn.
+        expert_P (`torch.Tensor` of shape `(P,)`): the experts in the order of their slots.
+        bins (`list` of [`Bin`]): one after the other.
         top_k (`int`): K.
     """
 
     slot_N: torch.Tensor
     token_S: torch.Tensor
     expert_P: torch.Tensor
-    experts: list[int]
-    shapes: list[tuple[int, int]]
-    sizes: list[int]
-    gaps: list[int]
+    bins: list[Bin]
     top_k: int
 
-    def rows(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Each slot's token (`torch.Tensor` of shape `(S, H)`)."""
-        return x_TH.index_select(0, self.token_S)
-
-    def by_bin(self, x_SI: torch.Tensor) -> list[torch.Tensor]:
-        """A view of each bin's slots (`torch.Tensor` of shape `(B, M, I)`: experts, slots of each)."""
-        parts = x_SI.split([experts * slots for experts, slots in self.shapes])
-        return [part.view(*shape, x_SI.shape[-1]) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def experts_by_bin(self, x_PRI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A view of what belongs to each bin's experts (`torch.Tensor` of shape `(B, R, I)`)."""
-        return x_PRI.split([experts for experts, _ in self.shapes])
-
-    def blocks(self, *tensors_SI: torch.Tensor) -> Iterable[tuple]:
-        """Each of `experts` with views of its slots to multiply, one for each tensor."""
-        # Experts without rows come last.
-        return zip(self.experts, *(x_SI.split(self.sizes)[::2] for x_SI in tensors_SI), strict=False)
-
-    def blank_gaps_(self, x_SI: torch.Tensor) -> torch.Tensor:
-        """Write zeros where no row is."""
-        if len(x_SI) > len(self.slot_N):
-            for gap_I in x_SI.split(self.gaps)[1::2]:
-                gap_I.zero_()
-        return x_SI
-
-    def of_slots(self, x_EI: torch.Tensor) -> torch.Tensor:
-        """What belongs to each slot's expert (`torch.Tensor` of shape `(S, I)`)."""
-        slots_P = [rows + gaps for rows, gaps in zip(self.gaps[::2], self.gaps[1::2], strict=True)]
-        slots_P = torch.tensor(slots_P, device=self.expert_P.device)
-        return x_EI.index_select(0, self.expert_P.repeat_interleave(slots_P))
+    def rows(self, bin: Bin, x_TH: torch.Tensor) -> torch.Tensor:
+        """The tokens in the slots of a bin (`torch.Tensor` of shape `(M, H)`)."""
+        return x_TH.index_select(0, self.token_S[bin.slots])
 
     def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
         """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
@@ -151,46 +151,65 @@ def lay_out_by_expert(
 
     Args:
         num_experts (`int`): E.
-        bin_cost (`int`, *optional*): what a bin costs, in slots: rows are laid out in bins, the experts with most rows
-            first. Without it they lie in the experts' order, without gaps.
-        row_step (`int`, defaults to 1): in bins, slots and blocks to multiply are multiples of it from so many rows on.
+        bin_cost (`int`, *optional*): what a bin costs, in slots. Experts with about as many rows share a bin, where
+            each has as many slots, so that one batched product serves them; those with most rows come first. Without
+            it experts keep their order, and there are no gaps.
+        row_step (`int`, defaults to 1): with gaps, slots and blocks to multiply are multiples of it, where there are as
+            many rows.
     """
     expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
     rows_E = torch.bincount(expert_N, minlength=num_experts).tolist()
-    hit = [expert for expert, rows in enumerate(rows_E) if rows]
-    experts, shapes, slots_P = hit, [], [rows_E[expert] for expert in hit]
-    if bin_cost is not None:
-        most_first = sorted(range(num_experts), key=lambda expert: -rows_E[expert])
-        shapes = into_bins([rows_E[expert] for expert in most_first], bin_cost, row_step)
+    if bin_cost is None:
+        experts = [expert for expert, rows in enumerate(rows_E) if rows]
+        slots_P = [rows_E[expert] for expert in experts]
+        counts, row_step = into_runs(slots_P), 1
+    else:
+        experts = sorted(range(num_experts), key=lambda expert: -rows_E[expert])
+        shapes = into_bins([rows_E[expert] for expert in experts], bin_cost, row_step)
         slots_P = [slots for present, slots in shapes for _ in range(present)]
-        experts = most_first[: len(slots_P)]
-    sizes, gaps = [], []
-    for expert, slots in zip(experts, slots_P, strict=True):
-        rows = rows_E[expert]
-        block = min(whole_steps(rows, row_step), slots)
-        sizes += [block, slots - block]
-        gaps += [rows, slots - rows]
-    first_slot = dict(zip(experts, accumulate(slots_P, initial=0), strict=False))
-    first_row = list(accumulate(rows_E, initial=0))
+        counts, experts = [present for present, _ in shapes], experts[: len(slots_P)]
 
-    shift_E = [first_slot.get(expert, 0) - first_row[expert] for expert in range(num_experts)]
+    first_slot_P, bins, start = [*accumulate(slots_P, initial=0)], [], 0
+    for count in counts:
+        sizes, gaps = [], []
+        for expert, slots in zip(experts[start : start + count], slots_P[start : start + count], strict=True):
+            rows = rows_E[expert]
+            block = min(whole_steps(rows, row_step), slots)
+            sizes += [block, slots - block]
+            gaps += [rows, slots - rows]
+        present = slice(start, start + count)
+        hit = [expert for expert in experts[present] if rows_E[expert]]
+        bins.append(Bin(slice(first_slot_P[start], first_slot_P[start + count]), present, hit, sizes, gaps))
+        start += count
 
     def on_device(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=order_N.device)
 
+    first_slot_E = [0] * num_experts
+    for expert, slot in zip(experts, first_slot_P, strict=False):
+        first_slot_E[expert] = slot
+    shift_E = [slot - row for slot, row in zip(first_slot_E, accumulate(rows_E, initial=0), strict=False)]
     row_N = torch.arange(len(order_N), device=order_N.device)
     sorted_slot_N = row_N + on_device(shift_E).index_select(0, expert_N)
-    token_S = order_N.new_zeros(sum(slots_P)).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
+    token_S = order_N.new_zeros(first_slot_P[-1])
     return ExpertBins(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
-        token_S=token_S,
+        token_S=token_S.index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1]),
         expert_P=on_device(experts),
-        experts=experts[: len(hit)],
-        shapes=shapes,
-        sizes=sizes,
-        gaps=gaps,
+        bins=bins,
         top_k=top_k_index_TK.shape[-1],
     )
+
+
+def into_runs(rows_P: list[int]) -> list[int]:
+    """Cut experts into runs of at least [`RUN`] rows, but the last: the experts of each."""
+    counts, count, total = [], 0, 0
+    for rows in rows_P:
+        count, total = count + 1, total + rows
+        if total >= RUN:
+            counts.append(count)
+            count = total = 0
+    return [*counts, count] if count else counts
 
 
 def into_bins(rows_E: list[int], bin_cost: int, row_step: int = 1) -> list[tuple[int, int]]:

@@ -3,15 +3,16 @@ to come back.
 
 Where the host knows which expert has which rows (always on CPU, and for packed weights, which are unpacked expert by
 expert), a base product is one `torch.mm` per expert that has rows, on a block of contiguous rows, as `grouped_mm` does
-on CPU. The products with LoRA's factors are too small for that: they are batched over bins of experts
-(`ops/dispatch.py`).
+on CPU. The products with LoRA's factors are too small for that: they are batched over a bin of experts
+(`ops/dispatch.py`). Work goes through bin after bin, so that a bin's rows stay in the caches from product to product
+and little exists beside what is kept.
 
 Kept for backward are the tokens, the up-projection's output, and products with R columns. Frozen weights are kept by
 reference, and packed ones are unpacked again. The gate is run again. Nothing of width H per routed row is kept: the
 gradient of a routing weight is taken before the down-projection, as ⟨g, a W⟩ = ⟨g Wᵀ, a⟩.
 
-Shape suffixes as in `ops/__init__.py`; S slots, P experts in the order of their slots, and in a bin B experts of M
-slots (`ExpertBins`).
+Shape suffixes as in `ops/__init__.py`; S slots, M slots of a bin, P experts in the order of their slots, B experts of a
+bin (`ExpertBins`).
 """
 
 from collections.abc import Callable
@@ -19,11 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import ExpertBins
-
-
-# Rows that go back through the gate at a time.
-GATE_ROWS = 512
+from .dispatch import Bin, ExpertBins
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,17 @@ def run_frozen_experts(
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, experts, bins, x_TH, weights_TK, *factors):
-        up, down = experts.up, experts.down
+        slots = len(bins.token_S)
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
         with torch.autocast(x_TH.device.type, enabled=False):
-            up_SO, *saved_up = _project(up, bins.rows(x_TH.to(up.dtype)), bins)
-            down_SH, *saved_down = _project(down, experts.gate(up_SO).to(down.dtype), bins, experts.norm is not None)
+            x_in_dtype_TH = x_TH.to(experts.up.dtype)
+            up, down = (_Run(projection, bins) for projection in (experts.up, experts.down))
+            up_SO = x_in_dtype_TH.new_empty(slots, experts.up.out_features)
+            down_SH = x_in_dtype_TH.new_empty(slots, experts.down.out_features, dtype=experts.down.dtype)
+            for bin in bins.bins:
+                up_MO = up.forward(bin, bins.rows(bin, x_in_dtype_TH), up_SO[bin.slots])
+                a_MF = experts.gate(up_MO).to(experts.down.dtype)
+                down.forward(bin, a_MF, down_SH[bin.slots], gaps_count=experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
             # Weighted and summed as transformers does it, rounding included: an adapter that is 0 changes no bit.
             y_TKH = bins.by_token(y_SH)
@@ -138,154 +141,156 @@ class _FrozenExperts(torch.autograd.Function):
             y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
         ctx.experts, ctx.bins = experts, bins
         kept_SH = None if experts.norm is None else down_SH
-        ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *saved_up, *saved_down, *factors)
+        ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *up.saved, *down.saved, *factors)
         return y_TH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
-        up, down, bins = ctx.experts.up, ctx.experts.down, ctx.bins
+        experts, bins = ctx.experts, ctx.bins
         x_TH, weights_TK, up_SO, down_SH, *saved = ctx.saved_tensors
-        saved_up, saved_down = saved[: 2 * len(up.lora)], saved[2 * len(up.lora) : 2 * len(up.lora + down.lora)]
+        num_up, num_down = 2 * len(experts.up.lora), 2 * len(experts.down.lora)
         _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        needs_up, needs_down = needs[: 2 * len(up.lora)], needs[2 * len(up.lora) :]
 
         with torch.autocast(x_TH.device.type, enabled=False):
+            up = _Run(experts.up, bins, saved[:num_up], needs[:num_up])
+            down = _Run(experts.down, bins, saved[num_up : num_up + num_down], needs[num_up:])
+            x_in_dtype_TH, grad_TH = x_TH.to(experts.up.dtype), grad_TH.to(experts.down.dtype)
             weight_S = weights_TK.new_zeros(len(bins.token_S)).index_copy_(0, bins.slot_N, weights_TK.reshape(-1))
-            weight_S1 = weight_S.to(down.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
-            grad_SH = bins.rows(grad_TH.to(down.dtype))
-            if ctx.experts.norm is not None:
-                y_SH, through_norm = _rerun(ctx.experts.norm, down_SH)
-                grad_weight_S = (grad_SH * y_SH).sum(dim=-1)
-                grad_SH, weight_S1 = through_norm(grad_SH * weight_S1), torch.ones_like(weight_S1)
-
-            grad_a_SF, *small_grads = _input_grad(down, grad_SH, saved_down, bins)
-            needs_up_grad = needs_x or any(needs_up)
-            a_SF, gated_weight_S, grad_up_SO = _gate_back(ctx.experts, up_SO, grad_a_SF, weight_S1, needs_up_grad)
-            del grad_a_SF
-            if ctx.experts.norm is None:
-                grad_weight_S = gated_weight_S
-                if down.bias_EO is not None:
-                    grad_weight_S = grad_weight_S + (grad_SH * bins.of_slots(down.bias_EO)).sum(dim=-1)
-            grads_down = _factor_grads(down, needs_down, a_SF, grad_SH, saved_down, small_grads, bins, weight_S1)
-            del a_SF, grad_SH
-
-            grads_up, grad_TH = [None] * len(needs_up), None
-            if needs_up_grad:
-                grad_x_SH, *small_grads = _input_grad(up, grad_up_SO, saved_up, bins, needs_x, gaps_count=False)
-                grad_TH = bins.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
-                del grad_x_SH
-                x_SH = bins.rows(x_TH.to(up.dtype)) if any(needs_up) else None
-                grads_up = _factor_grads(up, needs_up, x_SH, grad_up_SO, saved_up, small_grads, bins)
+            weight_S1 = weight_S.to(grad_TH.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
+            grad_weight_S = torch.empty_like(weight_S1).squeeze(1)
+            grad_x_SH = x_in_dtype_TH.new_empty(len(bins.token_S), x_TH.shape[-1]) if needs_x else None
+            for bin in bins.bins:
+                grad_MH, weight_M1 = bins.rows(bin, grad_TH), weight_S1[bin.slots]
+                if experts.norm is not None:
+                    y_MH, through_norm = _rerun(experts.norm, down_SH[bin.slots])
+                    grad_weight_S[bin.slots] = (grad_MH * y_MH).sum(dim=-1)
+                    grad_MH, weight_M1 = through_norm(grad_MH * weight_M1), torch.ones_like(weight_M1)
+                grad_a_MF, *small_grads = down.input_grad(bin, grad_MH)
+                a_MF, through_gate = _rerun(experts.gate, up_SO[bin.slots])
+                if experts.norm is None:
+                    grad_weight_S[bin.slots] = (grad_a_MF * a_MF).sum(dim=-1)
+                    if experts.down.bias_EO is not None:
+                        for expert, grad_H, weight_M in bin.blocks(grad_MH, grad_weight_S[bin.slots]):
+                            weight_M += grad_H @ experts.down.bias_EO[expert]
+                down.add_factor_grads(bin, a_MF, grad_MH, small_grads, weight_M1)
+                if not needs_x and not any(up.needs):
+                    continue
+                grad_up_MO = through_gate(grad_a_MF * weight_M1)
+                grad_x_MH = grad_x_SH[bin.slots] if needs_x else None
+                _, *small_grads = up.input_grad(bin, grad_up_MO, grad_x_MH, needed=needs_x, gaps_count=False)
+                if any(up.needs):
+                    up.add_factor_grads(bin, bins.rows(bin, x_in_dtype_TH), grad_up_MO, small_grads)
+            grad_x_TH = bins.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
             grad_weights = bins.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
-        return None, None, grad_TH, grad_weights if needs_weights else None, *grads_up, *grads_down
+            grads = *up.factor_grads(), *down.factor_grads()
+        return None, None, grad_x_TH, grad_weights if needs_weights else None, *grads
 
 
-def _project(
-    projection: Projection, x_SI: torch.Tensor, bins: ExpertBins, gaps_count: bool = True
-) -> list[torch.Tensor]:
-    """The projection's output and, for each update, what backward needs: scaled `x Aᵀ` (S, R), and `B` (P, R, O)."""
-    y_SO, matrix = x_SI.new_empty(len(x_SI), projection.out_features), projection.open()
-    for expert, x_MI, y_MO in bins.blocks(x_SI, y_SO):
-        torch.mm(x_MI, matrix(expert), out=y_MO)
-    if gaps_count:  # what memory held there may be no number, which times 0 is none either
-        bins.blank_gaps_(y_SO)
-    if projection.bias_EO is not None:
-        y_SO += bins.of_slots(projection.bias_EO)
-    saved = []
-    for lora in projection.lora:
-        A_PRI = _A_of_experts(lora, bins, projection.dtype)
-        B_PRO = _B_of_experts(lora, bins, projection.dtype)
-        small_SR = _times(x_SI, A_PRI, bins).mul_(lora.scaling)
-        _add_product(y_SO, small_SR, B_PRO, bins)
-        saved += [small_SR, B_PRO]
-    return [y_SO, *saved]
+class _Run:
+    """A projection on its way through the bins, forward or backward.
 
-
-def _input_grad(
-    projection: Projection,
-    grad_SO: torch.Tensor,
-    saved: list[torch.Tensor],
-    bins: ExpertBins,
-    needed: bool = True,
-    gaps_count: bool = True,
-) -> list[torch.Tensor | None]:
-    """The gradient of the projection's input, where `needed`, and scaled `grad B` (S, R) for each update.
-
-    Gaps are left as they are where they do not count, because no sum runs over them.
+    Args:
+        projection ([`Projection`]): what to run.
+        bins ([`ExpertBins`]): through what.
+        saved (`list` of `torch.Tensor`, *optional*): what the forward kept: for each update scaled `x Aᵀ` (S, R), and
+            `B` (P, R, O).
+        needs (`list` of `bool`): whether gradients of each update's A and B are asked for.
     """
-    grad_SI = None
-    if needed:
-        grad_SI, matrix = grad_SO.new_empty(len(grad_SO), projection.in_features), projection.open()
-        for expert, grad_MO, grad_MI in bins.blocks(grad_SO, grad_SI):
-            torch.mm(grad_MO, matrix(expert).t(), out=grad_MI)
-        if gaps_count:
-            bins.blank_gaps_(grad_SI)
-    small_grads = []
-    for lora, B_PRO in zip(projection.lora, saved[1::2], strict=True):
-        small_grad_SR = _times(grad_SO, B_PRO, bins).mul_(lora.scaling)
+
+    def __init__(
+        self, projection: Projection, bins: ExpertBins, saved: list[torch.Tensor] | None = None, needs: list[bool] = ()
+    ):
+        self.projection, self.bins, self.needs = projection, bins, list(needs)
+        self.matrix, dtype = projection.open(), projection.dtype
+        self.A_PRI = [_A_of_experts(lora, bins, dtype) for lora in projection.lora]
+        if saved is None:
+            small_SR = [A_PRI.new_empty(len(bins.token_S), A_PRI.shape[1]) for A_PRI in self.A_PRI]
+            B_PRO = [_B_of_experts(lora, bins, dtype) for lora in projection.lora]
+            saved = [tensor for pair in zip(small_SR, B_PRO, strict=True) for tensor in pair]
+        self.saved, self.small_SR, self.B_PRO = saved, saved[::2], saved[1::2]
+        factors = [factor for pair in zip(self.A_PRI, self.B_PRO, strict=True) for factor in pair]
+        self.grads = [torch.empty_like(factors[place]) if needed else None for place, needed in enumerate(self.needs)]
+
+    def forward(self, bin: Bin, x_MI: torch.Tensor, y_MO: torch.Tensor, gaps_count: bool = True) -> torch.Tensor:
+        """Write the output of a bin's slots into `y_MO`."""
+        bias_EO = self.projection.bias_EO
+        for expert, x_I, y_O in bin.blocks(x_MI, y_MO):
+            torch.mm(x_I, self.matrix(expert), out=y_O)
+            if bias_EO is not None:
+                y_O += bias_EO[expert]
+        if gaps_count:  # what memory held there may be no number, which times 0 is none either
+            bin.blank_gaps_(y_MO)
+        for lora, A_PRI, small_SR, B_PRO in zip(
+            self.projection.lora, self.A_PRI, self.small_SR, self.B_PRO, strict=True
+        ):
+            small_BMR = bin.batched(small_SR[bin.slots])
+            torch.bmm(bin.batched(x_MI), A_PRI[bin.present].transpose(1, 2), out=small_BMR).mul_(lora.scaling)
+            bin.batched(y_MO).baddbmm_(small_BMR, B_PRO[bin.present])
+        return y_MO
+
+    def input_grad(
+        self,
+        bin: Bin,
+        grad_MO: torch.Tensor,
+        grad_MI: torch.Tensor | None = None,
+        needed: bool = True,
+        gaps_count: bool = True,
+    ) -> list[torch.Tensor | None]:
+        """The gradient of the input in a bin's slots, where `needed`, and scaled `grad B` (B, M, R) of each update.
+
+        Gaps are left as they are where they do not count, because no sum runs over them.
+        """
         if needed:
-            _add_product(grad_SI, small_grad_SR, _A_of_experts(lora, bins, projection.dtype), bins)
-        small_grads.append(small_grad_SR)
-    return [grad_SI, *small_grads]
+            if grad_MI is None:
+                grad_MI = grad_MO.new_empty(len(grad_MO), self.projection.in_features)
+            for expert, grad_O, grad_I in bin.blocks(grad_MO, grad_MI):
+                torch.mm(grad_O, self.matrix(expert).t(), out=grad_I)
+            if gaps_count:
+                bin.blank_gaps_(grad_MI)
+        small_grads = []
+        for lora, A_PRI, B_PRO in zip(self.projection.lora, self.A_PRI, self.B_PRO, strict=True):
+            small_BMR = torch.bmm(bin.batched(grad_MO), B_PRO[bin.present].transpose(1, 2)).mul_(lora.scaling)
+            if needed:
+                bin.batched(grad_MI).baddbmm_(small_BMR, A_PRI[bin.present])
+            small_grads.append(small_BMR)
+        return [grad_MI, *small_grads]
 
+    def add_factor_grads(
+        self,
+        bin: Bin,
+        x_MI: torch.Tensor,
+        grad_MO: torch.Tensor,
+        small_grads: list[torch.Tensor],
+        weight_M1: torch.Tensor | None = None,
+    ) -> None:
+        """Note the gradients of a bin's factors. `grad_MO` is yet to be scaled by `weight_M1`, if given."""
 
-def _factor_grads(
-    projection: Projection,
-    needs: list[bool],
-    x_SI: torch.Tensor | None,
-    grad_SO: torch.Tensor,
-    saved: list[torch.Tensor],
-    small_grads: list[torch.Tensor],
-    bins: ExpertBins,
-    weight_S1: torch.Tensor | None = None,
-) -> list[torch.Tensor | None]:
-    """Gradients of each update's A and B. Rows of `grad_SO` are scaled by `weight_S1` where it is given."""
+        def weighted(small_BMR: torch.Tensor) -> torch.Tensor:
+            return (small_BMR if weight_M1 is None else small_BMR * bin.batched(weight_M1)).transpose(1, 2)
 
-    def weighted(small_SR: torch.Tensor) -> torch.Tensor:
-        return small_SR if weight_S1 is None else small_SR * weight_S1
+        for small_grad_BMR, small_SR, grad_A_PRI, grad_B_PRO in zip(
+            small_grads, self.small_SR, self.grads[::2], self.grads[1::2], strict=True
+        ):
+            if grad_A_PRI is not None:
+                torch.bmm(weighted(small_grad_BMR), bin.batched(x_MI), out=grad_A_PRI[bin.present])
+            if grad_B_PRO is not None:
+                small_BMR = bin.batched(small_SR[bin.slots])
+                torch.bmm(weighted(small_BMR), bin.batched(grad_MO), out=grad_B_PRO[bin.present])
 
-    grads = []
-    for place, lora in enumerate(projection.lora):
-        grad_A = grad_B = None
-        if needs[2 * place]:
-            grad_PRI = _outer(weighted(small_grads[place]), x_SI, bins)
-            grad_A = bins.by_expert(grad_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
-        if needs[2 * place + 1]:
-            grad_PRO = _outer(weighted(saved[2 * place]), grad_SO, bins)
-            grad_REO = bins.by_expert(grad_PRO, lora.num_experts, r_first=True)
-            # Two dimensions in 16 bits are what torch transposes fast.
-            grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
-        grads += [grad_A, grad_B]
-    return grads
-
-
-def _times(x_SI: torch.Tensor, factor_PRI: torch.Tensor, bins: ExpertBins) -> torch.Tensor:
-    """Each slot times its expert's factor (`torch.Tensor` of shape `(S, R)`)."""
-    small_SR = x_SI.new_empty(len(x_SI), factor_PRI.shape[1])
-    for x_BMI, factor_BRI, small_BMR in zip(
-        bins.by_bin(x_SI), bins.experts_by_bin(factor_PRI), bins.by_bin(small_SR), strict=True
-    ):
-        torch.bmm(x_BMI, factor_BRI.transpose(1, 2), out=small_BMR)
-    return small_SR
-
-
-def _add_product(y_SI: torch.Tensor, small_SR: torch.Tensor, factor_PRI: torch.Tensor, bins: ExpertBins) -> None:
-    """Add to each slot what its R columns times its expert's factor give."""
-    for y_BMI, small_BMR, factor_BRI in zip(
-        bins.by_bin(y_SI), bins.by_bin(small_SR), bins.experts_by_bin(factor_PRI), strict=True
-    ):
-        y_BMI.baddbmm_(small_BMR, factor_BRI)
-
-
-def _outer(small_SR: torch.Tensor, x_SI: torch.Tensor, bins: ExpertBins) -> torch.Tensor:
-    """For each expert, the sum of its slots' outer products (`torch.Tensor` of shape `(P, R, I)`)."""
-    y_PRI = x_SI.new_empty(len(bins.expert_P), small_SR.shape[-1], x_SI.shape[-1])
-    for small_BMR, x_BMI, y_BRI in zip(
-        bins.by_bin(small_SR), bins.by_bin(x_SI), bins.experts_by_bin(y_PRI), strict=True
-    ):
-        torch.bmm(small_BMR.transpose(1, 2), x_BMI, out=y_BRI)
-    return y_PRI
+    def factor_grads(self) -> list[torch.Tensor | None]:
+        """Gradients of each update's A and B, as they are stored."""
+        grads = []
+        for lora, grad_A_PRI, grad_B_PRO in zip(self.projection.lora, self.grads[::2], self.grads[1::2], strict=True):
+            grad_A = grad_B = None
+            if grad_A_PRI is not None:
+                grad_A = self.bins.by_expert(grad_A_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
+            if grad_B_PRO is not None:
+                grad_REO = self.bins.by_expert(grad_B_PRO, lora.num_experts, r_first=True)
+                # Two dimensions in 16 bits are what torch transposes fast.
+                grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
+            grads += [grad_A, grad_B]
+        return grads
 
 
 def _A_of_experts(lora: LowRank, bins: ExpertBins, dtype: torch.dtype) -> torch.Tensor:
@@ -301,24 +306,6 @@ def _B_of_experts(lora: LowRank, bins: ExpertBins, dtype: torch.dtype) -> torch.
     B_REO = transposed_B(lora, dtype)
     row_PR = bins.expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=B_REO.device)
     return B_REO.view(-1, B_REO.shape[-1]).index_select(0, row_PR.view(-1)).view(-1, lora.r, B_REO.shape[-1])
-
-
-def _gate_back(
-    experts: FrozenExperts, up_SO: torch.Tensor, grad_a_SF: torch.Tensor, weight_S1: torch.Tensor, needed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gate's output, ⟨its gradient, it⟩ for each slot, and, where `needed`, the weighted gradient of its input.
-
-    Some rows at a time: what autograd holds of the gate stays small, and in the caches.
-    """
-    a_SF, grad_up_SO = torch.empty_like(grad_a_SF), torch.empty_like(up_SO) if needed else None
-    product_S = grad_a_SF.new_empty(len(grad_a_SF))
-    for start in range(0, len(up_SO), GATE_ROWS):
-        rows = slice(start, start + GATE_ROWS)
-        a_SF[rows], through_gate = _rerun(experts.gate, up_SO[rows])
-        product_S[rows] = (grad_a_SF[rows] * a_SF[rows]).sum(dim=-1)
-        if needed:
-            grad_up_SO[rows] = through_gate(grad_a_SF[rows] * weight_S1[rows])
-    return a_SF, product_S, grad_up_SO
 
 
 def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:

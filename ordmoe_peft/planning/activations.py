@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..errors import OrdMoEConfigError
 from ..images import encode_images
 from ..layers.experts_forward import frozen_step, grouped_forward
 from ..moe_layers import find_moe_layers
-from ..ops.dispatch import ExpertBins
+from ..ops.dispatch import Bin
 from ..ops.frozen_experts import LowRank, run_frozen_experts
 from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
@@ -208,15 +208,15 @@ def _stand_in_for_experts(model: nn.Module, device: str) -> None:
         layer.experts.forward = functools.partial(grouped_forward if is_grouped else _forward_at_once, layer.experts)
 
 
-class _OneBlock(ExpertBins):
-    """Bins of which all slots are multiplied with the first expert's matrix, at once.
+class _OneBlock(Bin):
+    """A bin of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
     one after another takes.
     """
 
-    def blocks(self, *tensors_SI: torch.Tensor) -> Iterable[tuple]:
-        return [(self.experts[0], *tensors_SI)]
+    def blocks(self, *tensors_MI: torch.Tensor) -> Iterable[tuple]:
+        return [(self.experts[0], *tensors_MI)]
 
 
 def _forward_at_once(
@@ -227,7 +227,8 @@ def _forward_at_once(
     expert_lora: dict[str, list[LowRank]] | None = None,
 ) -> torch.Tensor:
     frozen, bins = frozen_step(experts, index_TK, expert_lora or {})
-    return run_frozen_experts(x_TH, weights_TK, frozen, _OneBlock(**vars(bins)))
+    at_once = replace(bins, bins=[_OneBlock(**vars(bin)) for bin in bins.bins])
+    return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 
 
 def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from ordmoe_peft.ops.dispatch import (
     filled_up,
     group_by_expert,
     into_bins,
+    into_runs,
     lay_out_by_expert,
 )
 
@@ -44,43 +45,43 @@ def test_combine_sums_the_rows_of_each_token(routing):
 LAYOUTS = {"without gaps": {}, "in bins": {"bin_cost": 4}, "in steps": {"bin_cost": 4, "row_step": 2}}
 
 
+def slots_of(bin) -> list[int]:
+    return list(range(bin.slots.start, bin.slots.stop))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("num_experts", [5, 40])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_slots_hold_the_rows_of_their_expert(routing, num_experts, layout):
     index_TK = torch.tensor(routing)
-    bins = lay_out_by_expert(index_TK, num_experts, **layout)
-    slots = len(bins.token_S)
-    assert slots == sum(bins.sizes) == sum(bins.gaps)
-    assert len(set(bins.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
-    expert_S = bins.of_slots(torch.arange(num_experts).unsqueeze(1)).squeeze(1)
-    for place, slot in enumerate(bins.slot_N.tolist()):
-        assert bins.token_S[slot] == place // index_TK.shape[1]
-        assert expert_S[slot] == index_TK.reshape(-1)[place]
-    blank = bins.blank_gaps_(torch.ones(slots, 1)).squeeze(1) == 0
-    gaps = blank.nonzero().squeeze(1).tolist()
-    assert sorted(gaps + bins.slot_N.tolist()) == list(range(slots))
-    assert bool(gaps) <= bool(layout), "gaps only for the sake of bins"
-    # The blocks to multiply hold all rows of their expert and nobody else's.
-    assert sorted(bins.experts) == index_TK.unique().tolist()
-    numbered = torch.arange(slots).unsqueeze(1)
-    for expert, block in bins.blocks(numbered):
-        mine = {
-            slot for slot, e in zip(bins.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True) if e == expert
-        }
-        others = set(bins.slot_N.tolist()) - mine
-        assert mine <= set(block.flatten().tolist())
-        assert not others & set(block.flatten().tolist())
+    layout = lay_out_by_expert(index_TK, num_experts, **layout)
+    assert [slot for bin in layout.bins for slot in slots_of(bin)] == list(range(len(layout.token_S)))
+    assert sorted(expert for bin in layout.bins for expert in bin.experts) == index_TK.unique().tolist()
+    assert len(set(layout.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
+    expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
+    for place, slot in enumerate(layout.slot_N.tolist()):
+        assert layout.token_S[slot] == place // index_TK.shape[1]
+    for bin in layout.bins:
+        x_M1 = torch.ones(len(slots_of(bin)), 1)
+        bin.blank_gaps_(x_M1)
+        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(bin)]
+        # The blocks to multiply hold all rows of their expert and nobody else's.
+        numbered_M1 = torch.tensor(slots_of(bin)).unsqueeze(1)
+        for expert, block in bin.blocks(numbered_M1):
+            mine = {slot for slot, its in expert_of.items() if its == expert}
+            assert mine == set(block.flatten().tolist()) & set(expert_of)
 
 
 @pytest.mark.parametrize("num_experts", [5, 40])
 @pytest.mark.parametrize("routing", [*ROUTINGS.values(), torch.randint(5, (90, 2)).tolist()])
-def test_bins_hold_slots_and_experts_in_the_same_order(routing, num_experts):
-    bins = lay_out_by_expert(torch.tensor(routing), num_experts, bin_cost=4)
-    expert_S = bins.of_slots(torch.arange(num_experts).unsqueeze(1))
-    experts_of_bins = bins.experts_by_bin(bins.expert_P.view(-1, 1, 1))
-    for slots_BM1, experts_B11 in zip(bins.by_bin(expert_S), experts_of_bins, strict=True):
-        assert torch.equal(slots_BM1, experts_B11.expand_as(slots_BM1))
+def test_slots_of_a_bin_are_in_the_order_of_its_experts(routing, num_experts):
+    index_TK = torch.tensor(routing)
+    layout = lay_out_by_expert(index_TK, num_experts, bin_cost=4)
+    expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
+    for bin in layout.bins:
+        slots_BM1 = bin.batched(torch.tensor(slots_of(bin)).unsqueeze(1))
+        for expert, slots_M1 in zip(layout.expert_P[bin.present].tolist(), slots_BM1, strict=True):
+            assert {expert_of.get(slot, expert) for slot in slots_M1.flatten().tolist()} == {expert}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -88,12 +89,9 @@ def test_slots_go_back_to_their_tokens(layout):
     index_TK = torch.tensor(ROUTINGS["mixed"])
     bins = lay_out_by_expert(index_TK, 5, **layout)
     x_TH = torch.randn(len(index_TK), 6)
-    rows = bins.rows(x_TH)
+    rows = torch.cat([bins.rows(bin, x_TH) for bin in bins.bins])
     assert torch.equal(bins.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
     torch.testing.assert_close(bins.sum_by_token(rows), 2 * x_TH)
-    blanked = bins.blank_gaps_(rows)
-    assert torch.equal(bins.sum_by_token(blanked), 2 * x_TH)
-    torch.testing.assert_close(blanked.abs().sum(), 2 * x_TH.abs().sum())
 
 
 @pytest.mark.parametrize("r_first", [False, True])
@@ -128,6 +126,12 @@ def test_bins_take_in_all_rows(num_experts):
     own = sum(filled_up(rows, row_step=4) for rows in loads)
     assert sum(slots) <= own + 192 * len(bins)
     assert len(bins) < 24
+
+
+def test_runs_take_in_all_experts_and_are_not_small():
+    loads = [300, 300, 5, 600, *[100] * 7]
+    assert into_runs(loads) == [2, 2, 6, 1]
+    assert into_runs([]) == []
 
 
 def test_few_sizes_serve_all_loads():
