@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..errors import OrdMoEModelError
-from ..ops.dispatch import ExpertBins, ExpertGroups, combine_by_token, group_by_expert, lay_out_by_expert
+from ..ops.dispatch import ExpertGroups, ExpertSlots, combine_by_token, group_by_expert, lay_out_by_expert
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
 from ..ops.grouped_linear import grouped_lora, grouped_matmul
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
@@ -89,7 +89,7 @@ def _frozen_forward(
 
 def frozen_step(
     experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
-) -> tuple[FrozenExperts, ExpertBins]:
+) -> tuple[FrozenExperts, ExpertSlots]:
     """What `run_frozen_experts` takes for these experts and this routing."""
     up_lora, down_lora = (tuple(lora.get(name, ())) for name in (_up_name(experts), "down_proj"))
     frozen = FrozenExperts(

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 
-# Rows that are worked on at a time where bins are not needed: many enough for a product, few enough for the caches.
-RUN = 512
+# Slots that are worked on at a time: many enough to be worth the operations, and few, so that little exists beside what
+# is kept.
+PART = 2048
 # In 16 bits on CPU, products are compiled for each shape that they meet (about 1 ms and 0.65 MB), so shapes are few: in
 # bins, experts are counted in so many groups at most, and their slots in few sizes.
 MOST_GROUPS = 16
@@ -59,12 +60,13 @@ def combine_by_token(rows_NH: torch.Tensor, groups: ExpertGroups) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class Bin:
+class Part:
     """Some experts, whose slots lie side by side. Slots that hold no row are gaps.
 
     Args:
         slots (`slice`): its slots, of all slots.
-        present (`slice`): its experts, of `ExpertBins.expert_P`.
+        present (`slice`): its experts, of `ExpertSlots.expert_P`.
+        bins (`list` of `(int, int)`): experts, and slots of each, for one bin after the other.
         experts (`list` of `int`): those that have rows. They come first.
         sizes (`list` of `int`): the slots to multiply and the slots to leave, for each expert in turn.
         gaps (`list` of `int`): the slots with a row and those without, for each expert in turn.
@@ -72,17 +74,22 @@ class Bin:
 
     slots: slice
     present: slice
+    bins: list[tuple[int, int]]
     experts: list[int]
     sizes: list[int]
     gaps: list[int]
 
-    def batched(self, x_MI: torch.Tensor) -> torch.Tensor:
-        """A view of the bin's slots by expert (`torch.Tensor` of shape `(B, M / B, I)`), if each has as many."""
-        experts = self.present.stop - self.present.start
-        return x_MI.view(experts, len(x_MI) // experts, x_MI.shape[-1])
+    def by_bin(self, x_MI: torch.Tensor) -> list[torch.Tensor]:
+        """A view of each bin's slots by expert (`torch.Tensor` of shape `(B, M / B, I)`)."""
+        rows = x_MI.split([experts * slots for experts, slots in self.bins])
+        return [x_I.view(*bin, x_MI.shape[-1]) for x_I, bin in zip(rows, self.bins, strict=True)]
+
+    def factors_by_bin(self, factor_PRI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A view of what each bin's experts have of a factor (`torch.Tensor` of shape `(B, R, I)`)."""
+        return factor_PRI[self.present].split([experts for experts, _ in self.bins])
 
     def blocks(self, *tensors_MI: torch.Tensor) -> Iterable[tuple]:
-        """Each of `experts` with views of its slots to multiply, one for each tensor of the bin's slots."""
+        """Each of `experts` with views of its slots to multiply, one for each tensor of the part's slots."""
         return zip(self.experts, *(x_MI.split(self.sizes)[::2] for x_MI in tensors_MI), strict=False)
 
     def blank_gaps_(self, x_MI: torch.Tensor) -> None:
@@ -93,26 +100,26 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class ExpertBins:
-    """Routed rows laid out by expert, bin by bin. The host knows the layout: one sync on CUDA.
+class ExpertSlots:
+    """Routed rows laid out by expert, part by part. The host knows the layout: one sync on CUDA.
 
     Args:
         slot_N (`torch.Tensor` of shape `(N,)`): the slot of each row, in the order of the flattened `(T, K)` routing.
         token_S (`torch.Tensor` of shape `(S,)`): the token in each slot; token 0 in gaps.
         expert_P (`torch.Tensor` of shape `(P,)`): the experts in the order of their slots.
-        bins (`list` of [`Bin`]): one after the other.
+        parts (`list` of [`Part`]): one after the other.
         top_k (`int`): K.
     """
 
     slot_N: torch.Tensor
     token_S: torch.Tensor
     expert_P: torch.Tensor
-    bins: list[Bin]
+    parts: list[Part]
     top_k: int
 
-    def rows(self, bin: Bin, x_TH: torch.Tensor) -> torch.Tensor:
-        """The tokens in the slots of a bin (`torch.Tensor` of shape `(M, H)`)."""
-        return x_TH.index_select(0, self.token_S[bin.slots])
+    def rows(self, part: Part, x_TH: torch.Tensor) -> torch.Tensor:
+        """The tokens in the slots of a part (`torch.Tensor` of shape `(M, H)`)."""
+        return x_TH.index_select(0, self.token_S[part.slots])
 
     def by_token(self, x_SI: torch.Tensor) -> torch.Tensor:
         """The rows of each token (`torch.Tensor` of shape `(T, K, I)`)."""
@@ -146,7 +153,7 @@ class ExpertBins:
 
 def lay_out_by_expert(
     top_k_index_TK: torch.Tensor, num_experts: int, bin_cost: int | None = None, row_step: int = 1
-) -> ExpertBins:
+) -> ExpertSlots:
     """Lay the routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) out by expert.
 
     Args:
@@ -161,55 +168,50 @@ def lay_out_by_expert(
     rows_E = torch.bincount(expert_N, minlength=num_experts).tolist()
     if bin_cost is None:
         experts = [expert for expert, rows in enumerate(rows_E) if rows]
-        slots_P = [rows_E[expert] for expert in experts]
-        counts, row_step = into_runs(slots_P), 1
+        bins, row_step = [(1, rows_E[expert]) for expert in experts], 1
     else:
         experts = sorted(range(num_experts), key=lambda expert: -rows_E[expert])
-        shapes = into_bins([rows_E[expert] for expert in experts], bin_cost, row_step)
-        slots_P = [slots for present, slots in shapes for _ in range(present)]
-        counts, experts = [present for present, _ in shapes], experts[: len(slots_P)]
+        bins = into_bins([rows_E[expert] for expert in experts], bin_cost, row_step)
+        experts = experts[: sum(present for present, _ in bins)]
 
-    first_slot_P, bins, start = [*accumulate(slots_P, initial=0)], [], 0
-    for count in counts:
-        sizes, gaps = [], []
-        for expert, slots in zip(experts[start : start + count], slots_P[start : start + count], strict=True):
+    parts, first_slot_E, slot, start = [], [0] * num_experts, 0, 0
+    for bins_of_part in into_parts(bins):
+        sizes, gaps, hit, first_slot, first = [], [], [], slot, start
+        for expert, slots in zip(experts[start:], [slots for n, slots in bins_of_part for _ in range(n)], strict=False):
             rows = rows_E[expert]
             block = min(whole_steps(rows, row_step), slots)
             sizes += [block, slots - block]
             gaps += [rows, slots - rows]
-        present = slice(start, start + count)
-        hit = [expert for expert in experts[present] if rows_E[expert]]
-        bins.append(Bin(slice(first_slot_P[start], first_slot_P[start + count]), present, hit, sizes, gaps))
-        start += count
+            hit += [expert] if rows else []
+            first_slot_E[expert], slot, start = slot, slot + slots, start + 1
+        parts.append(Part(slice(first_slot, slot), slice(first, start), bins_of_part, hit, sizes, gaps))
 
     def on_device(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=order_N.device)
 
-    first_slot_E = [0] * num_experts
-    for expert, slot in zip(experts, first_slot_P, strict=False):
-        first_slot_E[expert] = slot
-    shift_E = [slot - row for slot, row in zip(first_slot_E, accumulate(rows_E, initial=0), strict=False)]
+    shift_E = [first - row for first, row in zip(first_slot_E, accumulate(rows_E, initial=0), strict=False)]
     row_N = torch.arange(len(order_N), device=order_N.device)
     sorted_slot_N = row_N + on_device(shift_E).index_select(0, expert_N)
-    token_S = order_N.new_zeros(first_slot_P[-1])
-    return ExpertBins(
+    token_S = order_N.new_zeros(slot).index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1])
+    return ExpertSlots(
         slot_N=torch.empty_like(order_N).index_copy_(0, order_N, sorted_slot_N),
-        token_S=token_S.index_copy_(0, sorted_slot_N, order_N // top_k_index_TK.shape[-1]),
+        token_S=token_S,
         expert_P=on_device(experts),
-        bins=bins,
+        parts=parts,
         top_k=top_k_index_TK.shape[-1],
     )
 
 
-def into_runs(rows_P: list[int]) -> list[int]:
-    """Cut experts into runs of at least [`RUN`] rows, but the last: the experts of each."""
-    counts, count, total = [], 0, 0
-    for rows in rows_P:
-        count, total = count + 1, total + rows
-        if total >= RUN:
-            counts.append(count)
-            count = total = 0
-    return [*counts, count] if count else counts
+def into_parts(bins: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Cut bins into parts of at least [`PART`] slots, but the last."""
+    parts, slots_of_part = [], PART
+    for experts, slots in bins:
+        if slots_of_part >= PART:
+            parts.append([])
+            slots_of_part = 0
+        parts[-1].append((experts, slots))
+        slots_of_part += experts * slots
+    return parts
 
 
 def into_bins(rows_E: list[int], bin_cost: int, row_step: int = 1) -> list[tuple[int, int]]:

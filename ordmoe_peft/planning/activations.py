@@ -22,7 +22,7 @@ from ..errors import OrdMoEConfigError
 from ..images import encode_images
 from ..layers.experts_forward import frozen_step, grouped_forward
 from ..moe_layers import find_moe_layers
-from ..ops.dispatch import Bin
+from ..ops.dispatch import Part
 from ..ops.frozen_experts import LowRank, run_frozen_experts
 from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
@@ -208,8 +208,8 @@ def _stand_in_for_experts(model: nn.Module, device: str) -> None:
         layer.experts.forward = functools.partial(grouped_forward if is_grouped else _forward_at_once, layer.experts)
 
 
-class _OneBlock(Bin):
-    """A bin of which all slots are multiplied with the first expert's matrix, at once.
+class _OneBlock(Part):
+    """A part of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
     one after another takes.
@@ -226,8 +226,8 @@ def _forward_at_once(
     weights_TK: torch.Tensor,
     expert_lora: dict[str, list[LowRank]] | None = None,
 ) -> torch.Tensor:
-    frozen, bins = frozen_step(experts, index_TK, expert_lora or {})
-    at_once = replace(bins, bins=[_OneBlock(**vars(bin)) for bin in bins.bins])
+    frozen, slots = frozen_step(experts, index_TK, expert_lora or {})
+    at_once = replace(slots, parts=[_OneBlock(**vars(part)) for part in slots.parts])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 
 

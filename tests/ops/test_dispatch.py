@@ -6,7 +6,7 @@ from ordmoe_peft.ops.dispatch import (
     filled_up,
     group_by_expert,
     into_bins,
-    into_runs,
+    into_parts,
     lay_out_by_expert,
 )
 
@@ -45,8 +45,8 @@ def test_combine_sums_the_rows_of_each_token(routing):
 LAYOUTS = {"without gaps": {}, "in bins": {"bin_cost": 4}, "in steps": {"bin_cost": 4, "row_step": 2}}
 
 
-def slots_of(bin) -> list[int]:
-    return list(range(bin.slots.start, bin.slots.stop))
+def slots_of(part) -> list[int]:
+    return list(range(part.slots.start, part.slots.stop))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -55,19 +55,19 @@ def slots_of(bin) -> list[int]:
 def test_slots_hold_the_rows_of_their_expert(routing, num_experts, layout):
     index_TK = torch.tensor(routing)
     layout = lay_out_by_expert(index_TK, num_experts, **layout)
-    assert [slot for bin in layout.bins for slot in slots_of(bin)] == list(range(len(layout.token_S)))
-    assert sorted(expert for bin in layout.bins for expert in bin.experts) == index_TK.unique().tolist()
+    assert [slot for part in layout.parts for slot in slots_of(part)] == list(range(len(layout.token_S)))
+    assert sorted(expert for part in layout.parts for expert in part.experts) == index_TK.unique().tolist()
     assert len(set(layout.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
     expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
     for place, slot in enumerate(layout.slot_N.tolist()):
         assert layout.token_S[slot] == place // index_TK.shape[1]
-    for bin in layout.bins:
-        x_M1 = torch.ones(len(slots_of(bin)), 1)
-        bin.blank_gaps_(x_M1)
-        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(bin)]
+    for part in layout.parts:
+        x_M1 = torch.ones(len(slots_of(part)), 1)
+        part.blank_gaps_(x_M1)
+        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(part)]
         # The blocks to multiply hold all rows of their expert and nobody else's.
-        numbered_M1 = torch.tensor(slots_of(bin)).unsqueeze(1)
-        for expert, block in bin.blocks(numbered_M1):
+        numbered_M1 = torch.tensor(slots_of(part)).unsqueeze(1)
+        for expert, block in part.blocks(numbered_M1):
             mine = {slot for slot, its in expert_of.items() if its == expert}
             assert mine == set(block.flatten().tolist()) & set(expert_of)
 
@@ -78,20 +78,21 @@ def test_slots_of_a_bin_are_in_the_order_of_its_experts(routing, num_experts):
     index_TK = torch.tensor(routing)
     layout = lay_out_by_expert(index_TK, num_experts, bin_cost=4)
     expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
-    for bin in layout.bins:
-        slots_BM1 = bin.batched(torch.tensor(slots_of(bin)).unsqueeze(1))
-        for expert, slots_M1 in zip(layout.expert_P[bin.present].tolist(), slots_BM1, strict=True):
-            assert {expert_of.get(slot, expert) for slot in slots_M1.flatten().tolist()} == {expert}
+    for part in layout.parts:
+        slots_of_bins = part.by_bin(torch.tensor(slots_of(part)).unsqueeze(1))
+        for slots_BM1, experts_B in zip(slots_of_bins, part.factors_by_bin(layout.expert_P), strict=True):
+            for slots_M1, expert in zip(slots_BM1, experts_B.tolist(), strict=True):
+                assert {expert_of.get(slot, expert) for slot in slots_M1.flatten().tolist()} == {expert}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_slots_go_back_to_their_tokens(layout):
     index_TK = torch.tensor(ROUTINGS["mixed"])
-    bins = lay_out_by_expert(index_TK, 5, **layout)
+    slots = lay_out_by_expert(index_TK, 5, **layout)
     x_TH = torch.randn(len(index_TK), 6)
-    rows = torch.cat([bins.rows(bin, x_TH) for bin in bins.bins])
-    assert torch.equal(bins.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
-    torch.testing.assert_close(bins.sum_by_token(rows), 2 * x_TH)
+    rows = torch.cat([slots.rows(part, x_TH) for part in slots.parts])
+    assert torch.equal(slots.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
+    torch.testing.assert_close(slots.sum_by_token(rows), 2 * x_TH)
 
 
 @pytest.mark.parametrize("r_first", [False, True])
@@ -99,11 +100,11 @@ def test_slots_go_back_to_their_tokens(layout):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("routing", [*ROUTINGS.values(), [[0, 1], [2, 3], [4, 0], [0, 1]]])
 def test_what_slots_give_goes_back_to_their_experts(routing, layout, num_experts, r_first):
-    bins = lay_out_by_expert(torch.tensor(routing), num_experts, **layout)
-    x_PRI = torch.randn(len(bins.expert_P), 3, 8)
+    slots = lay_out_by_expert(torch.tensor(routing), num_experts, **layout)
+    x_PRI = torch.randn(len(slots.expert_P), 3, 8)
     wanted_ERI = torch.zeros(num_experts, 3, 8)
-    wanted_ERI[bins.expert_P] = x_PRI
-    got = bins.by_expert(x_PRI, num_experts, r_first)
+    wanted_ERI[slots.expert_P] = x_PRI
+    got = slots.by_expert(x_PRI, num_experts, r_first)
     assert torch.equal(got, wanted_ERI.transpose(0, 1) if r_first else wanted_ERI)
 
 
@@ -128,10 +129,10 @@ def test_bins_take_in_all_rows(num_experts):
     assert len(bins) < 24
 
 
-def test_runs_take_in_all_experts_and_are_not_small():
-    loads = [300, 300, 5, 600, *[100] * 7]
-    assert into_runs(loads) == [2, 2, 6, 1]
-    assert into_runs([]) == []
+def test_parts_take_in_all_bins_and_are_not_small():
+    bins = [(2, 2000), (8, 100), (8, 100), (8, 100), (100, 30), (3, 1)]
+    assert into_parts(bins) == [bins[:1], bins[1:4], bins[4:5], bins[5:]]
+    assert into_parts([]) == []
 
 
 def test_few_sizes_serve_all_loads():
