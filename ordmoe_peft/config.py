@@ -43,6 +43,8 @@ class OrdMoEConfig(LoraConfig):
         tier_seed (`int`, defaults to 0): seed of `"random"` grouping.
         base_moe (`dict`, *optional*): sizes of the base's MoE layers, filled in when the adapter is attached, so that
             loading it on another base can say which one was expected.
+        base_quantization (`dict`, *optional*): the base's quantisation in training, as its `config.json` would have
+            it, filled in when the adapter is attached; merging says when it does not follow it.
 
     Raises:
         [`OrdMoEConfigError`]: a field has a value that cannot work.
@@ -69,6 +71,9 @@ class OrdMoEConfig(LoraConfig):
     advantages: str = field(default="zscore", metadata={"help": f"What rewards become: one of {tuple(ADVANTAGES)}."})
     tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
     base_moe: dict | None = field(default=None, metadata={"help": "Sizes of the base's MoE layers; filled in."})
+    base_quantization: dict | None = field(
+        default=None, metadata={"help": "The base's quantisation in training; filled in."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,7 +15,7 @@ from .layers import param_wrapper, router_wrapper
 from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import EXPERTS_IMPLEMENTATION, find_moe_layers, is_fused_experts, unwrapped, without_wrappers
 from .quantization.foreign import check_expert_storage
-from .targets import base_moe, coverage_report, resolve_targets
+from .targets import base_moe, base_quantization, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
 
@@ -48,6 +48,8 @@ class OrdMoEModel(LoraModel):
                 check_weights(layer)
         install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
+        if config.base_moe is None:  # a new adapter, not one that is loaded
+            config.base_quantization = base_quantization(model)
         config.base_moe = base_moe(model)
         config.target_modules, config.target_parameters = targets
         super().inject_adapter(model, adapter_name, *args, **kwargs)

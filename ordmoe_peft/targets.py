@@ -91,6 +91,12 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
     return [target for target in found if target.role in roles]
 
 
+def base_quantization(model: nn.Module) -> dict | None:
+    """How `model` is quantised, as plain data."""
+    recipe = getattr(getattr(model, "config", None), "quantization_config", None)
+    return recipe.to_dict() if hasattr(recipe, "to_dict") else recipe
+
+
 def base_moe(model: nn.Module) -> dict:
     """The sizes that an adapter of `model` depends on, as plain data."""
     layers = find_moe_layers(model)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers
 from datasets import load_dataset
 from peft import PeftModel
@@ -13,8 +14,8 @@ from ..tiers.routing import adapter_config
 from .arguments import ModelArguments, SampleArguments
 
 
-def load_base(options: ModelArguments, trust_remote_code: bool) -> PreTrainedModel:
-    """The base model, of the class that its checkpoint names."""
+def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any = None) -> PreTrainedModel:
+    """The base model, of the class that its checkpoint names; on the CPU, unless `device_map` says otherwise."""
     shared = {"revision": options.model_revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(options.model_name_or_path, **shared)
     if options.load_in_4bit:
@@ -25,6 +26,7 @@ def load_base(options: ModelArguments, trust_remote_code: bool) -> PreTrainedMod
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization_config=options.quantization_config(config),
+        device_map=device_map,
         **shared,
     )
 
@@ -63,9 +65,13 @@ def limited(dataset: Any, limit: int | None, seed: int = 0) -> Any:
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:
-    """The model that a command runs, with its adapter if there is one, and its processing class."""
+    """The model that a command runs, with its adapter if there is one, and its processing class.
+
+    On the accelerator, if there is one: trainers move their model there, other commands have nobody who does.
+    """
     processing_class = load_processing_class(model_options, options.trust_remote_code)
-    model = load_base(model_options, options.trust_remote_code)
+    device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None
+    model = load_base(model_options, options.trust_remote_code, device_map)
     return model if options.adapter is None else load_adapter(model, options.adapter), processing_class
 
 

@@ -22,7 +22,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from tqdm.auto import tqdm
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..config import OrdMoEConfig
@@ -37,6 +37,9 @@ from .plan import plan_work
 from .sources import PackedSource, Source, check_source, find_sources
 from .survival import RequantizationReport
 from .tensor_merge import TensorMerge
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ def merge_checkpoint(
         raise OrdMoEConfigError(
             f"requantize needs the recipe: {base} is stored dense, so give `quantization_config` (`load_in_4bit`)."
         )
+    if adapter_config.base_quantization is not None and recipe is None and quantization_config is None:
+        logger.warning(
+            f"{adapter} was trained on its base quantised by {_in_short(adapter_config.base_quantization)}, and is now "
+            "merged into the weights as they are stored. Give the recipe (`load_in_4bit` and its fields) to merge into "
+            "what training saw."
+        )
     host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
     skeleton = empty_model(checkpoint.folder, trust_remote_code)
     sources = find_sources(skeleton, checkpoint.files, recipe)
@@ -172,6 +181,11 @@ def _shard_size(size: int | str) -> int:
         return convert_file_size_to_int(size)
     except ValueError as error:
         raise OrdMoEConfigError(f"max_shard_size={size!r} is not a size: give bytes, or such as '5GB'.") from error
+
+
+def _in_short(recipe: dict[str, Any]) -> str:
+    kinds = (recipe.get("quant_method"), recipe.get("bnb_4bit_quant_type"))
+    return ", ".join(str(kind) for kind in kinds if kind is not None)
 
 
 def _adapter_config(adapter: str | Path) -> OrdMoEConfig:

@@ -1,6 +1,7 @@
 """`ordmoe merge`: an adapter and its base become a model on disk that needs no adapter."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -127,6 +128,21 @@ def test_4_bit_options_round_the_base_as_training_saw_it(build, tmp_path):
     in_memory = tuned.merge_and_unload().state_dict()
     for name, value in loaded.state_dict().items():
         torch.testing.assert_close(value, in_memory[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_merging_past_the_recipe_of_training_is_said(tmp_path, caplog):
+    saved(models.qwen3_moe(), tmp_path)
+    merged(tmp_path)
+    assert "as they are stored" not in caplog.text
+    recipe = MoeBitsAndBytesConfig(bnb_4bit_quant_type="fp4")
+    base = type(models.qwen3_moe()).from_pretrained(tmp_path / "base", quantization_config=recipe)
+    get_peft_model(base, OrdMoEConfig()).save_pretrained(tmp_path / "adapter")
+    # Loading it on the dense base does not forget what it was trained on.
+    dense = type(models.qwen3_moe()).from_pretrained(tmp_path / "base")
+    PeftModel.from_pretrained(dense, tmp_path / "adapter").save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "merged")
+    merged(tmp_path)
+    assert "trained on its base quantised by ordmoe_peft, fp4" in caplog.text
 
 
 @pytest.mark.parametrize("build", [models.qwen3_moe, models.gpt_oss, models.mixtral, models.qwen3_vl_moe])
