@@ -42,5 +42,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
         if not may_be_kept(*factors):
             kept.clear()
             return adapted()
-        scalings = (self.scaling[name] for name in active)
-        return keep(kept, (torch.is_autocast_enabled(x.device.type), *active, *scalings), factors, adapted)
+        key = (torch.is_autocast_enabled(x.device.type), *active, *(self.scaling[name] for name in active))
+        if key not in kept:  # one weight is kept, whatever adapters and scales it has had
+            kept.clear()
+        return keep(kept, key, factors, adapted)

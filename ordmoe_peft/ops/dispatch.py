@@ -139,16 +139,17 @@ class ExpertSlots:
         """
         num_present, r, width = x_PRI.shape
         # A gather, which runs on all cores, where index_copy_ runs on one.
-        place_E = self.expert_P.new_full((num_experts,), -1)
+        place_E = self.expert_P.new_zeros(num_experts)
         place_E[self.expert_P] = torch.arange(num_present, device=place_E.device)
-        absent = (place_E < 0).nonzero().squeeze(1)
-        place_E = place_E.clamp(min=0)
         if r_first:
             row_RE = r * place_E + torch.arange(r, device=place_E.device).unsqueeze(1)
             y = x_PRI.reshape(-1, width).index_select(0, row_RE.view(-1)).view(r, num_experts, width)
         else:
             y = x_PRI.reshape(num_present, r * width).index_select(0, place_E).view(num_experts, r, width)
-        return y.index_fill_(int(r_first), absent, 0) if len(absent) else y
+        if num_present == num_experts:
+            return y
+        is_absent_E = torch.ones_like(place_E, dtype=torch.bool).index_fill_(0, self.expert_P, False)
+        return y.masked_fill_(is_absent_E.view((1, -1, 1) if r_first else (-1, 1, 1)), 0)
 
 
 def lay_out_by_expert(

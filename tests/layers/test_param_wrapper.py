@@ -74,3 +74,15 @@ def test_switching_adapters_keeps_each_ones_own(tuned):
     assert not torch.allclose(first, second)
     tuned.set_adapter("default")
     assert torch.equal(logits(tuned), first)
+
+
+def test_a_changed_scale_counts_at_once_and_piles_nothing_up(tuned):
+    router = tuned.base_model.model.model.layers[1].mlp.gate
+    before = logits(tuned)
+    for scale in (20.0, 30.0):
+        router.scaling["default"] = scale
+        assert not torch.equal(logits(tuned), before)
+        assert len(router.kept) == 1
+    with torch.enable_grad():
+        anew = tuned(**models.text_batch()).logits
+    torch.testing.assert_close(anew, logits(tuned), rtol=0, atol=1e-2 * float(anew.abs().max()))
