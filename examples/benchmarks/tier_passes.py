@@ -37,7 +37,7 @@ from trl import DPOConfig, DPOTrainer
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.cli.tables import print_table
 
-from .measuring import grouped_mm_flops, in_a_fresh_process, peak_of
+from .measuring import by_turns, grouped_mm_flops, in_a_fresh_process, peak_of
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Options:
     tokens: int = field(default=320, metadata={"help": "Prompt and response of a sample together."})
     steps: int = field(default=3, metadata={"help": "Timed steps of a trainer in a round; one more warms up."})
     rounds: int = field(default=3, metadata={"help": "Rounds in which the trainers take turns."})
+    generations: int = field(default=15, metadata={"help": "Timed calls of `generate` of each kind, by turns."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens that `generate` writes."})
     only: str | None = field(default=None, metadata={"help": "Internal: measure the memory of this row alone."})
     prompt_parts: int = field(default=4, metadata={"help": "Internal: prompt tokens for each response token."})
@@ -63,6 +64,8 @@ SFT, DPO = "SFT (C = 1)", "trl.DPOTrainer"
 # Row → the adapter's and the trainer's arguments.
 ORDMOE: dict[str, tuple[dict, dict]] = {
     SFT: ({"num_tiers": 1}, {"balance_coef": 0.0}),
+    # TRL's head scores every position of a row on CPU, OrdMoE's passes those of the response, as TRL does on CUDA.
+    "C = 1, responses alone scored": ({"num_tiers": 1}, {"balance_coef": 1e-9}),
     "C = 3, sequence scope, batched": ({}, {"tier_passes": "batched"}),
     "C = 3, sequence scope, sequential": ({}, {"tier_passes": "sequential"}),
     "C = 3, response scope, rows": ({"token_scope": "response"}, {"tier_passes": "batched", "share_prompt": False}),
@@ -212,7 +215,8 @@ def cost_table(options: Options) -> None:
 
 
 def sizes(options: Options) -> dict[str, int]:
-    return {name: value for name, value in vars(options).items() if name not in ("only", "rounds", "new_tokens")}
+    others = ("only", "rounds", "generations", "new_tokens")
+    return {name: value for name, value in vars(options).items() if name not in others}
 
 
 def generation_table(options: Options) -> None:
@@ -232,28 +236,11 @@ def generation_table(options: Options) -> None:
         return run
 
     ways = {"plain": plain} | {f"tier {tier}": held(tier) for tier in (1, 2, 3)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for run in ways.values():
-        run()
-    for _ in range(max(options.rounds, 5)):
-        for name, run in ways.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    times = by_turns(ways, options.generations)
     print_table(
         f"\n`generate`: {options.batch_size} prompts of 64 tokens, {options.new_tokens} new tokens each",
-        ["", "ms", "x plain", "min", "max"],
-        [
-            [
-                name,
-                f"{1e3 * medians[name]:.0f}",
-                f"{medians[name] / medians['plain']:.3f}",
-                f"{1e3 * min(seconds[name]):.0f}",
-                f"{1e3 * max(seconds[name]):.0f}",
-            ]
-            for name in ways
-        ],
+        ["", "median [min, max]", "x plain"],
+        [[name, str(times[name]), f"{times[name].over(times['plain']):.3f}"] for name in ways],
     )
 
 

@@ -39,9 +39,9 @@ def rank_experts(
 ) -> torch.Tensor:
     """Experts of each token from rank 1 to rank E (`torch.Tensor` of shape `(T, E)`).
 
-    The first K are the router's own choice, whatever it did with ties, so that no lower tier shares an expert with
-    tier 1; the others follow by score, ties by index. Where a group-limited router left experts out, the ranks end with
-    those that it kept, if these are enough for the tiers; else its groups are ignored.
+    The first K are the router's own choice, as it stands, whatever it did with ties, so that no lower tier shares an
+    expert with tier 1; the others follow by score, ties by index. Where a group-limited router left experts out, the
+    ranks end with those that it kept, if these are enough for the tiers; else its groups are ignored.
 
     Args:
         scores_TE (`torch.Tensor` of shape `(T, E)`): routing scores of all experts.
@@ -49,14 +49,12 @@ def rank_experts(
         left_out_TE (`torch.Tensor` of shape `(T, E)`, *optional*): experts that were not to choose from.
         num_needed (`int`): C·K.
     """
-    num_ranked = scores_TE.shape[1]
+    num_ranked, top_k = scores_TE.shape[1], top_k_index_TK.shape[1]
     if left_out_TE is not None and (num_kept := int((~left_out_TE).sum(1).min())) >= num_needed:
         scores_TE, num_ranked = scores_TE.masked_fill(left_out_TE, float("-inf")), num_kept
-    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, top_k_index_TK, True)
-    by_score_TE = torch.sort(scores_TE, dim=1, descending=True, stable=True).indices
-    # A stable sort by "not chosen" keeps the order by score within the chosen and within the rest.
-    chosen_first_TE = torch.sort((~chosen_TE).gather(1, by_score_TE).to(torch.uint8), dim=1, stable=True).indices
-    return by_score_TE.gather(1, chosen_first_TE)[:, :num_ranked]
+    chosen_first_TE = scores_TE.scatter(1, top_k_index_TK, float("inf"))
+    by_score_TE = torch.sort(chosen_first_TE, dim=1, descending=True, stable=True).indices
+    return torch.cat([top_k_index_TK, by_score_TE[:, top_k:num_ranked]], dim=1)
 
 
 def random_order(
@@ -94,15 +92,13 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def tier_experts(
-    ranked_TE: torch.Tensor, tier_T: torch.Tensor, num_tiers: int, top_k: int, grouping: str
-) -> torch.Tensor:
-    """The K experts of each token's tier (`torch.Tensor` of shape `(T, K)`).
+def ranks_of_tiers(tier_T: torch.Tensor, num_tiers: int, num_ranked: int, top_k: int, grouping: str) -> torch.Tensor:
+    """The ranks of each token's tier, counted from 0 as columns are (`torch.Tensor` of shape `(T, K)`).
 
     Args:
-        ranked_TE (`torch.Tensor` of shape `(T, E)`): experts in rank order.
         tier_T (`torch.Tensor` of shape `(T,)`): each token's tier, from 1.
+        num_ranked (`int`): how many experts have a rank.
     """
-    starts = [first_rank(tier, num_tiers, ranked_TE.shape[1], top_k, grouping) - 1 for tier in range(1, num_tiers + 1)]
+    starts = [first_rank(tier, num_tiers, num_ranked, top_k, grouping) - 1 for tier in range(1, num_tiers + 1)]
     start_T = torch.tensor(starts, device=tier_T.device)[tier_T - 1]
-    return ranked_TE.gather(1, start_T.unsqueeze(1) + torch.arange(top_k, device=tier_T.device))
+    return start_T.unsqueeze(1) + torch.arange(top_k, device=tier_T.device)

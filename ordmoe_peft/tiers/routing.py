@@ -24,7 +24,7 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..moe_layers import WEIGHTS, MoELayer, find_moe_layers, router_weights, text_model
 from .plan import TierPlan, make_plan
-from .ranking import random_order, rank_experts, tier_experts
+from .ranking import random_order, rank_experts, ranks_of_tiers
 
 
 # Plans asked for by the `with` blocks of this thread: id of the text model → plan.
@@ -38,17 +38,27 @@ class TierForward:
     plan: TierPlan
     sequence_length: int
     past_length: int
-    _tiers_of_tokens: dict[tuple[int, torch.device], torch.Tensor] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""
         key = (num_tokens, device)
-        if key not in self._tiers_of_tokens:
+        if key not in self._made:
             lengths = (self.sequence_length, self.past_length)
-            self._tiers_of_tokens[key] = self.plan.tier_of_token(num_tokens, device, *lengths)
-        return self._tiers_of_tokens[key]
+            self._made[key] = self.plan.tier_of_token(num_tokens, device, *lengths)
+        return self._made[key]
+
+    def ranks(self, ranked_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+        """The columns of `ranked_TE` that each token's tier takes (`torch.Tensor` of shape `(T, K)`).
+
+        Made once for all layers of a kind.
+        """
+        num_tokens, num_ranked = ranked_TE.shape
+        key = (num_tokens, ranked_TE.device, num_ranked, top_k)
+        if key not in self._made:
+            tier_T = self.tier_of_token(num_tokens, ranked_TE.device)
+            self._made[key] = ranks_of_tiers(tier_T, self.plan.num_tiers, num_ranked, top_k, self.plan.grouping)
+        return self._made[key]
 
 
 class _Running(threading.local):
@@ -343,13 +353,12 @@ class _TierSelection(TorchFunctionMode):
         self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
     ) -> torch.Tensor:
         plan, top_k = self.forward.plan, self.router.top_k
-        self.tier_T = tier_T = self.forward.tier_of_token(len(scores_TE), scores_TE.device)
+        self.tier_T = self.forward.tier_of_token(len(scores_TE), scores_TE.device)
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)
             ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.router.index)
-        index_TK = tier_experts(ranked_TE, tier_T, plan.num_tiers, top_k, plan.grouping)
-        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, index_TK)
+        return ranked_TE.gather(1, self.forward.ranks(ranked_TE, top_k))
 
     def _places(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of each token, counted over the whole sequence, cached part included."""

@@ -19,6 +19,7 @@ from ..responses import IGNORED_LABEL
 from ..tiers.records import recorded_router_logits
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
+from .labelled_positions import score_labelled
 from .packed_rows import PackedRows
 from .prompt_sharing import PromptSharing
 from .random_state import RandomState
@@ -245,7 +246,7 @@ class TierPasses:
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
         with tier_routing(self.moe_model, tiers, num_samples=batch_size, **self.draw):
-            outputs = self.model(**rows)
+            outputs = self._score(rows)
         return Forward(
             outputs,
             _scored(outputs, groups, rows["labels"]),
@@ -254,10 +255,13 @@ class TierPasses:
             lambda logits_TE: logits_TE[: len(logits_TE) // len(groups)],
         )
 
+    def _score(self, inputs: dict[str, Any]) -> Any:
+        return score_labelled(self.model, self.moe_model.get_base_model().base_model, inputs)
+
     def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
         """One forward, a row for each sample."""
         with tier_routing(self.moe_model, packed.tiers_NS, places=packed.places_NS, **self.draw):
-            outputs = packed.as_separate_rows(self.model(**packed.inputs))
+            outputs = packed.as_separate_rows(self._score(packed.inputs))
         labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
         mask_BS = groups[0].inputs["attention_mask"]
         return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier_logits)

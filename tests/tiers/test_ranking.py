@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.tiers.ranking import check_tiers_fit, first_rank, random_order, rank_experts, tier_experts
+from ordmoe_peft.tiers.ranking import check_tiers_fit, first_rank, random_order, rank_experts, ranks_of_tiers
 from tests import reference
 
 
@@ -54,10 +54,10 @@ def test_ranks_end_with_the_groups_that_were_kept_where_these_are_enough():
     assert rank_experts(scores, chosen, left_out, num_needed=5).tolist() == [[0, 2, 5, 4, 3, 1]]
 
 
-def test_tier_experts_picks_each_tokens_own_tier():
+def test_each_token_has_its_own_tiers_ranks():
     ranked = torch.tensor([[4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
-    assert tier_experts(ranked, torch.tensor([1, 3]), 3, 1, "uniform").tolist() == [[4], [4]]
-    assert tier_experts(ranked, torch.tensor([2, 2]), 2, 2, "high_only").tolist() == [[2, 1], [2, 3]]
+    assert ranked.gather(1, ranks_of_tiers(torch.tensor([1, 3]), 3, 5, 1, "uniform")).tolist() == [[4], [4]]
+    assert ranked.gather(1, ranks_of_tiers(torch.tensor([2, 2]), 2, 5, 2, "high_only")).tolist() == [[2, 1], [2, 3]]
 
 
 class TestRandomOrder:
