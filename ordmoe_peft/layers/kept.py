@@ -16,13 +16,15 @@ class Kept:
         sources (`tuple` of `torch.Tensor`): share memory with what it was made of, so that nothing else can take their
             addresses.
         versions (`tuple` of `int`), rows (`tuple` of `torch.Tensor`): of the sources, which may have been written to
-            since.
+            since; their first rows.
+        firsts (`tuple` of `torch.Tensor`): views of the first rows as they are now.
     """
 
     value: torch.Tensor
     sources: tuple[torch.Tensor, ...]
     versions: tuple[int, ...]
     rows: tuple[torch.Tensor, ...]
+    firsts: tuple[torch.Tensor, ...]
 
     def is_of(self, *tensors: torch.Tensor) -> bool:
         """Whether it is made of these tensors as they are now.
@@ -30,11 +32,13 @@ class Kept:
         Writing through `.data` does not count as a version; the first row gives that away.
         """
         return all(
-            tensor.data_ptr() == source.data_ptr()
+            tensor._version == version
+            and tensor.data_ptr() == source.data_ptr()
             and tensor.dtype == source.dtype
-            and tensor._version == version
-            and torch.equal(tensor[0], row)
-            for tensor, source, version, row in zip(tensors, self.sources, self.versions, self.rows, strict=True)
+            and torch.equal(first, row)
+            for tensor, source, version, first, row in zip(
+                tensors, self.sources, self.versions, self.firsts, self.rows, strict=True
+            )
         )
 
 
@@ -49,11 +53,10 @@ def keep(
     store: dict[Hashable, Kept], key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """`make()`, or what it gave before in `store`, if `sources` are what they were."""
-    if key not in store or not store[key].is_of(*sources):
-        store[key] = Kept(
-            make(),
-            tuple(source.detach() for source in sources),
-            tuple(source._version for source in sources),
-            tuple(source[0].clone() for source in sources),
-        )
-    return store[key].value
+    kept = store.get(key)
+    if kept is None or not kept.is_of(*sources):
+        detached = tuple(source.detach() for source in sources)
+        firsts = tuple(source[0] for source in detached)
+        versions = tuple(source._version for source in sources)
+        kept = store[key] = Kept(make(), detached, versions, tuple(first.clone() for first in firsts), firsts)
+    return kept.value

@@ -26,7 +26,9 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        return functional_call(self.base_layer, {self.parameter_name: self._weight(x, active)}, (x, *args), kwargs)
+        weight = {self.parameter_name: self._weight(x, active)}
+        # No tied weights to look for: that walks over the module in every call.
+        return functional_call(self.base_layer, weight, (x, *args), kwargs, tie_weights=False)
 
     def _weight(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
         """The router's weight with the deltas of these adapters, to run on `x`."""

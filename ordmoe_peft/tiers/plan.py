@@ -1,7 +1,8 @@
 """What a forward pass is told about tiers: which tier each row is on, and how tiers are cut."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -34,6 +35,7 @@ class TierPlan:
             the same order for a sample's tiers; by default each row is a sample.
         first_sample (`int`): samples of the same step before this forward's, for `random`: those of other
             micro-batches and processes, so that what a sample draws does not depend on how a batch is shared out.
+        made (`dict`): what forwards have made of the tiers, for those to come.
     """
 
     tiers: torch.Tensor
@@ -46,11 +48,18 @@ class TierPlan:
     tier_weights: str = "router"
     places: torch.Tensor | None = None
     first_sample: int = 0
+    made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def is_top(self) -> bool:
         """Whether all rows are on tier 1, which is the model as it is."""
         return self.places is None and bool((self.tiers == 1).all())
+
+    @cached_property
+    def only_tier(self) -> int | None:
+        """The tier that all rows are on; `None` where they are on several."""
+        tiers = self.tiers.unique().tolist()
+        return tiers[0] if len(tiers) == 1 else None
 
     def tier_of_token(
         self, num_tokens: int, device: torch.device, sequence_length: int, past_length: int = 0

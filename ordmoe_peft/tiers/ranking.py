@@ -39,9 +39,9 @@ def rank_experts(
 ) -> torch.Tensor:
     """Experts of each token from rank 1 to rank E (`torch.Tensor` of shape `(T, E)`).
 
-    The first K are the router's own choice, as it stands, whatever it did with ties, so that no lower tier shares an
-    expert with tier 1; the others follow by score, ties by index. Where a group-limited router left experts out, the
-    ranks end with those that it kept, if these are enough for the tiers; else its groups are ignored.
+    The first K are those that the router chose, whatever it did with ties, so that no lower tier shares an expert with
+    tier 1, in no particular order; the others follow by score, ties by index. Where a group-limited router left experts
+    out, the ranks end with those that it kept, if these are enough for the tiers; else its groups are ignored.
 
     Args:
         scores_TE (`torch.Tensor` of shape `(T, E)`): routing scores of all experts.
@@ -49,12 +49,11 @@ def rank_experts(
         left_out_TE (`torch.Tensor` of shape `(T, E)`, *optional*): experts that were not to choose from.
         num_needed (`int`): C·K.
     """
-    num_ranked, top_k = scores_TE.shape[1], top_k_index_TK.shape[1]
+    num_ranked = scores_TE.shape[1]
     if left_out_TE is not None and (num_kept := int((~left_out_TE).sum(1).min())) >= num_needed:
         scores_TE, num_ranked = scores_TE.masked_fill(left_out_TE, float("-inf")), num_kept
     chosen_first_TE = scores_TE.scatter(1, top_k_index_TK, float("inf"))
-    by_score_TE = torch.sort(chosen_first_TE, dim=1, descending=True, stable=True).indices
-    return torch.cat([top_k_index_TK, by_score_TE[:, top_k:num_ranked]], dim=1)
+    return torch.sort(chosen_first_TE, dim=1, descending=True, stable=True).indices[:, :num_ranked]
 
 
 def random_order(

@@ -24,7 +24,7 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..moe_layers import WEIGHTS, MoELayer, find_moe_layers, router_weights, text_model
 from .plan import TierPlan, make_plan
-from .ranking import random_order, rank_experts, ranks_of_tiers
+from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers
 
 
 # Plans asked for by the `with` blocks of this thread: id of the text model → plan.
@@ -38,27 +38,37 @@ class TierForward:
     plan: TierPlan
     sequence_length: int
     past_length: int
-    _made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _own: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def _made(self) -> dict[tuple, torch.Tensor]:
+        """What was made for the layers before: of all forwards, where it does not depend on the length of a cache."""
+        return self.plan.made if self.plan.tiers.dim() == 1 else self._own
 
     def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
         """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""
-        key = (num_tokens, device)
+        key = ("tiers", num_tokens, device, self.sequence_length)
         if key not in self._made:
             lengths = (self.sequence_length, self.past_length)
             self._made[key] = self.plan.tier_of_token(num_tokens, device, *lengths)
         return self._made[key]
 
-    def ranks(self, ranked_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-        """The columns of `ranked_TE` that each token's tier takes (`torch.Tensor` of shape `(T, K)`).
+    def choice(self, ranked_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
+        """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them.
 
-        Made once for all layers of a kind.
+        Args:
+            ranked_TE (`torch.Tensor` of shape `(T, E)`): experts in the order of their ranks.
+            top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the router's choice.
         """
-        num_tokens, num_ranked = ranked_TE.shape
-        key = (num_tokens, ranked_TE.device, num_ranked, top_k)
+        (num_tokens, num_ranked), top_k, plan = ranked_TE.shape, top_k_index_TK.shape[1], self.plan
+        if plan.only_tier is not None:
+            start = first_rank(plan.only_tier, plan.num_tiers, num_ranked, top_k, plan.grouping) - 1
+            return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k]
+        tier_T = self.tier_of_token(num_tokens, ranked_TE.device)
+        key = ("ranks", num_tokens, ranked_TE.device, self.sequence_length, num_ranked, top_k)
         if key not in self._made:
-            tier_T = self.tier_of_token(num_tokens, ranked_TE.device)
-            self._made[key] = ranks_of_tiers(tier_T, self.plan.num_tiers, num_ranked, top_k, self.plan.grouping)
-        return self._made[key]
+            self._made[key] = ranks_of_tiers(tier_T, plan.num_tiers, num_ranked, top_k, plan.grouping)
+        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, ranked_TE.gather(1, self._made[key]))
 
 
 class _Running(threading.local):
@@ -271,7 +281,8 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         )
     if selection.forward.plan.tier_weights == "router":
         return None
-    return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection.tier_T)
+    weights_TK = module.forward(*args, **kwargs)[WEIGHTS]
+    return _matched(output, weights_TK, selection.forward.tier_of_token(len(weights_TK), weights_TK.device))
 
 
 def _matched(output: tuple, top_weights_TK: torch.Tensor, tier_T: torch.Tensor) -> tuple:
@@ -327,7 +338,6 @@ class _TierSelection(TorchFunctionMode):
         super().__init__()
         self.router, self.forward = router, forward
         self.selections = 0
-        self.tier_T: torch.Tensor | None = None
         # What a group-limited router chooses from, the same before it left groups out, and which experts it left out.
         self.limited: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
@@ -353,12 +363,11 @@ class _TierSelection(TorchFunctionMode):
         self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
     ) -> torch.Tensor:
         plan, top_k = self.forward.plan, self.router.top_k
-        self.tier_T = self.forward.tier_of_token(len(scores_TE), scores_TE.device)
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
         if plan.grouping == "random":
             row_T, position_T = self._places(len(scores_TE), scores_TE.device)
             ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.router.index)
-        return ranked_TE.gather(1, self.forward.ranks(ranked_TE, top_k))
+        return self.forward.choice(ranked_TE, top_k_index_TK)
 
     def _places(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of each token, counted over the whole sequence, cached part included."""
