@@ -5,7 +5,8 @@ experts without an adapter are left to that, so a model's outputs do not change 
 
 There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU
 and the only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts
-elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
+elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync. So do
+few rows, as in decoding, with LoRA row by row.
 
 Shape suffixes as in `ops/__init__.py`.
 """
@@ -20,7 +21,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from ..errors import OrdMoEModelError
 from ..ops.dispatch import ExpertGroups, ExpertSlots, combine_by_token, group_by_expert, lay_out_by_expert
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
-from ..ops.grouped_linear import grouped_lora, grouped_matmul
+from ..ops.grouped_linear import grouped_lora, grouped_matmul, lora_by_row
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 
@@ -30,6 +31,8 @@ BIN_COST_BYTES = 600_000
 # In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
 # rows up to multiples of this makes them few.
 ROW_STEP = 4
+# Routed rows up to which LoRA by row is faster than in bins of experts: measured on two CPU cores.
+FEW_ROWS = 32
 
 
 def experts_forward(
@@ -66,9 +69,11 @@ def experts_forward(
         )
     if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if is_any_packed or (self.down_proj.device.type == "cpu" and not is_trained(self)):
+    # Not in training: reentrant checkpointing's first forward has no gradients, and must be what the second is.
+    is_few = top_k_index.numel() <= FEW_ROWS and not self.training and not torch.is_grad_enabled()
+    if is_any_packed or (self.down_proj.device.type == "cpu" and not is_trained(self) and not is_few):
         return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora, by_row=is_few)
 
 
 def is_trained(experts: nn.Module) -> bool:
@@ -127,35 +132,38 @@ def grouped_forward(
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     expert_lora: dict[str, list[LowRank]] | None = None,
+    by_row: bool = False,
 ) -> torch.Tensor:
-    """[`experts_forward`] of dense experts on an accelerator: all experts' products at once."""
+    """[`experts_forward`] of dense experts through `grouped_mm`, LoRA too, or `by_row`."""
     lora = expert_lora or {}
     groups = group_by_expert(index_TK, experts.num_experts)
-    expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias else None
-    rows_NF = _grouped_project(experts, _up_name(experts), x_TH[groups.token_N], expert_N, groups, lora)
+    expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias or by_row else None
+
+    def project(name: str, x_NI: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)
+        x_NI = x_NI.to(weight.dtype)
+        y_NO = grouped_matmul(x_NI, weight if experts.is_transposed else weight.transpose(1, 2), groups.ends_E)
+        if experts.has_bias:
+            y_NO = y_NO + getattr(experts, f"{name}_bias")[expert_N]
+        for update in lora.get(name, ()):
+            y_NO = y_NO + (_lora_by_row(x_NI, update, expert_N) if by_row else _lora(x_NI, update, groups))
+        return y_NO.to(weight.dtype)
+
+    rows_NF = project(_up_name(experts), x_TH[groups.token_N])
     rows_NF = experts._apply_gate(rows_NF) if experts.has_gate else experts.act_fn(rows_NF)
-    rows_NH = _grouped_project(experts, "down_proj", rows_NF, expert_N, groups, lora)
+    rows_NH = project("down_proj", rows_NF)
     if experts.has_post_expert_norm:
         rows_NH = experts.post_expert_norm(rows_NH)
     rows_NH = rows_NH * weights_TK.reshape(-1)[groups.order_N].unsqueeze(-1)
     return combine_by_token(rows_NH, groups).to(x_TH.dtype)
 
 
-def _grouped_project(
-    experts: nn.Module,
-    name: str,
-    x_NI: torch.Tensor,
-    expert_N: torch.Tensor | None,
-    groups: ExpertGroups,
-    lora: dict[str, list[LowRank]],
-) -> torch.Tensor:
-    """One projection of all routed rows: base weight, bias and low-rank updates."""
-    weight = getattr(experts, name)
-    x_NI = x_NI.to(weight.dtype)
-    y_NO = grouped_matmul(x_NI, weight if experts.is_transposed else weight.transpose(1, 2), groups.ends_E)
-    if expert_N is not None:
-        y_NO = y_NO + getattr(experts, f"{name}_bias")[expert_N]
-    for update in lora.get(name, ()):
-        A_ERI, B_EOR = update.A_ERI.to(y_NO.dtype), update.B_EOR.to(y_NO.dtype)
-        y_NO = y_NO + grouped_lora(x_NI, A_ERI, B_EOR, update.scaling, groups.ends_E)
-    return y_NO
+def _lora(x_NI: torch.Tensor, update: LowRank, groups: ExpertGroups) -> torch.Tensor:
+    A_ERI, B_EOR = update.A_ERI.to(x_NI.dtype), update.B_EOR.to(x_NI.dtype)
+    return grouped_lora(x_NI, A_ERI, B_EOR, update.scaling, groups.ends_E)
+
+
+def _lora_by_row(x_NI: torch.Tensor, update: LowRank, expert_N: torch.Tensor) -> torch.Tensor:
+    B_ERO = update.B_EOR.transpose(1, 2) if update.B_ERO is None else update.B_ERO
+    A_NRI, B_NRO = (factor.index_select(0, expert_N).to(x_NI.dtype) for factor in (update.A_ERI, B_ERO))
+    return lora_by_row(x_NI, A_NRI, B_NRO, update.scaling)

@@ -1,6 +1,5 @@
 """LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..errors import OrdMoEModelError
-from ..ops.frozen_experts import LowRank, transposed_B
+from ..ops.frozen_experts import B_by_expert, LowRank
 from ..quantization.storage import is_packed, logical_shape
 from .kept import keep, may_be_kept
 
@@ -38,15 +37,15 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
         update, kept = self.low_rank(adapter_name), self.__dict__.setdefault("kept", {})
-        if not may_be_kept(update.A, update.B):
+        A, B = update.A, update.B
+        if not may_be_kept(A, B):
             kept.clear()
             return update
         weight = self.get_param()
         dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        B_REO = keep(kept, (adapter_name, "B"), (update.B,), partial(transposed_B, update, dtype))
-        if update.A.dtype != dtype:
-            update = replace(update, A=keep(kept, (adapter_name, "A"), (update.A,), partial(update.A.to, dtype)))
-        return replace(update, B_REO=B_REO)
+        B_ERO = keep(kept, (adapter_name, "B"), (B,), partial(B_by_expert, update, dtype))
+        A = A if A.dtype == dtype else keep(kept, (adapter_name, "A"), (A,), partial(A.to, dtype))
+        return LowRank(A, B, update.num_experts, update.scaling, B_ERO)
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

@@ -1,6 +1,7 @@
 """The experts function against one token and one expert at a time: every layout, dense and in 4 bits, with LoRA."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
+from ordmoe_peft.layers import experts_forward as forward_of_experts
 from ordmoe_peft.layers.experts_forward import experts_forward
-from ordmoe_peft.ops.frozen_experts import LowRank
+from ordmoe_peft.ops.frozen_experts import B_by_expert, LowRank
 from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
@@ -100,6 +102,29 @@ def test_values_and_gradients(flags, routing, packed):
         torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
     ):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_B_at_hand", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_few_rows_of_a_forward_without_gradients(flags, routing, has_B_at_hand, monkeypatch):
+    module = build_experts(**flags).eval()
+    updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    index = torch.tensor(routing)
+    x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
+    deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
+    stacks = {
+        name: getattr(module, name) + (delta.transpose(1, 2) if module.is_transposed else delta)
+        for name, delta in deltas.items()
+    }
+    if has_B_at_hand:
+        updates = {name: [replace(a, B_ERO=B_by_expert(a, a.B.dtype))] for name, [a] in updates.items()}
+    monkeypatch.setattr(forward_of_experts, "FEW_ROWS", index.numel())
+    monkeypatch.setattr(forward_of_experts, "run_frozen_experts", None)  # not this way
+    with torch.no_grad():
+        got = experts_forward(module, x, index, weights, expert_lora=updates)
+        wanted = reference.experts(module, x, index, weights, stacks)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
