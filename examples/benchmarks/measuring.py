@@ -22,6 +22,10 @@ import torch
 # meets several hundred shapes in 16 bits: without room for all, each would compile anew what another's turn pushed out.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
+# Calls in a context, of which the median counts: entering it fills the caches with other things, for which the first
+# pay.
+CALLS_INSIDE = 7
+
 
 @dataclass(frozen=True)
 class Times:
@@ -56,21 +60,27 @@ def by_turns(
     """Run each function once to warm up, then all of them one after the other, `repetitions` times, each turn begun by
     another.
 
-    A function that `inside` names runs in that context; entering and leaving it is not timed.
+    A function that `inside` names runs in that context, [`CALLS_INSIDE`] times, and the median counts; entering and
+    leaving it is not timed.
     """
     seconds, names = {name: [] for name in functions}, list(functions)
+    calls = 1 if inside is None else CALLS_INSIDE
     for repetition in range(repetitions + 1):
         names = names[1:] + names[:1]
         for name in names:
-            function = functions[name]
             with (inside or {}).get(name, nullcontext)():
-                _wait(device)
-                start = time.perf_counter()
-                function()
-                _wait(device)
+                turn = [_seconds(functions[name], device) for _ in range(calls)]
             if repetition:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(statistics.median(turn))
     return {name: Times(values) for name, values in seconds.items()}
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: str) -> None:
