@@ -31,6 +31,9 @@ BIN_COST_BYTES = 600_000
 # In 16 bits oneDNN compiles and keeps a kernel of about 0.6 MB for each number of rows that a product meets; rounding
 # rows up to multiples of this makes them few.
 ROW_STEP = 4
+# What the up-projection's output takes of the slots that are worked on at a time, in bytes: many enough to be worth the
+# operations, and few, so that little exists beside what is kept.
+PART_BYTES = 3_000_000
 # Routed rows up to which LoRA by row is faster than in bins of experts: measured on two CPU cores.
 FEW_ROWS = 64
 
@@ -106,7 +109,8 @@ def frozen_step(
     row_step = 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP
     features = sum(projection.in_features + projection.out_features for projection in (frozen.up, frozen.down))
     bin_cost = BIN_COST_BYTES // (features * frozen.down.dtype.itemsize) if up_lora or down_lora else None
-    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step)
+    part_size = PART_BYTES // (frozen.up.out_features * frozen.up.dtype.itemsize)
+    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step, part_size)
 
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:

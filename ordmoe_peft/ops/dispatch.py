@@ -9,9 +9,6 @@ import torch
 from torch.nn import functional as F
 
 
-# Slots that are worked on at a time: many enough to be worth the operations, and few, so that little exists beside what
-# is kept.
-PART = 2048
 # In 16 bits on CPU, products are compiled for each shape that they meet (about 1 ms and 0.65 MB), so shapes are few: in
 # bins, experts are counted in so many groups at most, and their slots in few sizes.
 MOST_GROUPS = 16
@@ -153,7 +150,11 @@ class ExpertSlots:
 
 
 def lay_out_by_expert(
-    top_k_index_TK: torch.Tensor, num_experts: int, bin_cost: int | None = None, row_step: int = 1
+    top_k_index_TK: torch.Tensor,
+    num_experts: int,
+    bin_cost: int | None = None,
+    row_step: int = 1,
+    part_size: int = 2048,
 ) -> ExpertSlots:
     """Lay the routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) out by expert.
 
@@ -164,6 +165,7 @@ def lay_out_by_expert(
             it experts keep their order, and there are no gaps.
         row_step (`int`, defaults to 1): with gaps, slots and blocks to multiply are multiples of it, where there are as
             many rows.
+        part_size (`int`, defaults to 2048): the least slots of a part but the last: those that are worked on at a time.
     """
     expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
     rows_E = torch.bincount(expert_N, minlength=num_experts).tolist()
@@ -176,7 +178,7 @@ def lay_out_by_expert(
         experts = experts[: sum(present for present, _ in bins)]
 
     parts, first_slot_E, slot, start = [], [0] * num_experts, 0, 0
-    for bins_of_part in into_parts(bins):
+    for bins_of_part in into_parts(bins, part_size):
         sizes, gaps, hit, first_slot, first = [], [], [], slot, start
         for expert, slots in zip(experts[start:], [slots for n, slots in bins_of_part for _ in range(n)], strict=False):
             rows = rows_E[expert]
@@ -203,11 +205,11 @@ def lay_out_by_expert(
     )
 
 
-def into_parts(bins: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Cut bins into parts of at least [`PART`] slots, but the last."""
-    parts, slots_of_part = [], PART
+def into_parts(bins: list[tuple[int, int]], part_size: int) -> list[list[tuple[int, int]]]:
+    """Cut bins into parts of at least `part_size` slots, but the last."""
+    parts, slots_of_part = [], part_size
     for experts, slots in bins:
-        if slots_of_part >= PART:
+        if slots_of_part >= part_size:
             parts.append([])
             slots_of_part = 0
         parts[-1].append((experts, slots))

@@ -131,8 +131,8 @@ def test_bins_take_in_all_rows(num_experts):
 
 def test_parts_take_in_all_bins_and_are_not_small():
     bins = [(2, 2000), (8, 100), (8, 100), (8, 100), (100, 30), (3, 1)]
-    assert into_parts(bins) == [bins[:1], bins[1:4], bins[4:5], bins[5:]]
-    assert into_parts([]) == []
+    assert into_parts(bins, 2048) == [bins[:1], bins[1:4], bins[4:5], bins[5:]]
+    assert into_parts([], 2048) == []
 
 
 def test_few_sizes_serve_all_loads():
