@@ -57,9 +57,8 @@ class TierPlan:
 
     @cached_property
     def only_tier(self) -> int | None:
-        """The tier that all rows are on; `None` where they are on several."""
-        tiers = self.tiers.unique().tolist()
-        return tiers[0] if len(tiers) == 1 else None
+        """The one tier given for all rows; `None` where several were, whose number is then checked against the rows."""
+        return self.tiers.item() if self.tiers.numel() == 1 else None
 
     def tier_of_token(
         self, num_tokens: int, device: torch.device, sequence_length: int, past_length: int = 0
