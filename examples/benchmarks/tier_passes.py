@@ -5,7 +5,8 @@
 One model, one adapter, one batch, real trainers. Times are medians over rounds in which the trainers take turns; peak
 memory is that of a fresh process for each trainer, over what the loaded model holds; FLOPs are counted, not estimated.
 DPO gets the same prompts and responses as pairs of the same lengths, with its adapter switched off as the reference.
-Then `generate`, plain and held to a tier.
+Then `generate`, plain and held to a tier: on the same model, and on one with layers as large as a real model's, where
+the few steps that hold a router to its tier weigh what they weigh in use.
 """
 
 import json
@@ -14,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -56,9 +57,13 @@ class Options:
     rounds: int = field(default=3, metadata={"help": "Rounds in which the trainers take turns."})
     generations: int = field(default=15, metadata={"help": "Timed calls of `generate` of each kind, by turns."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens that `generate` writes."})
+    generate_only: bool = field(default=False, metadata={"help": "Print the tables of `generate` alone."})
     only: str | None = field(default=None, metadata={"help": "Internal: measure the memory of this row alone."})
     prompt_parts: int = field(default=4, metadata={"help": "Internal: prompt tokens for each response token."})
 
+
+# Two layers as large as those of Qwen3-30B-A3B (its config.json).
+REAL_LAYERS = {"hidden_size": 2048, "layers": 2, "experts": 128, "top_k": 8, "expert_width": 768, "batch_size": 1}
 
 SFT, DPO = "SFT (C = 1)", "trl.DPOTrainer"
 # Row → the adapter's and the trainer's arguments.
@@ -215,15 +220,18 @@ def cost_table(options: Options) -> None:
 
 
 def sizes(options: Options) -> dict[str, int]:
-    others = ("only", "rounds", "generations", "new_tokens")
+    others = ("only", "rounds", "generations", "new_tokens", "generate_only")
     return {name: value for name, value in vars(options).items() if name not in others}
 
 
 def generation_table(options: Options) -> None:
     model = adapted(options).eval()
+    # Tokens as far apart as a trained model's, and sampled: else all of them go to the same few experts, whose weights
+    # stay in the processor's cache on tier 1 and not on the others.
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
     prompts = torch.randint(2, options.vocabulary, (options.batch_size, 64), generator=torch.Generator().manual_seed(0))
-    arguments = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
-    arguments |= {"attention_mask": torch.ones_like(prompts)}
+    arguments = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+    arguments |= {"do_sample": True, "top_k": 0, "attention_mask": torch.ones_like(prompts)}
 
     def plain() -> None:
         model.generate(prompts, **arguments)
@@ -238,7 +246,9 @@ def generation_table(options: Options) -> None:
     ways = {"plain": plain} | {f"tier {tier}": held(tier) for tier in (1, 2, 3)}
     times = by_turns(ways, options.generations)
     print_table(
-        f"\n`generate`: {options.batch_size} prompts of 64 tokens, {options.new_tokens} new tokens each",
+        f"\n`generate`: batch of {options.batch_size}, 64 tokens of prompt and {options.new_tokens} new ones, "
+        f"E {options.experts}, K {options.top_k}, H {options.hidden_size}, F {options.expert_width}, "
+        f"{options.layers} layers",
         ["", "median [min, max]", "x plain"],
         [[name, str(times[name]), f"{times[name].over(times['plain']):.3f}"] for name in ways],
     )
@@ -253,9 +263,11 @@ def main() -> None:
     if options.only is not None:
         print(json.dumps(memory(options.only, options)))
         return
-    for options.prompt_parts in (4, 1):
-        cost_table(options)
+    if not options.generate_only:
+        for options.prompt_parts in (4, 1):
+            cost_table(options)
     generation_table(options)
+    generation_table(replace(options, **REAL_LAYERS))
 
 
 if __name__ == "__main__":
