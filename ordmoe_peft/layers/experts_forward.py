@@ -3,10 +3,10 @@
 It takes the place of `grouped_mm_experts_forward` (`transformers/integrations/moe.py`) and reads the same flags. Dense
 experts without an adapter are left to that, so a model's outputs do not change by a bit.
 
-There are two ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on CPU
-and the only one for packed weights: it needs to know on the host which expert has how many rows. Dense experts
-elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync. So do
-few rows, as in decoding, with LoRA row by row.
+There are three ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on
+CPU and for packed weights; few rows without gradients, as in decoding, go through
+[`~ordmoe_peft.ops.few_rows.run_few_rows`] there. Both need to know on the host which expert has how many rows. Dense
+experts elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
 Shape suffixes as in `ops/__init__.py`.
 """
@@ -20,8 +20,9 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..errors import OrdMoEModelError
 from ..ops.dispatch import ExpertGroups, ExpertSlots, combine_by_token, group_by_expert, lay_out_by_expert
+from ..ops.few_rows import run_few_rows
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
-from ..ops.grouped_linear import grouped_lora, grouped_matmul, lora_by_row
+from ..ops.grouped_linear import grouped_lora, grouped_matmul
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 
 
@@ -34,8 +35,8 @@ ROW_STEP = 4
 # What the up-projection's output takes of the slots that are worked on at a time, in bytes: many enough to be worth the
 # operations, and few, so that little exists beside what is kept.
 PART_BYTES = 3_000_000
-# Routed rows up to which LoRA by row is faster than in bins of experts: measured on two CPU cores.
-FEW_ROWS = 64
+# Routed rows up to which `run_few_rows` is the faster way without gradients: measured on two CPU cores.
+FEW_ROWS = 160
 
 
 def experts_forward(
@@ -73,10 +74,11 @@ def experts_forward(
     if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     # Not in training: reentrant checkpointing's first forward has no gradients, and must be what the second is.
-    is_few = top_k_index.numel() <= FEW_ROWS and not self.training and not torch.is_grad_enabled()
-    if is_any_packed or (self.down_proj.device.type == "cpu" and not is_trained(self) and not is_few):
-        return _frozen_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora, by_row=is_few)
+    is_few = 0 < top_k_index.numel() <= FEW_ROWS and not self.training and not torch.is_grad_enabled()
+    if not is_any_packed and (self.down_proj.device.type != "cpu" or is_trained(self)):
+        return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    run = _few_rows_forward if is_few else _frozen_forward
+    return run(self, hidden_states, top_k_index, top_k_weights, lora)
 
 
 def is_trained(experts: nn.Module) -> bool:
@@ -95,22 +97,34 @@ def _frozen_forward(
     return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora))
 
 
+@torch.compiler.disable(reason="OrdMoE puts rows in the order of their experts on the host")
+def _few_rows_forward(
+    experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
+) -> torch.Tensor:
+    return run_few_rows(x_TH, weights_TK, _frozen_experts(experts, lora), index_TK)
+
+
 def frozen_step(
     experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
 ) -> tuple[FrozenExperts, ExpertSlots]:
     """What `run_frozen_experts` takes for these experts and this routing."""
+    frozen = _frozen_experts(experts, lora)
+    row_step = 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP
+    features = sum(projection.in_features + projection.out_features for projection in (frozen.up, frozen.down))
+    is_adapted = frozen.up.lora or frozen.down.lora
+    bin_cost = BIN_COST_BYTES // (features * frozen.down.dtype.itemsize) if is_adapted else None
+    part_size = PART_BYTES // (frozen.up.out_features * frozen.up.dtype.itemsize)
+    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step, part_size)
+
+
+def _frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]]) -> FrozenExperts:
     up_lora, down_lora = (tuple(lora.get(name, ())) for name in (_up_name(experts), "down_proj"))
-    frozen = FrozenExperts(
+    return FrozenExperts(
         up=_projection(experts, _up_name(experts), up_lora),
         down=_projection(experts, "down_proj", down_lora),
         gate=experts._apply_gate if experts.has_gate else experts.act_fn,
         norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
     )
-    row_step = 1 if frozen.down.dtype.itemsize >= 4 else ROW_STEP
-    features = sum(projection.in_features + projection.out_features for projection in (frozen.up, frozen.down))
-    bin_cost = BIN_COST_BYTES // (features * frozen.down.dtype.itemsize) if up_lora or down_lora else None
-    part_size = PART_BYTES // (frozen.up.out_features * frozen.up.dtype.itemsize)
-    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step, part_size)
 
 
 def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Projection:
@@ -136,12 +150,11 @@ def grouped_forward(
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     expert_lora: dict[str, list[LowRank]] | None = None,
-    by_row: bool = False,
 ) -> torch.Tensor:
-    """[`experts_forward`] of dense experts through `grouped_mm`, LoRA too, or `by_row`."""
+    """[`experts_forward`] of dense experts through `grouped_mm`, LoRA too."""
     lora = expert_lora or {}
     groups = group_by_expert(index_TK, experts.num_experts)
-    expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias or by_row else None
+    expert_N = index_TK.reshape(-1)[groups.order_N] if experts.has_bias else None
 
     def project(name: str, x_NI: torch.Tensor) -> torch.Tensor:
         weight = getattr(experts, name)
@@ -150,7 +163,7 @@ def grouped_forward(
         if experts.has_bias:
             y_NO = y_NO + getattr(experts, f"{name}_bias")[expert_N]
         for update in lora.get(name, ()):
-            y_NO = y_NO + (_lora_by_row(x_NI, update, expert_N) if by_row else _lora(x_NI, update, groups))
+            y_NO = y_NO + _lora(x_NI, update, groups)
         return y_NO.to(weight.dtype)
 
     rows_NF = project(_up_name(experts), x_TH[groups.token_N])
@@ -165,9 +178,3 @@ def grouped_forward(
 def _lora(x_NI: torch.Tensor, update: LowRank, groups: ExpertGroups) -> torch.Tensor:
     A_ERI, B_EOR = update.A_ERI.to(x_NI.dtype), update.B_EOR.to(x_NI.dtype)
     return grouped_lora(x_NI, A_ERI, B_EOR, update.scaling, groups.ends_E)
-
-
-def _lora_by_row(x_NI: torch.Tensor, update: LowRank, expert_N: torch.Tensor) -> torch.Tensor:
-    B_ERO = update.B_EOR.transpose(1, 2) if update.B_ERO is None else update.B_ERO
-    A_NRI, B_NRO = (factor.index_select(0, expert_N).to(x_NI.dtype) for factor in (update.A_ERI, B_ERO))
-    return lora_by_row(x_NI, A_NRI, B_NRO, update.scaling)

@@ -3,60 +3,59 @@ step's use of it."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A tensor and what it was made of.
+class Source:
+    """A tensor as it was when something was made of it."""
 
-    Args:
-        value (`torch.Tensor`): what is kept.
-        sources (`tuple` of `torch.Tensor`): share memory with what it was made of, so that nothing else can take their
-            addresses.
-        versions (`tuple` of `int`), rows (`tuple` of `torch.Tensor`): of the sources, which may have been written to
-            since; their first rows.
-        firsts (`tuple` of `torch.Tensor`): views of the first rows as they are now.
-    """
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor.detach()  # shares its memory, so that nothing else can take its address
+        self.version, self.address = tensor._version, tensor.data_ptr()
+        # Writing through `.data` does not count as a version; the first row gives that away. Its bytes, as tensors
+        # are compared by operators, which take some ten times as long.
+        self.first_row = self.tensor[0].view(torch.uint8).numpy()
+        self.bytes = self.first_row.tobytes()
 
-    value: torch.Tensor
-    sources: tuple[torch.Tensor, ...]
-    versions: tuple[int, ...]
-    rows: tuple[torch.Tensor, ...]
-    firsts: tuple[torch.Tensor, ...]
-
-    def is_of(self, *tensors: torch.Tensor) -> bool:
-        """Whether it is made of these tensors as they are now.
-
-        Writing through `.data` does not count as a version; the first row gives that away.
-        """
-        return all(
-            tensor._version == version
-            and tensor.data_ptr() == source.data_ptr()
-            and tensor.dtype == source.dtype
-            and torch.equal(first, row)
-            for tensor, source, version, first, row in zip(
-                tensors, self.sources, self.versions, self.firsts, self.rows, strict=True
-            )
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        """Whether this is the tensor, as it was."""
+        return (
+            tensor._version == self.version
+            and tensor.data_ptr() == self.address
+            and tensor.dtype == self.tensor.dtype
+            and self.first_row.tobytes() == self.bytes
         )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Something, and what it was made of."""
+
+    value: Any
+    sources: list[Source]
+
+    def is_of(self, *tensors: torch.Tensor) -> bool:
+        """Whether it is made of these tensors as they are now."""
+        return all(source.is_still(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
+
+
 def may_be_kept(*sources: torch.Tensor) -> bool:
-    """Not in training, not on accelerators, which a comparison would hold up, and not of tensors without a version."""
-    return not torch.is_grad_enabled() and not any(
-        source.device.type != "cpu" or source.is_inference() for source in sources
+    """Not in training, not on accelerators, which a comparison would hold up, and not of tensors without a version.
+
+    Nor while a forward is traced, which would look at the tensors once and not again.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not any(source.device.type != "cpu" or source.is_inference() for source in sources)
+        and not torch.compiler.is_compiling()
     )
 
 
-def keep(
-    store: dict[Hashable, Kept], key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], torch.Tensor]
-) -> torch.Tensor:
+def keep(store: dict[Hashable, Kept], key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], Any]) -> Any:
     """`make()`, or what it gave before in `store`, if `sources` are what they were."""
     kept = store.get(key)
     if kept is None or not kept.is_of(*sources):
-        detached = tuple(source.detach() for source in sources)
-        firsts = tuple(source[0] for source in detached)
-        versions = tuple(source._version for source in sources)
-        kept = store[key] = Kept(make(), detached, versions, tuple(first.clone() for first in firsts), firsts)
+        kept = store[key] = Kept(make(), [Source(source) for source in sources])
     return kept.value

@@ -121,6 +121,15 @@ def run_frozen_experts(
     return _FrozenExperts.apply(experts, slots, x_TH, weights_TK, *factors)
 
 
+def weighted_sum_(y_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """The sum of each token's rows by routing weight (`torch.Tensor` of shape `(T, H)`). Writes into `y_TKH`.
+
+    As transformers does it, rounding included: an adapter that is 0 changes no bit.
+    """
+    in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
+    return (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, experts, slots, x_TH, weights_TK, *factors):
@@ -136,11 +145,7 @@ class _FrozenExperts(torch.autograd.Function):
                 a_MF = experts.gate(up_MO).to(experts.down.dtype)
                 down.forward(part, a_MF, down_SH[part.slots], gaps_count=experts.norm is not None)
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
-            # Weighted and summed as transformers does it, rounding included: an adapter that is 0 changes no bit.
-            y_TKH = slots.by_token(y_SH)
-            in_place = torch.result_type(y_TKH, weights_TK) == y_TKH.dtype
-            y_TKH = (y_TKH.mul_ if in_place else y_TKH.mul)(weights_TK.unsqueeze(-1))
-            y_TH = y_TKH.sum(dim=1).to(x_TH.dtype)
+            y_TH = weighted_sum_(slots.by_token(y_SH), weights_TK).to(x_TH.dtype)
         ctx.experts, ctx.slots = experts, slots
         kept_SH = None if experts.norm is None else down_SH
         ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *up.saved, *down.saved, *factors)

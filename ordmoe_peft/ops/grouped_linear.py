@@ -47,12 +47,3 @@ def grouped_lora(
         lora_A_ERI, lora_B_EOR = F.pad(lora_A_ERI, (0, 0, 0, padding)), F.pad(lora_B_EOR, (0, padding))
     x_NR = grouped_matmul(x_NI, lora_A_ERI.transpose(1, 2), ends_E) * scaling
     return grouped_matmul(x_NR, lora_B_EOR.contiguous().transpose(1, 2), ends_E)
-
-
-def lora_by_row(x_NI: torch.Tensor, lora_A_NRI: torch.Tensor, lora_B_NRO: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The same with each row's own factors (`torch.Tensor` of shape `(N, O)`).
-
-    For few rows: a product for each expert costs more than to read a row's factors.
-    """
-    x_NR = (x_NI.unsqueeze(1) * lora_A_NRI).sum(-1) * scaling
-    return (x_NR.unsqueeze(-1) * lora_B_NRO).sum(1)

@@ -12,7 +12,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 from ordmoe_peft.layers import experts_forward as forward_of_experts
 from ordmoe_peft.layers.experts_forward import experts_forward
 from ordmoe_peft.ops.frozen_experts import B_by_expert, LowRank
-from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
+from ordmoe_peft.quantization.storage import dense_stack, expert_unpacker, pack_experts
 from tests import reference
 
 
@@ -30,6 +30,7 @@ ROUTINGS = {
     "mixed, one expert empty": [[2, 0], [0, 3], [2, 3], [1, 0]],
     "all tokens on one expert": [[3], [3], [3]],
     "one token": [[1, 4]],
+    "one row": [[4]],
 }
 
 
@@ -104,18 +105,23 @@ def test_values_and_gradients(flags, routing, packed):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
 @pytest.mark.parametrize("has_B_at_hand", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
-def test_few_rows_of_a_forward_without_gradients(flags, routing, has_B_at_hand, monkeypatch):
+def test_few_rows_of_a_forward_without_gradients(flags, routing, has_B_at_hand, packed, monkeypatch):
     module = build_experts(**flags).eval()
     updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    dense = {name: getattr(module, name) for name in updates}
+    if packed:
+        for name, weight in dense.items():
+            setattr(module, name, pack_experts(weight.data, name))
+            dense[name] = dense_stack(getattr(module, name), torch.float32)
     index = torch.tensor(routing)
     x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
     deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
     stacks = {
-        name: getattr(module, name) + (delta.transpose(1, 2) if module.is_transposed else delta)
-        for name, delta in deltas.items()
+        name: dense[name] + (delta.transpose(1, 2) if module.is_transposed else delta) for name, delta in deltas.items()
     }
     if has_B_at_hand:
         updates = {name: [replace(a, B_ERO=B_by_expert(a, a.B.dtype))] for name, [a] in updates.items()}

@@ -1,0 +1,119 @@
+"""Frozen experts with low-rank updates on few rows, as in decoding, without gradients.
+
+There the time is that of reading the weights of the experts hit, and of every operation beside. So rows are put in the
+order of their experts on the host, a base product is one `torch.mm` per expert, and LoRA takes two or three operations
+for all rows: products with A row by row, or with A of all experts at once; then of B, a sum of R rows weighted by them.
+
+Shape suffixes as in `ops/__init__.py`.
+"""
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch.nn import functional as F
+
+from .frozen_experts import B_by_expert, FrozenExperts, LowRank, Projection, weighted_sum_
+
+
+# Products with A row by row take a gather, a product and a sum, each over a copy of A for each row; A of all experts at
+# once is read once. Measured on two CPU cores.
+READS_BY_ROW = 3
+
+
+@dataclass(frozen=True)
+class RowsByExpert:
+    """N = T·K routed rows in the order of their experts, known on the host.
+
+    Args:
+        blocks (`list` of `(int, int)`): expert and number of rows, for each expert hit.
+        token_N, expert_N (`torch.Tensor` of shape `(N,)`): of each row.
+        row_N (`torch.Tensor` of shape `(N,)`): the row of each place of the flattened `(T, K)` routing.
+    """
+
+    blocks: list[tuple[int, int]]
+    token_N: torch.Tensor
+    expert_N: torch.Tensor
+    row_N: torch.Tensor
+    _rows_of_factors: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [rows for _, rows in self.blocks]
+
+    def rows_of_factors(self, r: int) -> torch.Tensor:
+        """Which of `E·R` rows are of each row's expert (`torch.Tensor` of shape `(N, R)`)."""
+        if r not in self._rows_of_factors:
+            first_N1 = (self.expert_N * r).unsqueeze(1)
+            self._rows_of_factors[r] = first_N1 + torch.arange(r, device=self.expert_N.device)
+        return self._rows_of_factors[r]
+
+
+def rows_by_expert(top_k_index_TK: torch.Tensor) -> RowsByExpert:
+    """Order the rows of this routing (`torch.Tensor` of shape `(T, K)`)."""
+    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
+    blocks = [(expert, len([*rows])) for expert, rows in groupby(expert_N.tolist())]
+    return RowsByExpert(blocks, order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
+
+
+def run_few_rows(
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, top_k_index_TK: torch.Tensor
+) -> torch.Tensor:
+    """What [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] computes, for few rows and not differentiable.
+
+    Args:
+        x_TH (`torch.Tensor` of shape `(T, H)`): tokens.
+        weights_TK (`torch.Tensor` of shape `(T, K)`): routing weights.
+        experts ([`~ordmoe_peft.ops.frozen_experts.FrozenExperts`]): what to run.
+        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): each token's experts.
+
+    Returns:
+        `torch.Tensor` of shape `(T, H)`, in the dtype of `x_TH`.
+    """
+    rows = rows_by_expert(top_k_index_TK)
+    with torch.autocast(x_TH.device.type, enabled=False):
+        x_in_dtype_TH = x_TH.to(experts.up.dtype)
+        up_NO = _base(experts.up, x_in_dtype_TH.index_select(0, rows.token_N), rows)
+        for lora in experts.up.lora:
+            _add_from_A(lora, up_NO, _up_times_A(lora, x_in_dtype_TH, rows), rows)
+        a_NF = experts.gate(up_NO).to(experts.down.dtype)
+        down_NH = _base(experts.down, a_NF, rows)
+        for lora in experts.down.lora:
+            _add_from_A(lora, down_NH, _times_A(lora, a_NF, rows), rows)
+        y_NH = down_NH if experts.norm is None else experts.norm(down_NH)
+        y_TKH = y_NH.index_select(0, rows.row_N).view(*weights_TK.shape, -1)
+        return weighted_sum_(y_TKH, weights_TK).to(x_TH.dtype)
+
+
+def _base(projection: Projection, x_NI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
+    """The frozen product of each row (`torch.Tensor` of shape `(N, O)`)."""
+    matrix, y_NO = projection.open(), x_NI.new_empty(len(x_NI), projection.out_features)
+    for (expert, _), x_I, y_O in zip(rows.blocks, x_NI.split(rows.sizes), y_NO.split(rows.sizes), strict=True):
+        torch.mm(x_I, matrix(expert), out=y_O)
+    if projection.bias_EO is not None:
+        y_NO += projection.bias_EO.index_select(0, rows.expert_N)
+    return y_NO
+
+
+def _up_times_A(lora: LowRank, x_TI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
+    """Each row's `x Aᵀ` (`torch.Tensor` of shape `(N, R)`), where rows share tokens."""
+    num_rows, num_experts = len(rows.token_N), lora.num_experts
+    if READS_BY_ROW * num_rows < num_experts:
+        return _times_A(lora, x_TI.index_select(0, rows.token_N), rows)
+    x_TER = F.linear(x_TI, lora.A.to(x_TI.dtype))
+    return x_TER.view(-1, lora.r).index_select(0, torch.add(rows.expert_N, rows.token_N, alpha=num_experts))
+
+
+def _times_A(lora: LowRank, x_NI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
+    """Each row's `x Aᵀ` (`torch.Tensor` of shape `(N, R)`)."""
+    A_NRI = lora.A_ERI.index_select(0, rows.expert_N).to(x_NI.dtype)
+    return (x_NI.unsqueeze(1) * A_NRI).sum(-1)
+
+
+def _add_from_A(lora: LowRank, y_NO: torch.Tensor, x_NR: torch.Tensor, rows: RowsByExpert) -> None:
+    """Add to each row `x_NR` times its expert's B, scaled: a weighted sum of R rows of B, without a copy of them."""
+    is_at_hand = lora.B_ERO is not None and lora.B_ERO.dtype == y_NO.dtype
+    B_ERO = lora.B_ERO if is_at_hand else B_by_expert(lora, y_NO.dtype)
+    row_NR, B_O = rows.rows_of_factors(lora.r), B_ERO.view(-1, y_NO.shape[1])
+    x_NR *= lora.scaling
+    y_NO += F.embedding_bag(row_NR, B_O, mode="sum", per_sample_weights=x_NR)
