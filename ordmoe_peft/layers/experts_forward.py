@@ -139,7 +139,7 @@ def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Pro
 def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
     """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
     if is_packed(weight):
-        unpack = expert_unpacker(weight)
+        unpack = expert_unpacker(weight, in_place=True)
         return unpack if is_transposed else lambda expert: unpack(expert).t()
     return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
 

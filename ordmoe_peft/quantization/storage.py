@@ -21,6 +21,10 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
+# Weights of an expert from which on it is unpacked by pieces where it may be overwritten, and those of a piece. Tensors
+# of one size that are made and freed in turn may not fit into the holes they leave (glibc 2.36 aligns them): 32 of 8 MB
+# made a process grow by 260 MB. Pieces cost a copy, so smaller experts are unpacked whole.
+LARGE_EXPERT, PIECE = 1 << 21, 1 << 19
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -128,10 +132,14 @@ def _stack_state(
     )
 
 
-def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
+def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int], torch.Tensor]:
     """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
 
     The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
+
+    Args:
+        packed (`Params4bit`): the stack.
+        in_place (`bool`, defaults to `False`): a matrix may be overwritten by the next one.
 
     Raises:
         [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
@@ -154,23 +162,40 @@ def expert_unpacker(packed: Params4bit) -> Callable[[int], torch.Tensor]:
     has_whole_rows = matrix_shape[-1] % state.blocksize == 0
     unpacked_shape = matrix_shape if has_whole_rows else torch.Size([2 * bytes_E.shape[1]])
 
-    def unpack(expert: int) -> torch.Tensor:
-        expert_state = bnb_functional.QuantState(
-            absmax=absmax_E[expert],
-            shape=unpacked_shape,
+    def dequantize(bytes_P1: torch.Tensor, absmax_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        some_state = bnb_functional.QuantState(
+            absmax=absmax_N,
+            shape=shape,
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        weights = bnb_functional.dequantize_4bit(bytes_E[expert], expert_state)
+        return bnb_functional.dequantize_4bit(bytes_P1, some_state)
+
+    def unpack(expert: int) -> torch.Tensor:
+        weights = dequantize(bytes_E[expert], absmax_E[expert], unpacked_shape)
         return weights.view(-1)[: matrix_shape.numel()].view(matrix_shape)
 
-    return unpack
+    is_by_pieces = in_place and packed.device.type == "cpu" and has_whole_rows
+    if not is_by_pieces or matrix_shape.numel() < LARGE_EXPERT:
+        return unpack
+    rows = max(1, PIECE // matrix_shape[1])
+    matrix_OI = torch.empty(matrix_shape, dtype=state.dtype)
+    pieces_OI, num_weights = matrix_OI.split(rows), rows * matrix_shape[1]
+
+    def unpack_in_place(expert: int) -> torch.Tensor:
+        bytes_of_pieces = bytes_E[expert].split(num_weights // 2)
+        scales_of_pieces = absmax_E[expert].split(num_weights // state.blocksize)
+        for piece_OI, bytes_P1, absmax_N in zip(pieces_OI, bytes_of_pieces, scales_of_pieces, strict=True):
+            piece_OI.copy_(dequantize(bytes_P1, absmax_N, piece_OI.shape))
+        return matrix_OI
+
+    return unpack_in_place
 
 
 def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
     """The numbers that the packed stack stands for (`torch.Tensor` of shape `(E, O, I)`), one expert at a time."""
-    unpack = expert_unpacker(packed)
+    unpack = expert_unpacker(packed, in_place=True)
     weight_EOI = torch.empty(logical_shape(packed), dtype=dtype, device=packed.device)
     for expert, matrix_OI in enumerate(weight_EOI):
         matrix_OI.copy_(unpack(expert))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEModelError
+from ordmoe_peft.quantization import storage
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
 
 
@@ -20,6 +21,21 @@ def test_experts_unpack_one_at_a_time_to_what_bitsandbytes_gives_for_the_stack(q
     unpack = expert_unpacker(packed)
     assert torch.equal(torch.stack([unpack(expert) for expert in range(5)]), whole)
     assert ((whole - stack).abs().mean() / stack.abs().mean()) < 0.15
+
+
+@pytest.mark.parametrize("use_double_quant", [False, True])
+@pytest.mark.parametrize("rows_of_a_piece", [0, 1, 3, 7, 12, 13])
+def test_experts_unpack_by_pieces_in_place(rows_of_a_piece, use_double_quant, monkeypatch):
+    monkeypatch.setattr(storage, "LARGE_EXPERT", 12 * 128)
+    monkeypatch.setattr(storage, "PIECE", rows_of_a_piece * 128 + 5)
+    packed = pack_experts(torch.randn(3, 12, 128), "stack", use_double_quant=use_double_quant)
+    whole, in_place = expert_unpacker(packed), expert_unpacker(packed, in_place=True)
+    places = set()
+    for expert in (2, 0, 1):
+        matrix = in_place(expert)
+        assert torch.equal(matrix, whole(expert))
+        places.add(matrix.data_ptr())
+    assert len(places) == 1
 
 
 def test_compute_dtype_is_that_of_the_unpacked_expert():
