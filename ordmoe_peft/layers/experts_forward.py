@@ -5,7 +5,7 @@ experts without an adapter are left to that, so a model's outputs do not change 
 
 There are three ways to compute the others. [`~ordmoe_peft.ops.frozen_experts.run_frozen_experts`] is the fast one on
 CPU and for packed weights; few rows without gradients, as in decoding, go through
-[`~ordmoe_peft.ops.few_rows.run_few_rows`] there. Both need to know on the host which expert has how many rows. Dense
+[`~ordmoe_peft.ops.few_rows.run_few_rows`] on CPU. Both need to know on the host which expert has how many rows. Dense
 experts elsewhere, and experts that are trained themselves, run through `grouped_mm` and autograd, without a host sync.
 
 Shape suffixes as in `ops/__init__.py`.
@@ -73,10 +73,12 @@ def experts_forward(
         )
     if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    # Not in training: reentrant checkpointing's first forward has no gradients, and must be what the second is.
-    is_few = 0 < top_k_index.numel() <= FEW_ROWS and not self.training and not torch.is_grad_enabled()
-    if not is_any_packed and (self.down_proj.device.type != "cpu" or is_trained(self)):
+    is_on_cpu = self.down_proj.device.type == "cpu"
+    if not is_any_packed and (not is_on_cpu or is_trained(self)):
         return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    # Not in training: reentrant checkpointing's first forward has no gradients, and must be what the second is.
+    is_without_gradients = not self.training and not torch.is_grad_enabled()
+    is_few = is_on_cpu and is_without_gradients and 0 < top_k_index.numel() <= FEW_ROWS
     run = _few_rows_forward if is_few else _frozen_forward
     return run(self, hidden_states, top_k_index, top_k_weights, lora)
 
