@@ -14,10 +14,10 @@ class Source:
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor.detach()  # shares its memory, so that nothing else can take its address
         self.version, self.address = tensor._version, tensor.data_ptr()
-        # Writing through `.data` does not count as a version; the first row gives that away. Its bytes, as tensors
-        # are compared by operators, which take some ten times as long.
-        self.first_row = self.tensor[0].view(torch.uint8).numpy()
-        self.bytes = self.first_row.tobytes()
+        # Writing through `.data` does not count as a version; the first row gives that away. A tensor, as a view of the
+        # bytes in numpy would keep FSDP from freeing the storage.
+        self.first_row_now = self.tensor[0]
+        self.first_row = self.first_row_now.clone()
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         """Whether this is the tensor, as it was."""
@@ -25,7 +25,7 @@ class Source:
             tensor._version == self.version
             and tensor.data_ptr() == self.address
             and tensor.dtype == self.tensor.dtype
-            and self.first_row.tobytes() == self.bytes
+            and torch.equal(self.first_row_now, self.first_row)
         )
 
 
