@@ -37,17 +37,18 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
         update, kept = self.low_rank(adapter_name), self.__dict__.setdefault("kept", {})
-        if may_be_kept(update.A, update.B):
-            key, factors = (adapter_name, update.scaling), (update.A, update.B)
-            return keep(kept, key, factors, partial(self._in_dtype_of_products, update))
-        kept.clear()
-        return update
+        factors = (update.A, update.B)
+        if not may_be_kept(*factors):
+            kept.clear()
+            return update
+        A, B_ERO = keep(kept, adapter_name, factors, partial(self._in_dtype_of_products, update))
+        return LowRank(A, update.B, update.num_experts, update.scaling, B_ERO)
 
-    def _in_dtype_of_products(self, update: LowRank) -> LowRank:
+    def _in_dtype_of_products(self, update: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, and B by expert."""
         weight = self.get_param()
         dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        B_ERO = B_by_expert(update, dtype)
-        return LowRank(update.A.to(dtype), update.B, update.num_experts, update.scaling, B_ERO)
+        return update.A.to(dtype), B_by_expert(update, dtype)
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

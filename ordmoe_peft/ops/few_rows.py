@@ -7,8 +7,8 @@ for all rows: products with A row by row, or with A of all experts at once; then
 Shape suffixes as in `ops/__init__.py`.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch.nn import functional as F
@@ -26,20 +26,16 @@ class RowsByExpert:
     """N = T·K routed rows in the order of their experts, known on the host.
 
     Args:
-        blocks (`list` of `(int, int)`): expert and number of rows, for each expert hit.
+        num_rows (`dict` of `int` to `int`): each expert hit, in order, and how many rows it has.
         token_N, expert_N (`torch.Tensor` of shape `(N,)`): of each row.
         row_N (`torch.Tensor` of shape `(N,)`): the row of each place of the flattened `(T, K)` routing.
     """
 
-    blocks: list[tuple[int, int]]
+    num_rows: dict[int, int]
     token_N: torch.Tensor
     expert_N: torch.Tensor
     row_N: torch.Tensor
     _rows_of_factors: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def sizes(self) -> list[int]:
-        return [rows for _, rows in self.blocks]
 
     def rows_of_factors(self, r: int) -> torch.Tensor:
         """Which of `E·R` rows are of each row's expert (`torch.Tensor` of shape `(N, R)`)."""
@@ -52,8 +48,8 @@ class RowsByExpert:
 def rows_by_expert(top_k_index_TK: torch.Tensor) -> RowsByExpert:
     """Order the rows of this routing (`torch.Tensor` of shape `(T, K)`)."""
     expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
-    blocks = [(expert, len([*rows])) for expert, rows in groupby(expert_N.tolist())]
-    return RowsByExpert(blocks, order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
+    num_rows = Counter(expert_N.tolist())
+    return RowsByExpert(num_rows, order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
 
 
 def run_few_rows(
@@ -73,9 +69,12 @@ def run_few_rows(
     rows = rows_by_expert(top_k_index_TK)
     with torch.autocast(x_TH.device.type, enabled=False):
         x_in_dtype_TH = x_TH.to(experts.up.dtype)
-        up_NO = _base(experts.up, x_in_dtype_TH.index_select(0, rows.token_N), rows)
+        x_NH = x_in_dtype_TH.index_select(0, rows.token_N)
+        up_NO = _base(experts.up, x_NH, rows)
         for lora in experts.up.lora:
-            _add_from_A(lora, up_NO, _up_times_A(lora, x_in_dtype_TH, rows), rows)
+            by_row = READS_BY_ROW * len(x_NH) < lora.num_experts
+            x_NR = _times_A(lora, x_NH, rows) if by_row else _tokens_times_A(lora, x_in_dtype_TH, rows)
+            _add_from_A(lora, up_NO, x_NR, rows)
         a_NF = experts.gate(up_NO).to(experts.down.dtype)
         down_NH = _base(experts.down, a_NF, rows)
         for lora in experts.down.lora:
@@ -88,26 +87,24 @@ def run_few_rows(
 def _base(projection: Projection, x_NI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
     """The frozen product of each row (`torch.Tensor` of shape `(N, O)`)."""
     matrix, y_NO = projection.open(), x_NI.new_empty(len(x_NI), projection.out_features)
-    for (expert, _), x_I, y_O in zip(rows.blocks, x_NI.split(rows.sizes), y_NO.split(rows.sizes), strict=True):
+    sizes = [*rows.num_rows.values()]
+    for expert, x_I, y_O in zip(rows.num_rows, x_NI.split(sizes), y_NO.split(sizes), strict=True):
         torch.mm(x_I, matrix(expert), out=y_O)
     if projection.bias_EO is not None:
         y_NO += projection.bias_EO.index_select(0, rows.expert_N)
     return y_NO
 
 
-def _up_times_A(lora: LowRank, x_TI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
-    """Each row's `x Aᵀ` (`torch.Tensor` of shape `(N, R)`), where rows share tokens."""
-    num_rows, num_experts = len(rows.token_N), lora.num_experts
-    if READS_BY_ROW * num_rows < num_experts:
-        return _times_A(lora, x_TI.index_select(0, rows.token_N), rows)
-    x_TER = F.linear(x_TI, lora.A.to(x_TI.dtype))
-    return x_TER.view(-1, lora.r).index_select(0, torch.add(rows.expert_N, rows.token_N, alpha=num_experts))
-
-
 def _times_A(lora: LowRank, x_NI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
     """Each row's `x Aᵀ` (`torch.Tensor` of shape `(N, R)`)."""
     A_NRI = lora.A_ERI.index_select(0, rows.expert_N).to(x_NI.dtype)
     return (x_NI.unsqueeze(1) * A_NRI).sum(-1)
+
+
+def _tokens_times_A(lora: LowRank, x_TI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
+    """The same from the tokens that rows share, through A of all experts."""
+    x_TER = F.linear(x_TI, lora.A.to(x_TI.dtype))
+    return x_TER.view(-1, lora.r).index_select(0, torch.add(rows.expert_N, rows.token_N, alpha=lora.num_experts))
 
 
 def _add_from_A(lora: LowRank, y_NO: torch.Tensor, x_NR: torch.Tensor, rows: RowsByExpert) -> None:

@@ -90,3 +90,14 @@ def test_a_changed_scale_counts_at_once_and_piles_nothing_up(tuned):
         assert len(router.kept) == 1
     changed = logits(tuned)
     assert torch.equal(logits_anew(tuned), changed)
+
+
+def test_scales_of_experts_pile_nothing_up(tuned):
+    down = tuned.base_model.model.model.layers[1].mlp.experts
+    before = logits(tuned)
+    for scale in (20.0, 30.0):
+        down.scaling["default"] = scale
+        assert not torch.equal(logits(tuned), before)
+        assert len(down.kept) == 1
+    changed = logits(tuned)
+    assert torch.equal(logits_anew(tuned), changed)
