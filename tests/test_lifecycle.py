@@ -30,9 +30,14 @@ def adapted(model, seed=3, **settings) -> PeftModel:
     return tuned.eval()
 
 
-def test_at_initialisation_logits_are_the_bases(model, batch):
-    base = logits(model, batch)
-    assert torch.equal(logits(get_peft_model(model, OrdMoEConfig(targets=EVERYTHING)), batch), base)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_initialisation_logits_are_the_bases(model, batch, dtype):
+    base = logits(model.to(dtype), batch)
+    got = logits(get_peft_model(model, OrdMoEConfig(targets=EVERYTHING)), batch)
+    if dtype == torch.bfloat16:
+        assert torch.equal(got, base)
+    else:  # few rows take another product than the base's
+        torch.testing.assert_close(got, base, rtol=1e-4, atol=1e-5)
 
 
 def test_adapter_computes_what_plain_peft_computes(family, model, batch):
@@ -135,7 +140,7 @@ def test_several_adapters(model, batch):
     tuned.add_adapter("second", OrdMoEConfig(r=3, lora_alpha=4, targets=EVERYTHING))
     assert torch.equal(logits(tuned, batch), first), "an added adapter is not active"
     tuned.set_adapter("second")
-    assert torch.equal(logits(tuned, batch), base), "and begins at nothing"
+    torch.testing.assert_close(logits(tuned, batch), base, rtol=1e-4, atol=1e-5, msg="and begins at nothing")
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B.second" in name:

@@ -1,16 +1,18 @@
 """LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 
 from ..errors import OrdMoEModelError
 from ..ops.frozen_experts import B_by_expert, LowRank
 from ..quantization.storage import is_packed, logical_shape
-from .kept import keep, may_be_kept
+from .kept import keep
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -36,19 +38,17 @@ class ParamWrapper(lora_layer.ParamWrapper):
         return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
-        update, kept = self.low_rank(adapter_name), self.__dict__.setdefault("kept", {})
-        factors = (update.A, update.B)
-        if not may_be_kept(*factors):
-            kept.clear()
-            return update
-        A, B_ERO = keep(kept, adapter_name, factors, partial(self._in_dtype_of_products, update))
-        return LowRank(A, update.B, update.num_experts, update.scaling, B_ERO)
+        """The same with A in the dtype of the products and B by expert at hand, where these may be kept."""
+        halves = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        update = LowRank(halves[0].weight, halves[1].weight, self.num_experts, self.scaling[adapter_name])
+        kept = keep((self, adapter_name), halves, partial(self._in_dtype_of_products, update, halves))
+        return update if kept is None else replace(update, A=kept[0], B_ERO=kept[1])
 
-    def _in_dtype_of_products(self, update: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-        """A, and B by expert."""
+    def _in_dtype_of_products(self, update: LowRank, halves: tuple[nn.Module, nn.Module]) -> tuple:
+        """A, and B by expert, and what they are made of."""
         weight = self.get_param()
         dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        return update.A.to(dtype), B_by_expert(update, dtype)
+        return (update.A.to(dtype), B_by_expert(update, dtype)), [(half, "weight") for half in halves]
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

@@ -1,13 +1,13 @@
 """LoRA on the weight of a router."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora_layer
 from torch import nn
-from torch.func import functional_call
 
-from .kept import keep, may_be_kept
+from .kept import keep
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -27,36 +27,31 @@ class ParamWrapper(lora_layer.ParamWrapper):
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        weight = self._weight(x, active)
-        if isinstance(weight, nn.Parameter):
-            return self._call_with(weight, x, *args, **kwargs)
-        # No tied weights to look for: that walks over the module in every call.
-        return functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs, tie_weights=False)
+        halves = [half[name] for name in active for half in (self.lora_A, self.lora_B)]
+        settings = (torch.is_autocast_enabled(x.device.type), *halves, *(self.scaling[name] for name in active))
+        weight = keep(self, settings, partial(self._to_keep, active, halves))
+        return self._with_weight(self._weight(active) if weight is None else weight)(x, *args, **kwargs)
 
-    def _call_with(self, weight: nn.Parameter, *args: Any, **kwargs: Any) -> Any:
-        """What `functional_call` does, for one parameter in a tenth of the time."""
-        base_weight = self.get_param()
-        setattr(self.base_layer, self.parameter_name, weight)
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            setattr(self.base_layer, self.parameter_name, base_weight)
+    def _with_weight(self, weight: torch.Tensor) -> nn.Module:
+        """The router with this weight: a module of its own for one call, which shares all else.
 
-    def _weight(self, x: torch.Tensor, active: list[str]) -> torch.Tensor:
-        """The router's weight with the deltas of these adapters, to run on `x`; a parameter where it is kept."""
+        `torch.func.functional_call` would put the weight into the router for as long as it runs, where another thread's
+        forward finds it, and may leave it.
+        """
+        router = self.base_layer
+        twin = object.__new__(type(router))
+        twin.__dict__.update(router.__dict__)
+        twin._parameters = {**router._parameters, self.parameter_name: weight}
+        return twin
 
-        def adapted() -> torch.Tensor:
-            weight = self.get_param()
-            for name in active:
-                weight = weight + self.get_delta_weight(name)
-            return weight
+    def _weight(self, active: list[str]) -> torch.Tensor:
+        """The router's weight with the deltas of these adapters."""
+        weight = self.get_param()
+        for name in active:
+            weight = weight + self.get_delta_weight(name)
+        return weight
 
-        factors = (self.get_param(), *(half[name].weight for name in active for half in (self.lora_A, self.lora_B)))
-        kept = self.__dict__.setdefault("kept", {})
-        if not may_be_kept(*factors):
-            kept.clear()
-            return adapted()
-        key = (torch.is_autocast_enabled(x.device.type), *active, *(self.scaling[name] for name in active))
-        if key not in kept:  # one weight is kept, whatever adapters and scales it has had
-            kept.clear()
-        return keep(kept, key, factors, lambda: nn.Parameter(adapted(), requires_grad=False))
+    def _to_keep(self, active: list[str], halves: list[nn.Module]) -> tuple[torch.Tensor, list[tuple[nn.Module, str]]]:
+        """The same, and what it is made of."""
+        sources = [(self.get_base_layer(), self.parameter_name), *((half, "weight") for half in halves)]
+        return self._weight(active), sources

@@ -1,5 +1,9 @@
 """What is kept of LoRA's factors between forwards without gradients is never out of date."""
 
+import copy
+import sys
+import threading
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -22,9 +26,12 @@ def logits(model) -> torch.Tensor:
 
 def logits_anew(model) -> torch.Tensor:
     """The same with nothing kept before."""
-    for module in model.modules():
-        module.__dict__.get("kept", {}).clear()
+    keepsakes(model).clear()
     return logits(model)
+
+
+def keepsakes(model):
+    return model.base_model.model.model.keepsakes
 
 
 FACTORS = {
@@ -60,11 +67,74 @@ def test_a_changed_factor_counts_at_once(tuned, change, factor):
 
 
 def test_nothing_is_kept_in_training(tuned):
-    mlp = tuned.base_model.model.model.layers[1].mlp
     logits(tuned)
-    assert mlp.experts.base_layer.kept and mlp.gate.kept
+    assert keepsakes(tuned).kept
     tuned(**models.text_batch())
-    assert not mlp.experts.base_layer.kept and not mlp.gate.kept
+    assert not keepsakes(tuned).kept
+
+
+def test_nothing_is_kept_outside_a_forward_of_the_text_model(tuned):
+    mlp, x = tuned.base_model.model.model.layers[1].mlp, torch.randn(1, 3, models.HIDDEN_SIZE, dtype=tuned.dtype)
+    with torch.no_grad():
+        within = mlp(x)
+    assert not keepsakes(tuned).kept
+    logits(tuned)
+    with torch.no_grad():
+        mlp.gate.lora_B.default.weight.data.normal_()
+        assert not torch.allclose(mlp(x), within), "the layer alone uses nothing that a forward has kept"
+
+
+def test_a_copy_keeps_its_own(tuned):
+    before = logits(tuned)
+    copied = copy.deepcopy(tuned)
+    assert not keepsakes(copied).kept and keepsakes(tuned).kept
+    models.randomize_adapter(copied, seed=1)
+    assert not torch.allclose(logits(copied), before)
+    assert torch.equal(logits(tuned), before)
+
+
+def test_an_adapter_of_the_same_name_begins_anew(tuned):
+    tuned.add_adapter("second", OrdMoEConfig(r=4))
+    tuned.set_adapter("second")
+    fresh = logits(tuned)
+    write_in_place(tuned.get_parameter(f"base_model.model.model.layers.1.mlp.{FACTORS['router']}"))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B.second" in name:
+                parameter.normal_(std=0.1)
+    assert not torch.allclose(logits(tuned), fresh)
+    tuned.delete_adapter("second")
+    tuned.add_adapter("second", OrdMoEConfig(r=4))
+    tuned.set_adapter("second")
+    assert torch.equal(logits(tuned), fresh)
+
+
+def test_an_unloaded_model_has_nothing_of_it_left(tuned):
+    logits(tuned)
+    base = tuned.unload()
+    assert not hasattr(base.model, "keepsakes")
+    assert not base.model._forward_hooks and not base.model._forward_pre_hooks
+
+
+def test_threads_do_not_find_each_others_router_weights(tuned):
+    wanted, weights = logits(tuned), {name: p.clone() for name, p in tuned.named_parameters()}
+    wrong = []
+
+    def run() -> None:
+        wrong.extend(number for number in range(20) if not torch.equal(logits(tuned), wanted))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert all(torch.equal(p, weights[name]) for name, p in tuned.named_parameters())
 
 
 def test_switching_adapters_keeps_each_ones_own(tuned):
@@ -83,21 +153,21 @@ def test_switching_adapters_keeps_each_ones_own(tuned):
 
 def test_a_changed_scale_counts_at_once_and_piles_nothing_up(tuned):
     router = tuned.base_model.model.model.layers[1].mlp.gate
-    before = logits(tuned)
+    before, number = logits(tuned), len(keepsakes(tuned).kept)
     for scale in (20.0, 30.0):
         router.scaling["default"] = scale
         assert not torch.equal(logits(tuned), before)
-        assert len(router.kept) == 1
+        assert len(keepsakes(tuned).kept) == number
     changed = logits(tuned)
     assert torch.equal(logits_anew(tuned), changed)
 
 
 def test_scales_of_experts_pile_nothing_up(tuned):
     down = tuned.base_model.model.model.layers[1].mlp.experts
-    before = logits(tuned)
+    before, number = logits(tuned), len(keepsakes(tuned).kept)
     for scale in (20.0, 30.0):
         down.scaling["default"] = scale
         assert not torch.equal(logits(tuned), before)
-        assert len(down.kept) == 1
+        assert len(keepsakes(tuned).kept) == number
     changed = logits(tuned)
     assert torch.equal(logits_anew(tuned), changed)

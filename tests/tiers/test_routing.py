@@ -335,7 +335,7 @@ class TestAdapters:
             model, OrdMoEConfig(r=4, num_tiers=4, grouping="high_only", layer_scope=[0], targets=["experts"])
         )
         with tier_routing(tuned, 2):
-            assert torch.equal(logits(tuned, batch), wanted)
+            torch.testing.assert_close(logits(tuned, batch), wanted, rtol=1e-4, atol=1e-5)
 
     def test_tiers_hold_with_the_adapter_disabled_and_rank_by_the_adapted_router(self, model, batch):
         with tier_routing(model, 3):
