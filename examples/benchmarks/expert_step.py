@@ -6,11 +6,12 @@ The floor runs the frozen base on transformers' `grouped_mm`, forward and back t
 4-bit base it cannot run, so the budget there is the dense floor and the time in which bitsandbytes unpacks each expert
 that tokens hit, once for forward (twice with gradient checkpointing, which runs it twice) and once for backward. All
 variants of a cell take turns in one process, and ratios are medians over turns. Memory is what three steps add to the
-loaded model, in a process for each variant. See `subjects.py` for the shapes.
+loaded model, in a process for each variant, as the system and as torch counts it. See `subjects.py` for the shapes.
 """
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.moe_layers import find_moe_layers
 from ordmoe_peft.quantization.storage import expert_unpacker
 
-from .measuring import by_turns, in_own_process, resident_peak_of
+from .measuring import by_turns, in_own_process, peak_of, resident_peak_of
 from .subjects import DTYPES, SHAPES, VARIANTS, Shape, batch, build_base, step, variant
 
 
@@ -93,20 +94,27 @@ def main() -> None:
 def compare(cell: Cell, names: list[str], options: Options) -> None:
     """Print the table of a cell."""
     times = in_own_process(time_steps, cell, names, options.repetitions)
-    memory = {name: in_own_process(memory_of, cell, name) for name in names} if options.memory else {}
+    memories = memory_by_measure(cell, names) if options.memory else {}
     budget = times[FLOOR] + times[UNPACKING] if UNPACKING in times else times[FLOOR]
     rows = [
         [
             name,
             str(times[name]),
             f"{times[name].over(budget):.2f}",
-            f"{memory[name] / 1e6:.0f}" if name in memory else "",
-            f"{memory[name] / memory[FLOOR]:.2f}" if name in memory else "",
+            *itertools.chain(*(_over_floor(memory, name) for memory in memories.values())),
         ]
         for name in times
     ]
     against = "floor" if cell.base == "dense" else "(floor + unpacking)"
-    print_table(f"\n{cell}", ["", "median [min, max]", f"/ {against}", "MB over the model", "/ floor"], rows)
+    columns = itertools.chain(*((f"MB {measure}", "/ floor") for measure in memories))
+    print_table(f"\n{cell}", ["", "median [min, max]", f"/ {against}", *columns], rows)
+    if OURS in names and options.memory:
+        gradients = in_own_process(gradients_of, cell)
+        print(f"MB over the loaded model; the adapter's gradients alone are {gradients / 1e6:.0f} MB.")
+
+
+def _over_floor(memory: dict[str, int], name: str) -> list[str]:
+    return [f"{memory[name] / 1e6:.0f}", f"{memory[name] / memory[FLOOR]:.2f}"] if name in memory else ["", ""]
 
 
 def time_steps(cell: Cell, names: list[str], repetitions: int) -> dict:
@@ -121,14 +129,32 @@ def time_steps(cell: Cell, names: list[str], repetitions: int) -> dict:
     return by_turns(functions, repetitions, cell.device)
 
 
-def memory_of(cell: Cell, name: str) -> int:
+def memory_by_measure(cell: Cell, names: list[str]) -> dict[str, dict[str, int]]:
+    """Bytes that steps add to the loaded model, by name: what the process holds, and on CPU what torch counts, which
+    has neither malloc's gaps nor oneDNN's kernels."""
+    measures = {"resident": resident_peak_of, "counted": peak_of}
+    if cell.device == "cuda":
+        del measures["resident"]
+    return {
+        measure: {name: in_own_process(memory_of, cell, name, function) for name in names}
+        for measure, function in measures.items()
+    }
+
+
+def memory_of(cell: Cell, name: str, measure: Callable[[Callable], int]) -> int:
     """Bytes that steps add to the loaded model, without what libraries load and set up at their first use."""
     small = SHAPES["tiny"]
     model = variant(build_base(small, DTYPES[cell.dtype_name], cell.is_packed(name), cell.device), name)
     step(model, batch(small, cell.device))
     inputs = batch(cell.shape, cell.device)
     model = variant(cell.build(cell.is_packed(name)), name, cell.checkpointing)
-    return resident_peak_of(lambda: [step(model, inputs) for _ in range(3)])
+    return measure(lambda: [step(model, inputs) for _ in range(3)])
+
+
+def gradients_of(cell: Cell) -> int:
+    """Bytes of the gradients that a step of ours leaves."""
+    parameters = variant(cell.build(nf4=False), OURS).parameters()
+    return sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
 
 
 def experts_hit(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[list[int]]:

@@ -34,7 +34,7 @@ BIN_COST_BYTES = 600_000
 ROW_STEP = 4
 # What the up-projection's output takes of the slots that are worked on at a time, in bytes: many enough to be worth the
 # operations, and few, so that little exists beside what is kept.
-PART_BYTES = 3_000_000
+PART_BYTES = 2_000_000
 # Routed rows up to which `run_few_rows` is the faster way without gradients: measured on two CPU cores.
 FEW_ROWS = 160
 

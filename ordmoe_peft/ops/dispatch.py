@@ -126,27 +126,32 @@ class ExpertSlots:
         """The sum of each token's rows (`torch.Tensor` of shape `(T, I)`), without a copy of them all."""
         return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
 
+    def empty_for(self, num_experts: int, factor_PRI: torch.Tensor) -> torch.Tensor:
+        """Room for what is like a factor of `expert_P`, as [`by_expert`] takes it: where some of `num_experts` are
+        absent, one more, of zeros, stands for them."""
+        num_present = len(self.expert_P)
+        is_any_absent = num_present < num_experts
+        x_PRI = factor_PRI.new_empty(num_present + is_any_absent, *factor_PRI.shape[1:])
+        if is_any_absent:
+            x_PRI[-1] = 0
+        return x_PRI
+
     def by_expert(self, x_PRI: torch.Tensor, num_experts: int, r_first: bool = False) -> torch.Tensor:
         """What belongs to `expert_P` in the order of all experts, with 0 for the others.
 
         Args:
-            x_PRI (`torch.Tensor` of shape `(P, R, I)`): what to arrange.
+            x_PRI (`torch.Tensor` of shape `(P, R, I)` or `(P + 1, R, I)`): what to arrange, see [`empty_for`].
             num_experts (`int`): E.
             r_first (`bool`, defaults to `False`): return `(R, E, I)` rather than `(E, R, I)`.
         """
-        num_present, r, width = x_PRI.shape
+        num_places, r, width = x_PRI.shape
         # A gather, which runs on all cores, where index_copy_ runs on one.
-        place_E = self.expert_P.new_zeros(num_experts)
-        place_E[self.expert_P] = torch.arange(num_present, device=place_E.device)
-        if r_first:
-            row_RE = r * place_E + torch.arange(r, device=place_E.device).unsqueeze(1)
-            y = x_PRI.reshape(-1, width).index_select(0, row_RE.view(-1)).view(r, num_experts, width)
-        else:
-            y = x_PRI.reshape(num_present, r * width).index_select(0, place_E).view(num_experts, r, width)
-        if num_present == num_experts:
-            return y
-        is_absent_E = torch.ones_like(place_E, dtype=torch.bool).index_fill_(0, self.expert_P, False)
-        return y.masked_fill_(is_absent_E.view((1, -1, 1) if r_first else (-1, 1, 1)), 0)
+        place_E = self.expert_P.new_full((num_experts,), num_places - 1)
+        place_E[self.expert_P] = torch.arange(len(self.expert_P), device=place_E.device)
+        if not r_first:
+            return x_PRI.view(num_places, r * width).index_select(0, place_E).view(num_experts, r, width)
+        row_RE = r * place_E + torch.arange(r, device=place_E.device).unsqueeze(1)
+        return x_PRI.view(-1, width).index_select(0, row_RE.view(-1)).view(r, num_experts, width)
 
 
 def lay_out_by_expert(

@@ -158,40 +158,59 @@ class _FrozenExperts(torch.autograd.Function):
         x_TH, weights_TK, up_SO, down_SH, *saved = ctx.saved_tensors
         num_up, num_down = 2 * len(experts.up.lora), 2 * len(experts.down.lora)
         _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-
         with torch.autocast(x_TH.device.type, enabled=False):
             up = _Run(experts.up, slots, saved[:num_up], needs[:num_up])
             down = _Run(experts.down, slots, saved[num_up : num_up + num_down], needs[num_up:])
-            x_in_dtype_TH, grad_TH = x_TH.to(experts.up.dtype), grad_TH.to(experts.down.dtype)
-            weight_S = weights_TK.new_zeros(len(slots.token_S)).index_copy_(0, slots.slot_N, weights_TK.reshape(-1))
-            weight_S1 = weight_S.to(grad_TH.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
-            grad_weight_S = torch.empty_like(weight_S1).squeeze(1)
-            grad_x_SH = x_in_dtype_TH.new_empty(len(slots.token_S), x_TH.shape[-1]) if needs_x else None
-            for part in slots.parts:
-                grad_MH, weight_M1 = slots.rows(part, grad_TH), weight_S1[part.slots]
-                if experts.norm is not None:
-                    y_MH, through_norm = _rerun(experts.norm, down_SH[part.slots])
-                    grad_weight_S[part.slots] = (grad_MH * y_MH).sum(dim=-1)
-                    grad_MH, weight_M1 = through_norm(grad_MH * weight_M1), torch.ones_like(weight_M1)
-                grad_a_MF, *small_grads = down.input_grad(part, grad_MH)
-                a_MF, through_gate = _rerun(experts.gate, up_SO[part.slots])
-                if experts.norm is None:
-                    grad_weight_S[part.slots] = (grad_a_MF * a_MF).sum(dim=-1)
-                    if experts.down.bias_EO is not None:
-                        for expert, grad_H, weight_M in part.blocks(grad_MH, grad_weight_S[part.slots]):
-                            weight_M += grad_H @ experts.down.bias_EO[expert]
-                down.add_factor_grads(part, a_MF, grad_MH, small_grads, weight_M1)
-                if not needs_x and not any(up.needs):
-                    continue
-                grad_up_MO = through_gate(grad_a_MF * weight_M1)
-                grad_x_MH = grad_x_SH[part.slots] if needs_x else None
-                _, *small_grads = up.input_grad(part, grad_up_MO, grad_x_MH, needed=needs_x, gaps_count=False)
-                if any(up.needs):
-                    up.add_factor_grads(part, slots.rows(part, x_in_dtype_TH), grad_up_MO, small_grads)
-            grad_x_TH = slots.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
-            grad_weights = slots.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
-            grads = *up.factor_grads(), *down.factor_grads()
-        return None, None, grad_x_TH, grad_weights if needs_weights else None, *grads
+            grad_x_TH, grad_weights_TK = _back_through_parts(
+                up, down, experts, x_TH, weights_TK, grad_TH, up_SO, down_SH, needs_x
+            )
+            grads = *up.take_factor_grads(), *down.take_factor_grads()
+        return None, None, grad_x_TH, grad_weights_TK if needs_weights else None, *grads
+
+
+def _back_through_parts(
+    up: "_Run",
+    down: "_Run",
+    experts: FrozenExperts,
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    grad_TH: torch.Tensor,
+    up_SO: torch.Tensor,
+    down_SH: torch.Tensor | None,
+    needs_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradients of the tokens, where they are needed, and of the routing weights. `up` and `down` note those of
+    their factors."""
+    slots = up.slots
+    x_in_dtype_TH, grad_TH = x_TH.to(experts.up.dtype), grad_TH.to(experts.down.dtype)
+    weight_S = weights_TK.new_zeros(len(slots.token_S)).index_copy_(0, slots.slot_N, weights_TK.reshape(-1))
+    weight_S1 = weight_S.to(grad_TH.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
+    grad_weight_S = torch.empty_like(weight_S1).squeeze(1)
+    grad_x_SH = x_in_dtype_TH.new_empty(len(slots.token_S), x_TH.shape[-1]) if needs_x else None
+    for part in slots.parts:
+        grad_MH, weight_M1 = slots.rows(part, grad_TH), weight_S1[part.slots]
+        if experts.norm is not None:
+            y_MH, through_norm = _rerun(experts.norm, down_SH[part.slots])
+            grad_weight_S[part.slots] = (grad_MH * y_MH).sum(dim=-1)
+            grad_MH, weight_M1 = through_norm(grad_MH * weight_M1), torch.ones_like(weight_M1)
+        grad_a_MF, *small_grads = down.input_grad(part, grad_MH)
+        a_MF, through_gate = _rerun(experts.gate, up_SO[part.slots])
+        if experts.norm is None:
+            grad_weight_S[part.slots] = (grad_a_MF * a_MF).sum(dim=-1)
+            if experts.down.bias_EO is not None:
+                for expert, grad_H, weight_M in part.blocks(grad_MH, grad_weight_S[part.slots]):
+                    weight_M += grad_H @ experts.down.bias_EO[expert]
+        down.add_factor_grads(part, a_MF, grad_MH, small_grads, weight_M1)
+        if not needs_x and not any(up.needs):
+            continue
+        del grad_MH
+        grad_up_MO = through_gate(grad_a_MF.mul_(weight_M1))
+        grad_x_MH = grad_x_SH[part.slots] if needs_x else None
+        _, *small_grads = up.input_grad(part, grad_up_MO, grad_x_MH, needed=needs_x, gaps_count=False)
+        if any(up.needs):
+            up.add_factor_grads(part, slots.rows(part, x_in_dtype_TH), grad_up_MO, small_grads)
+    grad_x_TH = slots.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
+    return grad_x_TH, slots.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
 
 
 class _Run:
@@ -221,7 +240,10 @@ class _Run:
             saved = [tensor for pair in zip(small_SR, B_PRO, strict=True) for tensor in pair]
         self.saved, self.small_SR, self.B_PRO = saved, saved[::2], saved[1::2]
         factors = [factor for pair in zip(self.A_PRI, self.B_PRO, strict=True) for factor in pair]
-        self.grads = [torch.empty_like(factors[place]) if needed else None for place, needed in enumerate(self.needs)]
+        self.grads = [
+            slots.empty_for(projection.lora[place // 2].num_experts, factors[place]) if needed else None
+            for place, needed in enumerate(self.needs)
+        ]
 
     def forward(self, part: Part, x_MI: torch.Tensor, y_MO: torch.Tensor, gaps_count: bool = True) -> torch.Tensor:
         """Write the output of a part's slots into `y_MO`."""
@@ -286,17 +308,23 @@ class _Run:
             if grad_B_PRO is not None:
                 _outer(part, weighted(small_SR[part.slots]), grad_MO, out=grad_B_PRO)
 
-    def factor_grads(self) -> list[torch.Tensor | None]:
-        """Gradients of each update's A and B, as they are stored."""
+    def take_factor_grads(self) -> list[torch.Tensor | None]:
+        """Gradients of each update's A and B, as they are stored. What they are made of is let go of one by one."""
+        self.A_PRI.clear()
         grads = []
-        for lora, grad_A_PRI, grad_B_PRO in zip(self.projection.lora, self.grads[::2], self.grads[1::2], strict=True):
+        for lora in self.projection.lora:
+            grad_A_PRI, grad_B_PRO = self.grads.pop(0), self.grads.pop(0)
             grad_A = grad_B = None
             if grad_A_PRI is not None:
-                grad_A = self.slots.by_expert(grad_A_PRI, lora.num_experts).view(lora.A.shape).to(lora.A.dtype)
+                grad_A_ERI, grad_A_PRI = self.slots.by_expert(grad_A_PRI, lora.num_experts), None
+                grad_A = grad_A_ERI.view(lora.A.shape).to(lora.A.dtype)
+                del grad_A_ERI
             if grad_B_PRO is not None:
-                grad_REO = self.slots.by_expert(grad_B_PRO, lora.num_experts, r_first=True)
+                grad_B_REO, grad_B_PRO = self.slots.by_expert(grad_B_PRO, lora.num_experts, r_first=True), None
                 # Two dimensions in 16 bits are what torch transposes fast.
-                grad_B = grad_REO.view(lora.B.shape[::-1]).t().contiguous().to(lora.B.dtype)
+                grad_B_OX = grad_B_REO.view(lora.B.shape[::-1]).t().contiguous()
+                del grad_B_REO
+                grad_B = grad_B_OX.to(lora.B.dtype)
             grads += [grad_A, grad_B]
         return grads
 

@@ -101,9 +101,11 @@ def test_slots_go_back_to_their_tokens(layout):
 @pytest.mark.parametrize("routing", [*ROUTINGS.values(), [[0, 1], [2, 3], [4, 0], [0, 1]]])
 def test_what_slots_give_goes_back_to_their_experts(routing, layout, num_experts, r_first):
     slots = lay_out_by_expert(torch.tensor(routing), num_experts, **layout)
-    x_PRI = torch.randn(len(slots.expert_P), 3, 8)
+    factor_PRI = torch.randn(len(slots.expert_P), 3, 8)
+    x_PRI = slots.empty_for(num_experts, factor_PRI)
+    x_PRI[: len(factor_PRI)] = factor_PRI
     wanted_ERI = torch.zeros(num_experts, 3, 8)
-    wanted_ERI[slots.expert_P] = x_PRI
+    wanted_ERI[slots.expert_P] = factor_PRI
     got = slots.by_expert(x_PRI, num_experts, r_first)
     assert torch.equal(got, wanted_ERI.transpose(0, 1) if r_first else wanted_ERI)
 
