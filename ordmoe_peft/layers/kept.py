@@ -48,6 +48,12 @@ class Kept:
     sources: list[Source]
     settings: Hashable
 
+    def is_in_place(self) -> bool:
+        return all(source.is_in_place() for source in self.sources)
+
+    def reads_the_same(self) -> bool:
+        return all(torch.equal(source.sample_now, source.sample) for source in self.sources)
+
 
 class Keepsakes:
     """What a model's layers keep. Copies are empty."""
@@ -65,19 +71,17 @@ class Keepsakes:
             self.kept[key], self._samples = kept, None
 
     def clear(self) -> None:
-        self.kept, self._samples = {}, None
+        with self._lock:
+            self.kept, self._samples = {}, None
 
     def drop_outdated(self) -> None:
         """Drop what was made of parameters that are no longer what they were."""
-        kept = {key: kept for key, kept in self.kept.items() if all(source.is_in_place() for source in kept.sources)}
-        if len(kept) == len(self.kept) and self._samples is not None and self._are_samples_equal():
-            return
-        self.kept = {
-            key: kept
-            for key, kept in kept.items()
-            if all(torch.equal(source.sample_now, source.sample) for source in kept.sources)
-        }
-        self._samples = self._samples_by_dtype()
+        with self._lock:
+            kept = {key: kept for key, kept in self.kept.items() if kept.is_in_place()}
+            if len(kept) == len(self.kept) and self._samples is not None and self._are_samples_equal():
+                return
+            self.kept = {key: kept for key, kept in kept.items() if kept.reads_the_same()}
+            self._samples = self._samples_by_dtype()
 
     def _samples_by_dtype(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
         """Views of all samples, and what they read now: one comparison for all."""

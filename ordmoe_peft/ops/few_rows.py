@@ -35,21 +35,25 @@ class RowsByExpert:
     token_N: torch.Tensor
     expert_N: torch.Tensor
     row_N: torch.Tensor
-    _rows_of_factors: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _bags: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
-    def rows_of_factors(self, r: int) -> torch.Tensor:
-        """Which of `E·R` rows are of each row's expert (`torch.Tensor` of shape `(N, R)`)."""
-        if r not in self._rows_of_factors:
-            first_N1 = (self.expert_N * r).unsqueeze(1)
-            self._rows_of_factors[r] = first_N1 + torch.arange(r, device=self.expert_N.device)
-        return self._rows_of_factors[r]
+    def bags(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of `E·R` rows are of each row's expert (`torch.Tensor` of shape `(N·R,)`), and where each begins."""
+        if r not in self._bags:
+            row_NR = (self.expert_N * r).unsqueeze(1) + torch.arange(r, device=self.expert_N.device)
+            self._bags[r] = row_NR.view(-1), torch.arange(0, row_NR.numel(), r, device=self.expert_N.device)
+        return self._bags[r]
 
 
 def rows_by_expert(top_k_index_TK: torch.Tensor) -> RowsByExpert:
     """Order the rows of this routing (`torch.Tensor` of shape `(T, K)`)."""
-    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
+    expert_N = top_k_index_TK.reshape(-1)
     num_rows = Counter(expert_N.tolist())
-    return RowsByExpert(num_rows, order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
+    if len(num_rows) == len(expert_N) and len(top_k_index_TK) == 1:  # an expert a row, of one token: any order will do
+        order_N = torch.arange(len(expert_N), device=expert_N.device)
+        return RowsByExpert(num_rows, torch.zeros_like(order_N), expert_N, order_N)
+    expert_N, order_N = torch.sort(expert_N)
+    return RowsByExpert(dict(sorted(num_rows.items())), order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
 
 
 def run_few_rows(
@@ -134,6 +138,6 @@ def _add_from_A(lora: LowRank, y_NO: torch.Tensor, x_NR: torch.Tensor, rows: Row
     """Add to each row `x_NR` times its expert's B, scaled: a weighted sum of R rows of B, without a copy of them."""
     is_at_hand = lora.B_ERO is not None and lora.B_ERO.dtype == y_NO.dtype
     B_ERO = lora.B_ERO if is_at_hand else B_by_expert(lora, y_NO.dtype)
-    row_NR, B_O = rows.rows_of_factors(lora.r), B_ERO.view(-1, y_NO.shape[1])
+    row_X, start_N = rows.bags(lora.r)
     x_NR *= lora.scaling
-    y_NO += F.embedding_bag(row_NR, B_O, mode="sum", per_sample_weights=x_NR)
+    y_NO += F.embedding_bag(row_X, B_ERO.view(-1, y_NO.shape[1]), start_N, mode="sum", per_sample_weights=x_NR.view(-1))
