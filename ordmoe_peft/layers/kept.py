@@ -1,9 +1,9 @@
 """What is made of an adapter's factors, kept between forwards without gradients: making it costs more than a decoding
 step's use of it.
 
-Whether the factors are what they were is looked up once, when a forward of the text model begins, and not in each
-layer: there, between products that fill the caches, it would cost three times as much. Layers that run outside such a
-forward keep nothing.
+Whether the factors are what they were is looked up once in a forward of the text model, by the first layer that asks,
+and not by each: between products that fill the caches, it would cost three times as much. Layers that run outside such
+a forward keep nothing.
 """
 
 import threading
@@ -96,9 +96,10 @@ class Keepsakes:
 
 
 class _Running(threading.local):
-    """What the layers of the forward that runs in this thread may keep."""
+    """What the layers of the forward that runs in this thread may keep, and whether that was looked up already."""
 
     keepsakes: Keepsakes | None = None
+    is_checked: bool = False
 
 
 _running = _Running()
@@ -115,6 +116,9 @@ def keep(key: Hashable, settings: Hashable, make: Callable[[], tuple[Any, list[t
     keepsakes = _running.keepsakes
     if keepsakes is None or torch.compiler.is_compiling():
         return None
+    if not _running.is_checked:
+        keepsakes.drop_outdated()
+        _running.is_checked = True
     kept = keepsakes.kept.get(key)
     if kept is None or kept.settings != settings:
         value, parameters = make()
@@ -158,8 +162,7 @@ def _enter(decoder: nn.Module, args: tuple) -> None:
     if torch.is_grad_enabled():
         decoder.keepsakes.clear()
     else:
-        decoder.keepsakes.drop_outdated()
-        _running.keepsakes = decoder.keepsakes
+        _running.keepsakes, _running.is_checked = decoder.keepsakes, False
 
 
 def _leave(decoder: nn.Module, args: tuple, output: Any) -> None:

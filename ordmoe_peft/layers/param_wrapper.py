@@ -38,17 +38,19 @@ class ParamWrapper(lora_layer.ParamWrapper):
         return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
 
     def _low_rank_to_run(self, adapter_name: str) -> LowRank:
-        """The same with A in the dtype of the products and B by expert at hand, where these may be kept."""
+        """The same, ready for the products where that may be kept: A scaled and in their dtype, B by expert, too."""
         halves = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        update = LowRank(halves[0].weight, halves[1].weight, self.num_experts, self.scaling[adapter_name])
-        kept = keep((self, adapter_name), halves, partial(self._in_dtype_of_products, update, halves))
-        return update if kept is None else replace(update, A=kept[0], B_ERO=kept[1])
+        settings = (*halves, self.scaling[adapter_name])
+        kept = keep((self, adapter_name), settings, partial(self._ready_for_products, adapter_name, halves))
+        return self.low_rank(adapter_name) if kept is None else kept
 
-    def _in_dtype_of_products(self, update: LowRank, halves: tuple[nn.Module, nn.Module]) -> tuple:
-        """A, and B by expert, and what they are made of."""
-        weight = self.get_param()
+    def _ready_for_products(self, adapter_name: str, halves: tuple[nn.Module, nn.Module]) -> tuple:
+        """That, and what it is made of."""
+        weight, update = self.get_param(), self.low_rank(adapter_name)
         dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        return (update.A.to(dtype), B_by_expert(update, dtype)), [(half, "weight") for half in halves]
+        A = (update.A * update.scaling).to(dtype)
+        ready = replace(update, A=A, scaling=1.0, B_ERO=B_by_expert(update, dtype))
+        return ready, [(half, "weight") for half in halves]
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""

@@ -139,5 +139,6 @@ def _add_from_A(lora: LowRank, y_NO: torch.Tensor, x_NR: torch.Tensor, rows: Row
     is_at_hand = lora.B_ERO is not None and lora.B_ERO.dtype == y_NO.dtype
     B_ERO = lora.B_ERO if is_at_hand else B_by_expert(lora, y_NO.dtype)
     row_X, start_N = rows.bags(lora.r)
-    x_NR *= lora.scaling
+    if lora.scaling != 1:
+        x_NR *= lora.scaling
     y_NO += F.embedding_bag(row_X, B_ERO.view(-1, y_NO.shape[1]), start_N, mode="sum", per_sample_weights=x_NR.view(-1))
