@@ -5,8 +5,10 @@
 The floor runs the frozen base on transformers' `grouped_mm`, forward and back to the embeddings, without any LoRA. On a
 4-bit base it cannot run, so the budget there is the dense floor and the time in which bitsandbytes unpacks each expert
 that tokens hit, once for forward (twice with gradient checkpointing, which runs it twice) and once for backward. All
-variants of a cell take turns in one process, and ratios are medians over turns. Memory is what three steps add to the
-loaded model, in a process for each variant, as the system and as torch counts it. See `subjects.py` for the shapes.
+variants of a cell take turns in one process, and ratios are medians over turns. Memory is what some steps add to the
+loaded model, in a process for each variant, as the system and as torch counts it. Each is on another batch, as in
+training: in 16 bits oneDNN compiles kernels for each number of rows that an expert gets, and keeps them. See
+`subjects.py` for the shapes.
 """
 
 import itertools
@@ -41,6 +43,7 @@ class Options:
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": f"Of {list(VARIANTS)}."})
     repetitions: int = field(default=5, metadata={"help": "Timed steps of each variant."})
     memory: bool = field(default=True, metadata={"help": "Measure memory, too."})
+    memory_steps: int = field(default=3, metadata={"help": "Steps, each on another batch, whose peak is the memory."})
     profile: bool = field(default=False, metadata={"help": "Print a table by operator of ours in place of timing."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; on cuda choose the shapes 30b_2k and 30b_8k."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; all by default."})
@@ -94,7 +97,7 @@ def main() -> None:
 def compare(cell: Cell, names: list[str], options: Options) -> None:
     """Print the table of a cell."""
     times = in_own_process(time_steps, cell, names, options.repetitions)
-    memories = memory_by_measure(cell, names) if options.memory else {}
+    memories = memory_by_measure(cell, names, options.memory_steps) if options.memory else {}
     budget = times[FLOOR] + times[UNPACKING] if UNPACKING in times else times[FLOOR]
     rows = [
         [
@@ -129,26 +132,26 @@ def time_steps(cell: Cell, names: list[str], repetitions: int) -> dict:
     return by_turns(functions, repetitions, cell.device)
 
 
-def memory_by_measure(cell: Cell, names: list[str]) -> dict[str, dict[str, int]]:
+def memory_by_measure(cell: Cell, names: list[str], num_steps: int) -> dict[str, dict[str, int]]:
     """Bytes that steps add to the loaded model, by name: what the process holds, and on CPU what torch counts, which
     has neither malloc's gaps nor oneDNN's kernels."""
     measures = {"resident": resident_peak_of, "counted": peak_of}
     if cell.device == "cuda":
         del measures["resident"]
     return {
-        measure: {name: in_own_process(memory_of, cell, name, function) for name in names}
+        measure: {name: in_own_process(memory_of, cell, name, num_steps, function) for name in names}
         for measure, function in measures.items()
     }
 
 
-def memory_of(cell: Cell, name: str, measure: Callable[[Callable], int]) -> int:
+def memory_of(cell: Cell, name: str, num_steps: int, measure: Callable[[Callable], int]) -> int:
     """Bytes that steps add to the loaded model, without what libraries load and set up at their first use."""
     small = SHAPES["tiny"]
     model = variant(build_base(small, DTYPES[cell.dtype_name], cell.is_packed(name), cell.device), name)
     step(model, batch(small, cell.device))
-    inputs = batch(cell.shape, cell.device)
+    batches = [batch(cell.shape, cell.device, seed) for seed in range(num_steps)]
     model = variant(cell.build(cell.is_packed(name)), name, cell.checkpointing)
-    return measure(lambda: [step(model, inputs) for _ in range(3)])
+    return measure(lambda: [step(model, inputs) for inputs in batches])
 
 
 def gradients_of(cell: Cell) -> int:

@@ -119,9 +119,9 @@ def variant(base: Qwen3MoeForCausalLM, name: str, checkpointing: bool = False) -
     return model.train()
 
 
-def batch(shape: Shape, device: str) -> dict[str, torch.Tensor]:
+def batch(shape: Shape, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens, and as labels."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     length = min(SEQUENCE, shape.tokens)
     ids = torch.randint(VOCAB_SIZE, (shape.tokens // length, length), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}

@@ -6,6 +6,7 @@ with zeros to whole blocks, so no block straddles two experts and one expert can
 `dequantize_4bit` knows nothing of the filling, and on CPU it mixes the scales of rows shorter than a block up (0.50.2).
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sized
 from typing import Protocol
 
@@ -21,10 +22,11 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
-# Weights of an expert from which on it is unpacked by pieces where it may be overwritten, and those of a piece. Tensors
-# of one size that are made and freed in turn may not fit into the holes they leave (glibc 2.36 aligns them): 32 of 8 MB
-# made a process grow by 260 MB. Pieces cost a copy, so smaller experts are unpacked whole.
-LARGE_EXPERT, PIECE = 1 << 21, 1 << 19
+# Weights of an expert from which on it is unpacked by pieces where it may be overwritten, and those of a piece. Large
+# tensors that are made and freed in turn leave holes in malloc's memory that the next may not fit into (glibc 2.36):
+# unpacked whole, experts of 8 MB made a process grow to four times what it needs. Pieces cost a copy, so smaller
+# experts are not cut.
+LARGE_EXPERT, PIECE = 1 << 20, 1 << 18
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -132,6 +134,22 @@ def _stack_state(
     )
 
 
+class _Room(threading.local):
+    """Where a thread unpacks large experts to, one over the other. It is kept, as large as the largest of them."""
+
+    memory: torch.Tensor | None = None
+
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = shape.numel() * dtype.itemsize
+        if self.memory is None or len(self.memory) < num_bytes:
+            with torch.inference_mode(False):  # what is made in that mode may not be written to outside
+                self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self.memory[:num_bytes].view(dtype).view(shape)
+
+
+_room = _Room()
+
+
 def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int], torch.Tensor]:
     """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
 
@@ -139,7 +157,8 @@ def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int
 
     Args:
         packed (`Params4bit`): the stack.
-        in_place (`bool`, defaults to `False`): a matrix may be overwritten by the next one.
+        in_place (`bool`, defaults to `False`): a matrix may be overwritten by the next one that this thread unpacks so,
+            of whichever stack.
 
     Raises:
         [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
@@ -180,7 +199,7 @@ def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int
     if not is_by_pieces or matrix_shape.numel() < LARGE_EXPERT:
         return unpack
     rows = max(1, PIECE // matrix_shape[1])
-    matrix_OI = torch.empty(matrix_shape, dtype=state.dtype)
+    matrix_OI = _room.tensor(matrix_shape, state.dtype)
     pieces_OI, num_weights = matrix_OI.split(rows), rows * matrix_shape[1]
 
     def unpack_in_place(expert: int) -> torch.Tensor:

@@ -38,6 +38,20 @@ def test_experts_unpack_by_pieces_in_place(rows_of_a_piece, use_double_quant, mo
     assert len(places) == 1
 
 
+def test_large_experts_of_all_stacks_are_unpacked_to_one_place_in_any_mode(monkeypatch):
+    monkeypatch.setattr(storage, "LARGE_EXPERT", 1)
+    monkeypatch.setattr(storage, "_room", storage._Room())
+    stacks = [pack_experts(torch.randn(2, rows, 128), "stack") for rows in (4, 12, 8)]
+    with torch.inference_mode():
+        expert_unpacker(stacks[1], in_place=True)(0)
+    places = set()
+    for packed in stacks:
+        matrix = expert_unpacker(packed, in_place=True)(1)
+        assert torch.equal(matrix, expert_unpacker(packed)(1))
+        places.add(matrix.data_ptr())
+    assert len(places) == 1
+
+
 def test_compute_dtype_is_that_of_the_unpacked_expert():
     packed = pack_experts(torch.randn(2, 16, 32), "experts.down_proj", compute_dtype=torch.bfloat16)
     assert expert_unpacker(packed)(1).dtype == torch.bfloat16
