@@ -22,10 +22,11 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
-# Weights of an expert from which on it is unpacked by pieces where it may be overwritten, and those of a piece. Large
-# tensors that are made and freed in turn leave holes in malloc's memory that the next may not fit into (glibc 2.36):
-# unpacked whole, experts of 8 MB made a process grow to four times what it needs. Pieces cost a copy, so smaller
-# experts are not cut.
+# Weights of an expert from which on it is unpacked by pieces to 16 bits where it may be overwritten, and those of a
+# piece. A large tensor that is freed leaves a hole in malloc's memory. There a kernel of 0.65 MB settles that oneDNN
+# compiles for another number of rows, and the next tensor does not fit: unpacked whole, experts of 8 MB made a process
+# grow to four times what it needs. Kernels do not fit into the holes of pieces. These cost a copy, so smaller experts
+# are not cut, nor are those in 32 bits, whose products are not compiled.
 LARGE_EXPERT, PIECE = 1 << 20, 1 << 18
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -195,21 +196,27 @@ def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int
         weights = dequantize(bytes_E[expert], absmax_E[expert], unpacked_shape)
         return weights.view(-1)[: matrix_shape.numel()].view(matrix_shape)
 
-    is_by_pieces = in_place and packed.device.type == "cpu" and has_whole_rows
-    if not is_by_pieces or matrix_shape.numel() < LARGE_EXPERT:
+    is_in_16_bits_on_cpu = packed.device.type == "cpu" and state.dtype.itemsize == 2
+    if not (in_place and is_in_16_bits_on_cpu and has_whole_rows and matrix_shape.numel() >= LARGE_EXPERT):
         return unpack
-    rows = max(1, PIECE // matrix_shape[1])
-    matrix_OI = _room.tensor(matrix_shape, state.dtype)
-    pieces_OI, num_weights = matrix_OI.split(rows), rows * matrix_shape[1]
+    return _by_pieces(dequantize, bytes_E, absmax_E, _room.tensor(matrix_shape, state.dtype), state.blocksize)
 
-    def unpack_in_place(expert: int) -> torch.Tensor:
+
+def _by_pieces(
+    dequantize: Callable, bytes_E: torch.Tensor, absmax_E: torch.Tensor, matrix_OI: torch.Tensor, blocksize: int
+) -> Callable[[int], torch.Tensor]:
+    """A function that unpacks an expert into `matrix_OI` by pieces of whole rows."""
+    rows = max(1, PIECE // matrix_OI.shape[1])
+    pieces_OI, num_weights = matrix_OI.split(rows), rows * matrix_OI.shape[1]
+
+    def unpack(expert: int) -> torch.Tensor:
         bytes_of_pieces = bytes_E[expert].split(num_weights // 2)
-        scales_of_pieces = absmax_E[expert].split(num_weights // state.blocksize)
+        scales_of_pieces = absmax_E[expert].split(num_weights // blocksize)
         for piece_OI, bytes_P1, absmax_N in zip(pieces_OI, bytes_of_pieces, scales_of_pieces, strict=True):
             piece_OI.copy_(dequantize(bytes_P1, absmax_N, piece_OI.shape))
         return matrix_OI
 
-    return unpack_in_place
+    return unpack
 
 
 def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:

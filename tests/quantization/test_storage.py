@@ -28,7 +28,7 @@ def test_experts_unpack_one_at_a_time_to_what_bitsandbytes_gives_for_the_stack(q
 def test_experts_unpack_by_pieces_in_place(rows_of_a_piece, use_double_quant, monkeypatch):
     monkeypatch.setattr(storage, "LARGE_EXPERT", 12 * 128)
     monkeypatch.setattr(storage, "PIECE", rows_of_a_piece * 128 + 5)
-    packed = pack_experts(torch.randn(3, 12, 128), "stack", use_double_quant=use_double_quant)
+    packed = pack_experts(torch.randn(3, 12, 128).bfloat16(), "stack", use_double_quant=use_double_quant)
     whole, in_place = expert_unpacker(packed), expert_unpacker(packed, in_place=True)
     places = set()
     for expert in (2, 0, 1):
@@ -41,7 +41,7 @@ def test_experts_unpack_by_pieces_in_place(rows_of_a_piece, use_double_quant, mo
 def test_large_experts_of_all_stacks_are_unpacked_to_one_place_in_any_mode(monkeypatch):
     monkeypatch.setattr(storage, "LARGE_EXPERT", 1)
     monkeypatch.setattr(storage, "_room", storage._Room())
-    stacks = [pack_experts(torch.randn(2, rows, 128), "stack") for rows in (4, 12, 8)]
+    stacks = [pack_experts(torch.randn(2, rows, 128).bfloat16(), "stack") for rows in (4, 12, 8)]
     with torch.inference_mode():
         expert_unpacker(stacks[1], in_place=True)(0)
     places = set()
