@@ -64,7 +64,7 @@ def time_step(shape: Shape, dtype: str, repetitions: int) -> tuple[float, float]
 
 
 def draw(found: dict[str, dict[int, tuple[float, float]]], path: str) -> None:
-    """Time per token over each sweep, both axes in powers of two."""
+    """Time per token over each sweep, which goes in powers of two."""
     from matplotlib.figure import Figure
 
     labels = {"E": "experts", "K": "experts per token", "T": "tokens"}
@@ -73,7 +73,7 @@ def draw(found: dict[str, dict[int, tuple[float, float]]], path: str) -> None:
         for place, label in enumerate(("floor", "ours")):
             axes.plot(list(points), [times[place] for times in points.values()], marker="o", label=label)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel(labels[name])
     figure.axes[0].set_ylabel("µs per token of a step")
     figure.axes[0].legend()
