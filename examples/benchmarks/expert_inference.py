@@ -4,7 +4,8 @@
 
 One forward of 1 token (a decoding step without its cache), of 16 and of 512 tokens, by turns: the base on transformers'
 `grouped_mm`, which is what it runs on before an adapter is attached; the adapter on; disabled; and on, held to tier 3
-of 3 and to tier 1, which is the model as it is. Switching these on and off is not timed.
+of 3 and to tier 1, which is the model as it is. Switching these on and off is not timed, nor is PEFT's own forward
+around the model, which its `generate` does not enter for each token.
 """
 
 import copy
@@ -73,7 +74,7 @@ def forwards(untouched: nn.Module, adapted: nn.Module, ids: torch.Tensor) -> tup
         "adapter on, tier 1": partial(tier_routing, adapted, 1, num_tiers=3),
         "adapter on, tier 3": partial(tier_routing, adapted, 3, num_tiers=3),
     }
-    models = {name: untouched if name == "base" else adapted for name in contexts}
+    models = {name: untouched if name == "base" else adapted.get_base_model() for name in contexts}
     functions = {name: partial(model, input_ids=ids, use_cache=False) for name, model in models.items()}
     return functions, contexts
 
