@@ -23,10 +23,10 @@ ROWS_BY_ROW = 24
 
 @dataclass(frozen=True)
 class RowsByExpert:
-    """N = T·K routed rows in the order of their experts, known on the host.
+    """N = T·K routed rows, those of an expert side by side, known on the host.
 
     Args:
-        num_rows (`dict` of `int` to `int`): each expert hit, in order, and how many rows it has.
+        num_rows (`dict` of `int` to `int`): each expert hit, in the order of rows, and how many it has.
         token_N, expert_N (`torch.Tensor` of shape `(N,)`): of each row.
         row_N (`torch.Tensor` of shape `(N,)`): the row of each place of the flattened `(T, K)` routing.
     """
@@ -47,13 +47,12 @@ class RowsByExpert:
 
 def rows_by_expert(top_k_index_TK: torch.Tensor) -> RowsByExpert:
     """Order the rows of this routing (`torch.Tensor` of shape `(T, K)`)."""
-    expert_N = top_k_index_TK.reshape(-1)
-    num_rows = Counter(expert_N.tolist())
-    if len(num_rows) == len(expert_N) and len(top_k_index_TK) == 1:  # an expert a row, of one token: any order will do
-        order_N = torch.arange(len(expert_N), device=expert_N.device)
-        return RowsByExpert(num_rows, torch.zeros_like(order_N), expert_N, order_N)
+    (num_tokens, top_k), expert_N = top_k_index_TK.shape, top_k_index_TK.reshape(-1)
+    if num_tokens == 1 and len(num_rows := Counter(expert_N.tolist())) == top_k:  # an expert a row: any order will do
+        row_N = torch.arange(top_k, device=expert_N.device)
+        return RowsByExpert(num_rows, torch.zeros_like(row_N), expert_N, row_N)
     expert_N, order_N = torch.sort(expert_N)
-    return RowsByExpert(dict(sorted(num_rows.items())), order_N // top_k_index_TK.shape[1], expert_N, order_N.argsort())
+    return RowsByExpert(Counter(expert_N.tolist()), order_N // top_k, expert_N, order_N.argsort())
 
 
 def run_few_rows(
