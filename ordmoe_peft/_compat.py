@@ -63,6 +63,11 @@ def attention_implementation(model: nn.Module) -> str:
     return model.config.get_text_config()._attn_implementation
 
 
+def experts_implementation(experts: nn.Module) -> str | None:
+    """The name of the function that these experts run; the public getter answers for whole models alone (5.23)."""
+    return experts.config._experts_implementation
+
+
 def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
     """Replace the checkpoint function of each checkpointed layer of `model` by `wrap` of it, once.
 

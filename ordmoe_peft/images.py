@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput, logging
 
-from .moe_layers import find_moe_layers, text_model
+from .moe_layers import find_moe_layers, text_models
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ def _reason_for_pixels(model: nn.Module) -> str | None:
     name = type(model).__name__
     if ENCODED not in inspect.signature(model.forward).parameters:
         return f"{name} takes no encoded images"
-    decoder = {*text_model(model, find_moe_layers(model)).parameters()}
+    decoder = {parameter for part in text_models(model, find_moe_layers(model)) for parameter in part.parameters()}
     around = [parameter for parameter in model.base_model.parameters() if parameter not in decoder]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in around):
         return f"weights of {name} outside its text model are trained"

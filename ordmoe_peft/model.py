@@ -12,16 +12,15 @@ from ._compat import keep_linear4bit_layout
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers import param_wrapper, router_wrapper
-from .layers.kept import install_keepsakes, remove_keepsakes
 from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import (
     EXPERTS_IMPLEMENTATION,
     find_moe_layers,
     is_fused_experts,
-    text_model,
     unwrapped,
     without_wrappers,
 )
+from .offloading import bring_offloaded_routers, check_offloading
 from .quantization.foreign import check_expert_storage
 from .targets import base_moe, base_quantization, coverage_report, resolve_targets
 from .tiers.plan import make_plan
@@ -48,12 +47,14 @@ class OrdMoEModel(LoraModel):
         check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
+        check_offloading(layers, config.targets)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
         targets = check_targets(config, model)
         if config.tier_weights == "match":
             for layer in layers:
                 check_router(layer)
                 check_weights(layer)
+        bring_offloaded_routers(layers)
         install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
         if config.base_moe is None:  # a new adapter, not one that is loaded
@@ -62,7 +63,6 @@ class OrdMoEModel(LoraModel):
         config.target_modules, config.target_parameters = targets
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._use_ordmoe_experts()
-        install_keepsakes(text_model(model, layers))
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
 
     def _use_ordmoe_experts(self) -> None:
@@ -148,7 +148,6 @@ class OrdMoEModel(LoraModel):
         else:
             model = super()._unload_and_optionally_merge(merge=merge, **options)
         remove_tier_hooks(model)
-        remove_keepsakes(model)
         model.set_experts_implementation(self._experts_implementation_after(model))
         if merge and is_packed_base and not requantize:
             forget_quantization(model)

@@ -7,9 +7,7 @@ row of weights per expert. Modules that PEFT has wrapped are seen through.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import nn
 
 from .errors import OrdMoEModelError
@@ -17,8 +15,6 @@ from .errors import OrdMoEModelError
 
 # Name of our experts function in transformers' registry.
 EXPERTS_IMPLEMENTATION = "ordmoe"
-# Place of the chosen experts' weights in what transformers' routers return: logits, weights, indices.
-WEIGHTS = 1
 
 
 @dataclass(frozen=True)
@@ -126,17 +122,13 @@ def _find_router(block: nn.Module, num_experts: int) -> tuple[str, nn.Module | N
     return "", None
 
 
-def text_model(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
-    """The module that runs the decoder layers: the owner of their `nn.ModuleList`."""
-    return model.get_submodule(layers[0].decoder_layers_name.rpartition(".")[0])
+def text_models(model: nn.Module, layers: list[MoELayer]) -> dict[nn.Module, list[MoELayer]]:
+    """The modules that run the decoder layers, the owners of their `nn.ModuleList`s, and the MoE layers of each.
 
-
-def router_weights(output: Any, top_k: int) -> torch.Tensor | None:
-    """The weights of the chosen experts in what a router returns (`torch.Tensor` of shape `(T, K)`).
-
-    `None` where there are none: some routers return logits alone, or something else.
+    Most models have one; the full Qwen3-Omni has two, a thinker and a talker.
     """
-    weights_TK = output[WEIGHTS] if isinstance(output, tuple) and len(output) > WEIGHTS else None
-    if not isinstance(weights_TK, torch.Tensor) or not weights_TK.is_floating_point():
-        return None
-    return weights_TK if weights_TK.dim() == 2 and weights_TK.shape[1] == top_k else None
+    found: dict[nn.Module, list[MoELayer]] = {}
+    for layer in layers:
+        owner = model.get_submodule(layer.decoder_layers_name.rpartition(".")[0])
+        found.setdefault(owner, []).append(layer)
+    return found

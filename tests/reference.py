@@ -64,14 +64,14 @@ def experts_at_ranks(scores_TE: torch.Tensor, ranks: list[int]) -> list[set[int]
     return chosen
 
 
-def balance_loss(router_logits_TE: torch.Tensor, top_k: int, mask_T: torch.Tensor) -> torch.Tensor:
+def balance_loss(router_logits_TE: torch.Tensor, top_k_index_TK: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
     """E · Σ f_i · P_i by counting."""
     num_experts = router_logits_TE.shape[1]
     routed, probability, tokens = torch.zeros(num_experts), torch.zeros(num_experts), 0
-    for logits_E, is_token in zip(router_logits_TE, mask_T, strict=True):
+    for logits_E, index_K, is_token in zip(router_logits_TE, top_k_index_TK, mask_T, strict=True):
         if is_token:
             tokens += 1
-            for expert in logits_E.topk(top_k).indices:
+            for expert in index_K:
                 routed[expert] += 1
             probability = probability + logits_E.softmax(0)
-    return num_experts * (routed / (tokens * top_k) * probability / tokens).sum()
+    return num_experts * (routed / (tokens * top_k_index_TK.shape[1]) * probability / tokens).sum()

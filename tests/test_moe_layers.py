@@ -3,7 +3,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_layers import find_moe_layers, text_model
+from ordmoe_peft.moe_layers import find_moe_layers, text_models
 from tests import models
 
 
@@ -12,7 +12,7 @@ def test_layers_are_found_with_their_sizes(model):
     assert [(layer.index, layer.decoder_layer) for layer in layers] == [(i, i) for i in range(models.NUM_LAYERS)]
     assert {(layer.num_experts, layer.top_k) for layer in layers} == {(models.NUM_EXPERTS, models.TOP_K)}
     assert {layer.projections for layer in layers} == {("gate_up_proj", "down_proj")}
-    assert text_model(model, layers) is model.get_decoder()
+    assert text_models(model, layers) == {model.get_decoder(): layers}
 
 
 def test_dense_layers_between_are_passed_over():

@@ -10,7 +10,7 @@ from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
 from ordmoe_peft.rollouts import ROLLOUT_FEATURES, rollout
 from ordmoe_peft.samples import prompt_inputs
-from ordmoe_peft.tiers.records import recorded_router_logits
+from ordmoe_peft.tiers.records import recorded_router_outputs
 from tests import models, text
 
 
@@ -106,9 +106,10 @@ def test_gate_mass_is_the_probability_of_the_tiers_ranks(tmp_path):
         for tier, first_rank in zip(TIERS, (0, 3, 6), strict=True):
             ids = torch.cat([prompt, TOKENIZER(row["responses"][tier - 1], return_tensors="pt").input_ids], 1)
             assert ids.shape[1] - prompt.shape[1] == row["response_token_counts"][tier - 1]
-            with torch.no_grad(), tier_routing(model, tier), recorded_router_logits(model) as router_logits:
+            with torch.no_grad(), tier_routing(model, tier), recorded_router_outputs(model) as routing:
                 model(ids)
-            ranked = torch.stack(router_logits).softmax(-1).sort(-1, descending=True).values
+            router_logits = torch.stack([output.logits_TE for output in routing])
+            ranked = router_logits.softmax(-1).sort(-1, descending=True).values
             mass = ranked[..., first_rank : first_rank + 2].sum(-1)[:, prompt.shape[1] - 1 : -1]
             assert row["gate_mass"][tier - 1] == pytest.approx(mass.mean().item(), abs=1e-5)
         assert row["gate_mass"][0] > row["gate_mass"][1] > row["gate_mass"][2]

@@ -18,7 +18,7 @@ from ..generation import evaluation_mode
 from ..moe_layers import MoELayer, find_moe_layers
 from ..responses import IGNORED_LABEL
 from ..samples import ProcessingClass, sample_batches, scoring_inputs
-from ..tiers.records import recorded_router_logits
+from ..tiers.records import recorded_router_outputs
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .correlation import routing_score
@@ -134,10 +134,11 @@ def observe_tier(
             tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, token_scope)
             with (
                 tier_routing(model, tiers, **routing),
-                recorded_router_logits(model) as logits,
+                recorded_router_outputs(model) as routing,
                 recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
+            logits = [output.logits_TE for output in routing]
             _check_calls(model, logits, calls, labels_BS.numel())
             scores.append(_routing_scores(logits, calls, predicts_BS))
             kept.append([call.kept for call in calls])

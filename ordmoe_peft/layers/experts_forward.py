@@ -12,6 +12,7 @@ Shape suffixes as in `ops/__init__.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,12 +40,34 @@ PART_BYTES = 2_000_000
 FEW_ROWS = 160
 
 
+@dataclass
+class ExpertLora:
+    """What wrappers of the projections hand to the experts function. No mapping, which hooks that move inputs between
+    devices would copy.
+
+    Args:
+        updates (`dict`): projection name → the active adapters' factors.
+        is_taken (`bool`): whether an experts function has taken them.
+    """
+
+    updates: dict[str, list[LowRank]]
+    is_taken: bool = False
+
+
+def taken(expert_lora: ExpertLora | None) -> dict[str, list[LowRank]]:
+    """The updates that an experts function was handed; it has them from now on."""
+    if expert_lora is None:
+        return {}
+    expert_lora.is_taken = True
+    return expert_lora.updates
+
+
 def experts_forward(
     self: nn.Module,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    expert_lora: dict[str, list[LowRank]] | None = None,
+    expert_lora: "ExpertLora | None" = None,
 ) -> torch.Tensor:
     """Run each token through its K experts and sum their outputs by routing weight.
 
@@ -53,7 +76,7 @@ def experts_forward(
         hidden_states (`torch.Tensor` of shape `(T, H)`): tokens.
         top_k_index (`torch.Tensor` of shape `(T, K)`): each token's experts.
         top_k_weights (`torch.Tensor` of shape `(T, K)`): their weights.
-        expert_lora (`dict`, *optional*): projection name → the active adapters' factors.
+        expert_lora ([`ExpertLora`], *optional*): the active adapters' factors.
 
     Returns:
         `torch.Tensor` of shape `(T, H)`, in the dtype of `hidden_states`.
@@ -63,7 +86,7 @@ def experts_forward(
             f"{type(self).__name__} is sharded by expert parallelism, which OrdMoE's experts do not support: load the "
             "model without `ep_size`."
         )
-    lora = expert_lora or {}
+    lora = taken(expert_lora)
     is_any_packed = any(is_packed(getattr(self, name)) for name in (_up_name(self), "down_proj"))
     if is_any_packed and is_trained(self):
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -1,7 +1,7 @@
 """LoRA on the parameters of fused experts, applied to activations instead of weights."""
 
-from dataclasses import replace
-from functools import partial
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..errors import OrdMoEModelError
-from ..ops.frozen_experts import B_by_expert, LowRank
+from .._compat import experts_implementation
+from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..moe_layers import EXPERTS_IMPLEMENTATION
+from ..ops.frozen_experts import LowRank
 from ..quantization.storage import is_packed, logical_shape
-from .kept import keep
+from .experts_forward import ExpertLora
 
 
 class ParamWrapper(lora_layer.ParamWrapper):
@@ -36,21 +38,6 @@ class ParamWrapper(lora_layer.ParamWrapper):
         """The adapter's update of all experts."""
         A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         return LowRank(A, B, self.num_experts, self.scaling[adapter_name])
-
-    def _low_rank_to_run(self, adapter_name: str) -> LowRank:
-        """The same, ready for the products where that may be kept: A scaled and in their dtype, B by expert, too."""
-        halves = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        settings = (*halves, self.scaling[adapter_name])
-        kept = keep((self, adapter_name), settings, partial(self._ready_for_products, adapter_name, halves))
-        return self.low_rank(adapter_name) if kept is None else kept
-
-    def _ready_for_products(self, adapter_name: str, halves: tuple[nn.Module, nn.Module]) -> tuple:
-        """That, and what it is made of."""
-        weight, update = self.get_param(), self.low_rank(adapter_name)
-        dtype = weight.quant_state.dtype if is_packed(weight) else weight.dtype
-        A = (update.A * update.scaling).to(dtype)
-        ready = replace(update, A=A, scaling=1.0, B_ERO=B_by_expert(update, dtype))
-        return ready, [(half, "weight") for half in halves]
 
     def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
         """What the adapters add to one expert's matrix, in the stack's own layout and the factors' dtype."""
@@ -99,13 +86,46 @@ class ParamWrapper(lora_layer.ParamWrapper):
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
-        if active:
-            expert_lora = kwargs.pop("expert_lora", {})
-            kwargs["expert_lora"] = {
-                **expert_lora,
-                self.parameter_name: [self._low_rank_to_run(name) for name in active],
-            }
-        return self.base_layer(x, *args, **kwargs)
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        update = [self.low_rank(name) for name in active]
+        if "expert_lora" in kwargs:  # from the wrapper of the other projection around this one
+            kwargs["expert_lora"].updates[self.parameter_name] = update
+            return self.base_layer(x, *args, **kwargs)
+        check_takes_lora(self.get_base_layer())
+        expert_lora = ExpertLora({self.parameter_name: update})
+        output = self.base_layer(x, *args, expert_lora=expert_lora, **kwargs)
+        if not expert_lora.is_taken:
+            raise OrdMoERuntimeError(
+                f"{type(self.get_base_layer()).__name__} passed over the adapter on its experts: something replaced "
+                "its forward, and does not hand `expert_lora` on. Take that off."
+            )
+        return output
+
+
+def check_takes_lora(experts: nn.Module) -> None:
+    """See that `experts` run OrdMoE's function, before they are given what no other takes.
+
+    Raises:
+        [`OrdMoERuntimeError`]: they do not.
+    """
+    implementation = experts_implementation(experts)
+    if implementation != EXPERTS_IMPLEMENTATION:
+        raise OrdMoERuntimeError(
+            f"{type(experts).__name__} runs experts_implementation={implementation!r}, which does not apply the "
+            f"adapter. Call model.set_experts_implementation({EXPERTS_IMPLEMENTATION!r}), or unload the adapter."
+        )
+    # A patch of this module's forward has its own arguments; accelerate's hooks pass all on.
+    if "forward" in vars(experts) and not _takes_expert_lora(experts.forward):
+        raise OrdMoERuntimeError(
+            f"The forward of {type(experts).__name__} was replaced by one that takes no `expert_lora`, so the adapter "
+            "would be passed over. Take that off, or let it hand further arguments on."
+        )
+
+
+def _takes_expert_lora(forward: Callable) -> bool:
+    parameters = inspect.signature(forward, follow_wrapped=False).parameters
+    return "expert_lora" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def check_finite(weight: torch.Tensor, name: str, adapter_names: list[str]) -> None:

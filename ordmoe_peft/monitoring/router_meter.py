@@ -11,9 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
-from ..moe_layers import MoELayer, find_moe_layers, text_model
+from ..forward import RunningForward, install_forward_hooks, running_forward
+from ..moe_layers import MoELayer, find_moe_layers, text_models
+from ..router_output import read_router_output
 from ..tiers.plan import TierPlan
-from ..tiers.routing import TierForward, check_router, install_tier_hooks, route, running_tiers
+from ..tiers.routing import check_router, install_tier_hooks, route
 from .health import LayerHealth, drift_columns, layer_health, routing_columns, tier_columns
 
 
@@ -41,9 +43,10 @@ class _LayerMeter:
     def num_columns(self) -> int:
         return 3 + 2 * self.layer.num_experts + 2 * self.num_tiers + 2 * self.has_drift
 
-    def add(self, columns_Tn: torch.Tensor, forward: "_LiveForward") -> None:
-        """Add the tokens that count. What padding computed may be no number, so it is replaced, not weighted."""
-        is_counted_T = forward.counted(len(columns_Tn), columns_Tn.device)
+    def add(self, columns_Tn: torch.Tensor, forward: RunningForward) -> None:
+        """Add the tokens that count. Padding may be NaN, so it is masked rather than multiplied by 0."""
+        forward.check_tokens(len(columns_Tn), self.layer.router_name, "Its health cannot be measured.")
+        is_counted_T = counted_tokens(forward, columns_Tn.device)
         columns_Tn = columns_Tn.masked_fill(~is_counted_T.unsqueeze(1), 0)
         sums = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
         self.sums = sums if self.sums is None else self.sums + sums
@@ -85,12 +88,11 @@ class RouterMeter:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.num_tiers, self.grouping, self.seed, self.training_only = num_tiers, grouping, seed, training_only
         self.moe_layers = find_moe_layers(model)
-        self.text_model = text_model(model, self.moe_layers)
+        self.text_models = list(text_models(model, self.moe_layers))
         self.unsupported = _unsupported(model, self.moe_layers)
         self.meters = [
             self._layer_meter(model, layer) for layer in self.moe_layers if layer.block_name not in self.unsupported
         ]
-        self._forward: _LiveForward | None = None
         self._hooks = ExitStack()
 
     def _layer_meter(self, model: nn.Module, layer: MoELayer) -> _LayerMeter:
@@ -99,9 +101,9 @@ class RouterMeter:
         return _LayerMeter(layer, router, num_tiers, isinstance(router, BaseTunerLayer) and not router.merged)
 
     def __enter__(self) -> "RouterMeter":
+        for model in self.text_models:
+            install_forward_hooks(model)
         handles = [
-            self.text_model.register_forward_pre_hook(self._open, with_kwargs=True),
-            self.text_model.register_forward_hook(self._close, always_call=True),
             *(meter.layer.router.register_forward_hook(self._reader(meter), with_kwargs=True) for meter in self.meters),
             *(meter.router.register_forward_hook(self._finisher(meter), with_kwargs=True) for meter in self.meters),
         ]
@@ -111,7 +113,6 @@ class RouterMeter:
 
     def __exit__(self, *exception: Any) -> None:
         self._hooks.close()
-        self._forward = None
 
     def report(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[LayerHealth]:
         """The layers that ran, from all tokens counted so far. This waits for the devices, once.
@@ -141,25 +142,19 @@ class RouterMeter:
             meter.sums = None
 
     # --------------------------------------------------------------------------------------------------------- hooks
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._forward = None  # an interrupted forward leaves its own: its closing hook does not run
-        if self.training_only and not (module.training and torch.is_grad_enabled()):
-            return
-        inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._forward = _LiveForward(inputs.shape[1], mask)
-
-    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._forward = None
+    def _counted_forward(self) -> RunningForward | None:
+        """The forward that runs, if its tokens are to be counted."""
+        forward = running_forward()
+        if forward is None or forward.is_recomputed or (self.training_only and not forward.is_training):
+            return None
+        return forward
 
     def _reader(self, meter: _LayerMeter) -> Callable:
         """Hook of the router itself: within PEFT's wrapper, so that the router is the adapted one in every tier."""
 
         @torch.no_grad()
         def read(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if self._forward is None:
+            if self._counted_forward() is None:
                 return
             logits_TE, weights_TK, index_TK = _read(meter.layer, output)
             meter.columns = [routing_columns(logits_TE, index_TK)]
@@ -175,57 +170,49 @@ class RouterMeter:
 
         @torch.no_grad()
         def finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if self._forward is None:
+            forward = self._counted_forward()
+            if forward is None:
                 return
             columns, meter.columns = meter.columns, []
             if meter.has_drift:
-                logits_TE, _, index_TK = output
-                base_logits_TE, _, base_index_TK = route(meter.layer, None, *args, **kwargs)
+                logits_TE, _, index_TK = _read(meter.layer, output)
+                base_logits_TE, _, base_index_TK = _read(meter.layer, route(meter.layer, None, *args, **kwargs))
                 columns.append(drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK))
-            meter.add(torch.cat(columns, dim=1), self._forward)
+            meter.add(torch.cat(columns, dim=1), forward)
 
         return finish
 
     def _tier(self, meter: _LayerMeter, tier: int, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         plan = TierPlan(torch.tensor([tier]), meter.num_tiers, self.grouping, frozenset(), self.seed, step=0)
-        forward = TierForward(plan, self._forward.sequence_length, past_length=0)
-        return _read(meter.layer, route(meter.layer, forward, *args, **kwargs))
+        return _read(meter.layer, route(meter.layer, plan, *args, **kwargs))
 
 
-@dataclass
-class _LiveForward:
-    """What a running forward of the text model says of its tokens, and which count, once per device."""
+def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tensor:
+    """A forward's tokens that are no padding and on tier 1 (`torch.Tensor` of shape `(T,)`, bool), once per device."""
 
-    sequence_length: int
-    attention_mask: Any
-    counted_by_device: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    def counted() -> torch.Tensor:
+        plan = forward.plan
+        if plan is not None and plan.places is not None:  # rows that share prompts; they have a 4-D mask
+            counted_T = plan.places.reshape(-1).to(device) >= 0
+        else:
+            counted_T = _is_real(forward, device)
+        return counted_T if plan is None else counted_T & (forward.tier_of_token(device) == 1)
 
-    def counted(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """The tokens that are no padding and on tier 1 (`torch.Tensor` of shape `(T,)`, bool)."""
-        if device not in self.counted_by_device:
-            tiers = running_tiers()
-            if tiers is not None and tiers.plan.places is not None:  # rows that share prompts; they have a 4-D mask
-                counted_T = tiers.plan.places.reshape(-1).to(device) >= 0
-            else:
-                counted_T = self._is_real(num_tokens, device)
-            if tiers is not None:
-                tier_T = tiers.tier_of_token(num_tokens, device)
-                counted_T = counted_T & (tier_T == 1)
-            self.counted_by_device[device] = counted_T
-        return self.counted_by_device[device]
+    return forward.once_here(("counted", device), counted)
 
-    def _is_real(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        mask = self.attention_mask
-        if mask is None:
-            return torch.ones(num_tokens, dtype=torch.bool, device=device)
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            # The mask of a cached step covers the whole sequence, the step its end.
-            return mask[:, -self.sequence_length :].reshape(-1).to(device).bool()
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise OrdMoERuntimeError(
-            f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. Run "
-            "without them, or with such a mask."
-        )
+
+def _is_real(forward: RunningForward, device: torch.device) -> torch.Tensor:
+    mask, (rows, length) = forward.attention_mask, forward.shape
+    if mask is None:
+        return torch.ones(rows * length, dtype=torch.bool, device=device)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # The mask of a cached step covers the whole sequence, the step its end.
+        return mask[:, -length:].reshape(-1).to(device).bool()
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    raise OrdMoERuntimeError(
+        f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. Run "
+        "without them, or with such a mask."
+    )
 
 
 def _unsupported(model: nn.Module, layers: list[MoELayer]) -> dict[str, str]:
@@ -247,13 +234,14 @@ def _refusal(layer: MoELayer) -> str | None:
 
 def _read(layer: MoELayer, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (T, E), weights (T, K) and experts (T, K) out of what a router returns."""
-    shapes = [tuple(part.shape) for part in output] if isinstance(output, tuple) else []
-    if len(shapes) != 3 or shapes[0][1:] != (layer.num_experts,) or shapes[1] != shapes[2]:
+    found = read_router_output(layer, output)
+    if any(part is None for part in found):
+        shapes = [tuple(part.shape) for part in output] if isinstance(output, tuple) else type(output).__name__
         raise OrdMoEModelError(
             f"{layer.router_name} ({type(layer.router).__name__}) does not return (logits, weights, experts), but "
-            f"{shapes or type(output).__name__}; its health cannot be measured."
+            f"{shapes}; its health cannot be measured."
         )
-    return output
+    return found
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -3,17 +3,19 @@
 There the time is that of reading the weights of the experts hit, and of every operation beside. So rows are put in the
 order of their experts on the host, a base product is one `torch.mm` per expert, and LoRA takes two or three operations
 for all rows: products with A row by row, or with A of all experts hit; then of B, a sum of R rows weighted by them.
+Nothing is computed of the factors of experts that are not hit.
 
 Shape suffixes as in `ops/__init__.py`.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
-from .frozen_experts import B_by_expert, FrozenExperts, LowRank, Projection, weighted_sum_
+from .frozen_experts import FrozenExperts, LowRank, Projection, weighted_sum_
 
 
 # Rows up to which products with A are row by row: a gather of A for each, a product and a sum. That is fewer operations
@@ -35,14 +37,27 @@ class RowsByExpert:
     token_N: torch.Tensor
     expert_N: torch.Tensor
     row_N: torch.Tensor
-    _bags: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _columns: dict[tuple[int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
 
-    def bags(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of `E·R` rows are of each row's expert (`torch.Tensor` of shape `(N·R,)`), and where each begins."""
-        if r not in self._bags:
-            row_NR = (self.expert_N * r).unsqueeze(1) + torch.arange(r, device=self.expert_N.device)
-            self._bags[r] = row_NR.view(-1), torch.arange(0, row_NR.numel(), r, device=self.expert_N.device)
-        return self._bags[r]
+    @cached_property
+    def hit(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts hit (`torch.Tensor` of shape `(P,)`), and each row's place among them (`(N,)`)."""
+        return self.expert_N.unique_consecutive(return_inverse=True)
+
+    def columns_of_B(self, num_experts: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where B of the experts hit is, for `F.embedding_bag`.
+
+        Returns:
+            Its columns in `(O, R·E)` (`torch.Tensor` of shape `(R·P,)`); of these, those of each row's expert
+            (`(N·R,)`), and where each row's begin (`(N,)`).
+        """
+        if (num_experts, r) not in self._columns:
+            (expert_P, place_N), r_R = self.hit, torch.arange(r, device=self.expert_N.device)
+            column_RP = num_experts * r_R.unsqueeze(1) + expert_P
+            picked_NR = place_N.unsqueeze(1) + len(expert_P) * r_R
+            start_N = torch.arange(0, picked_NR.numel(), r, device=picked_NR.device)
+            self._columns[num_experts, r] = column_RP.view(-1), picked_NR.view(-1), start_N
+        return self._columns[num_experts, r]
 
 
 def rows_by_expert(top_k_index_TK: torch.Tensor) -> RowsByExpert:
@@ -127,17 +142,16 @@ def _times_A(lora: LowRank, x_NI: torch.Tensor, rows: RowsByExpert) -> torch.Ten
 
 def _tokens_times_A(lora: LowRank, x_TI: torch.Tensor, rows: RowsByExpert) -> torch.Tensor:
     """The same from the tokens that rows share, through A of all experts hit."""
-    expert_P, place_N = rows.expert_N.unique_consecutive(return_inverse=True)
+    expert_P, place_N = rows.hit
     A_PRI = lora.A_ERI.index_select(0, expert_P).to(x_TI.dtype)
     x_TPR = F.linear(x_TI, A_PRI.view(-1, x_TI.shape[1]))
     return x_TPR.view(-1, lora.r).index_select(0, torch.add(place_N, rows.token_N, alpha=len(expert_P)))
 
 
 def _add_from_A(lora: LowRank, y_NO: torch.Tensor, x_NR: torch.Tensor, rows: RowsByExpert) -> None:
-    """Add to each row `x_NR` times its expert's B, scaled: a weighted sum of R rows of B, without a copy of them."""
-    is_at_hand = lora.B_ERO is not None and lora.B_ERO.dtype == y_NO.dtype
-    B_ERO = lora.B_ERO if is_at_hand else B_by_expert(lora, y_NO.dtype)
-    row_X, start_N = rows.bags(lora.r)
+    """Add to each row `x_NR` times its expert's B, scaled: a weighted sum of R columns of B."""
+    column_X, picked_NR, start_N = rows.columns_of_B(lora.num_experts, lora.r)
+    B_XO = lora.B.index_select(1, column_X).to(y_NO.dtype).t().contiguous()
     if lora.scaling != 1:
         x_NR *= lora.scaling
-    y_NO += F.embedding_bag(row_X, B_ERO.view(-1, y_NO.shape[1]), start_N, mode="sum", per_sample_weights=x_NR.view(-1))
+    y_NO += F.embedding_bag(picked_NR, B_XO, start_N, mode="sum", per_sample_weights=x_NR.view(-1))

@@ -31,15 +31,12 @@ class LowRank:
         B (`torch.Tensor` of shape `(O, R·E)`): columns run over (r, expert).
         num_experts (`int`): E.
         scaling (`float`): alpha / r, or alpha / √r with rsLoRA.
-        B_ERO (`torch.Tensor` of shape `(E, R, O)`, *optional*): `B` by expert, in the dtype of the products, where it
-            is at hand.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     num_experts: int
     scaling: float
-    B_ERO: torch.Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -57,11 +54,6 @@ class LowRank:
 def transposed_B(lora: LowRank, dtype: torch.dtype) -> torch.Tensor:
     """`B` with columns as rows (`torch.Tensor` of shape `(R, E, O)`), which products can read as it is."""
     return lora.B.detach().to(dtype).t().contiguous().view(lora.r, lora.num_experts, -1)
-
-
-def B_by_expert(lora: LowRank, dtype: torch.dtype) -> torch.Tensor:
-    """`B` as [`LowRank`] may have it at hand (`torch.Tensor` of shape `(E, R, O)`)."""
-    return transposed_B(lora, dtype).transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -364,8 +356,6 @@ def _A_of_experts(lora: LowRank, slots: ExpertSlots, dtype: torch.dtype) -> torc
 
 def _B_of_experts(lora: LowRank, slots: ExpertSlots, dtype: torch.dtype) -> torch.Tensor:
     """B of the experts in the order of their slots, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
-    if lora.B_ERO is not None and lora.B_ERO.dtype == dtype:
-        return lora.B_ERO.index_select(0, slots.expert_P)
     B_REO = transposed_B(lora, dtype)
     row_PR = slots.expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=B_REO.device)
     return B_REO.view(-1, B_REO.shape[-1]).index_select(0, row_PR.view(-1)).view(-1, lora.r, B_REO.shape[-1])

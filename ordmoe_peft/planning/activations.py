@@ -20,10 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import OrdMoEConfigError
 from ..images import encode_images
-from ..layers.experts_forward import frozen_step, grouped_forward
+from ..layers.experts_forward import ExpertLora, frozen_step, grouped_forward, taken
 from ..moe_layers import find_moe_layers
 from ..ops.dispatch import Part
-from ..ops.frozen_experts import LowRank, run_frozen_experts
+from ..ops.frozen_experts import run_frozen_experts
 from ..quantization.storage import is_packed, stored_tensors
 from ..training.rows import stack_rows
 from .lm_head import log_probs_as_on_cuda
@@ -205,7 +205,7 @@ def _stand_in_for_experts(model: nn.Module, device: str) -> None:
     """
     for layer in find_moe_layers(model):
         is_grouped = device == "cuda" and not is_packed(layer.experts.down_proj)
-        layer.experts.forward = functools.partial(grouped_forward if is_grouped else _forward_at_once, layer.experts)
+        layer.experts.forward = functools.partial(_forward_grouped if is_grouped else _forward_at_once, layer.experts)
 
 
 class _OneBlock(Part):
@@ -219,14 +219,24 @@ class _OneBlock(Part):
         return [(self.experts[0], *tensors_MI)]
 
 
+def _forward_grouped(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    expert_lora: ExpertLora | None = None,
+) -> torch.Tensor:
+    return grouped_forward(experts, x_TH, index_TK, weights_TK, taken(expert_lora))
+
+
 def _forward_at_once(
     experts: nn.Module,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    expert_lora: dict[str, list[LowRank]] | None = None,
+    expert_lora: ExpertLora | None = None,
 ) -> torch.Tensor:
-    frozen, slots = frozen_step(experts, index_TK, expert_lora or {})
+    frozen, slots = frozen_step(experts, index_TK, taken(expert_lora))
     at_once = replace(slots, parts=[_OneBlock(**vars(part)) for part in slots.parts])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe_layers import MoELayer, router_weights
+from ..moe_layers import MoELayer
+from ..router_output import read_router_output
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def recorded_gate_mass(layers: Sequence[MoELayer]) -> Iterator[list[torch.Tensor
     """
     records: list[torch.Tensor | None] = []
     # Ahead of the hook that scales weights under tier_weights="match".
-    handles = [layer.router.register_forward_hook(_recorder(layer.top_k, records), prepend=True) for layer in layers]
+    handles = [layer.router.register_forward_hook(_recorder(layer, records), prepend=True) for layer in layers]
     try:
         yield records
     finally:
@@ -30,9 +31,9 @@ def recorded_gate_mass(layers: Sequence[MoELayer]) -> Iterator[list[torch.Tensor
             handle.remove()
 
 
-def _recorder(top_k: int, records: list[torch.Tensor | None]):
+def _recorder(layer: MoELayer, records: list[torch.Tensor | None]):
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        weights_TK = router_weights(output, top_k)
+        weights_TK = read_router_output(layer, output).weights_TK
         records.append(None if weights_TK is None else weights_TK.float().sum(-1))
 
     return record

@@ -1,7 +1,7 @@
 """What a forward pass is told about tiers: which tier each row is on, and how tiers are cut."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +26,8 @@ class TierPlan:
         num_tiers (`int`): C.
         grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
+        index_of_router (`dict[int, int]`): id of a router in scope → the index of its layer in the model that was asked
+            for, which `random` draws from. A part of a model counts its own layers.
         seed (`int`), step (`int`): what `random` grouping draws from.
         tier_weights (`str`): weights of the chosen experts: the `"router"`'s own, or these scaled to `"match"` what
             tier 1's sum to.
@@ -48,6 +50,7 @@ class TierPlan:
     tier_weights: str = "router"
     places: torch.Tensor | None = None
     first_sample: int = 0
+    index_of_router: dict[int, int] = field(default_factory=dict, repr=False)
     made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -60,36 +63,61 @@ class TierPlan:
         """The one tier given for all rows; `None` where several were, whose number is then checked against the rows."""
         return self.tiers.item() if self.tiers.numel() == 1 else None
 
-    def tier_of_token(
-        self, num_tokens: int, device: torch.device, sequence_length: int, past_length: int = 0
-    ) -> torch.Tensor:
+    @property
+    def needs_positions(self) -> bool:
+        """Whether a token's experts depend on its position in the whole sequence, the cached part included."""
+        return self.tiers.dim() == 2 or (self.grouping == "random" and self.places is None)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a token's experts depend on which row it is in."""
+        return self.only_tier is None or self.grouping == "random"
+
+    def tier_of_token(self, num_rows: int, sequence_length: int, past_length: int = 0) -> torch.Tensor:
         """The tier of each of a forward's tokens, rows after one another (`torch.Tensor` of shape `(T,)`).
 
         Args:
-            num_tokens (`int`): T.
-            device (`torch.device`): where the tokens are.
-            sequence_length (`int`): positions in each row of this forward.
+            num_rows (`int`), sequence_length (`int`): rows of this forward, and positions of each.
             past_length (`int`): positions before them, in a cache.
         """
-        rows_each = self.rows_per_tier(num_tokens, sequence_length)
+        rows_each = self.rows_per_tier(num_rows)
         if self.tiers.dim() == 1:
-            return self.tiers.to(device).repeat_interleave(rows_each * sequence_length)
+            return self.tiers.repeat_interleave(rows_each * sequence_length)
         columns = torch.arange(past_length, past_length + sequence_length).clamp(max=self.tiers.shape[1] - 1)
-        return self.tiers[:, columns].repeat_interleave(rows_each, dim=0).reshape(-1).to(device)
+        return self.tiers[:, columns].repeat_interleave(rows_each, dim=0).reshape(-1)
 
-    def rows_per_tier(self, num_tokens: int, sequence_length: int) -> int:
+    def rows_per_tier(self, num_rows: int) -> int:
         """Number of consecutive rows of a forward that each of the tiers given is for.
 
         Raises:
-            [`OrdMoERuntimeError`]: the tokens are no whole rows, or these cannot be shared out over the tiers.
+            [`OrdMoERuntimeError`]: the rows cannot be shared out over the tiers.
         """
-        num_rows, rest = divmod(num_tokens, sequence_length)
-        if rest or num_rows % len(self.tiers):
+        rows_each, rest = divmod(num_rows, len(self.tiers))
+        if rest or not rows_each:
             raise OrdMoERuntimeError(
-                f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_tokens} tokens in rows "
-                f"of {sequence_length}. Give one tier for all rows, or one for each."
+                f"tier_routing was given {len(self.tiers)} tiers, but a forward came with {num_rows} rows. Give one "
+                "tier for all rows, or one for each."
             )
-        return num_rows // len(self.tiers)
+        return rows_each
+
+    def of_layers(self, layers: Sequence[MoELayer]) -> "TierPlan":
+        """The plan for a text model that has these of the layers, in scope or not."""
+        index_of_router = {id(layer.router): layer.index for layer in layers if layer.index in self.layers}
+        return replace(self, index_of_router=index_of_router)
+
+    def check_all_ran(self, routed: set[int]) -> None:
+        """See that all routers in scope took part in a forward, given the ids of those that did.
+
+        Raises:
+            [`OrdMoERuntimeError`]: some did not.
+        """
+        silent = [index for router, index in self.index_of_router.items() if router not in routed]
+        if silent:
+            raise OrdMoERuntimeError(
+                f"The routers of the MoE layers {silent} did not run in this forward, so it was not held to its tiers "
+                "there: something replaced the forward of their blocks (a kernel, a patch), or passed them over. Take "
+                "that off, or leave these layers out of layer_scope."
+            )
 
 
 def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozenset[int]:

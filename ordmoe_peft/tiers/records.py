@@ -2,24 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OrdMoEModelError
 from ..moe_layers import MoELayer, find_moe_layers
+from ..router_output import RouterOutput, read_router_output
 
 
 @contextmanager
-def recorded_router_logits(model: nn.Module, enabled: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Within the block, append each MoE layer's router logits (`torch.Tensor` of shape `(T, E)`) to the list given.
+def recorded_router_outputs(model: nn.Module, enabled: bool = True) -> Iterator[list[RouterOutput]]:
+    """Within the block, append what each MoE layer's router says of all tokens to the list given.
 
-    They keep their graph. With `enabled=False` nothing is recorded.
+    Its logits keep their graph. With `enabled=False` nothing is recorded.
 
     Raises:
-        [`OrdMoEModelError`]: a router gives no logits, or none of them has a gradient in training.
+        [`OrdMoEModelError`]: a router gives no logits or no indices, or no logits have a gradient in training.
     """
-    records: list[torch.Tensor] = []
+    records: list[RouterOutput] = []
     handles = [
         layer.router.register_forward_hook(_recorder(layer, records))
         for layer in (find_moe_layers(model) if enabled else [])
@@ -30,7 +32,8 @@ def recorded_router_logits(model: nn.Module, enabled: bool = True) -> Iterator[l
         for handle in handles:
             handle.remove()
     # The first layer's alone may have none: where only experts are adapted, nothing trains below its router.
-    if records and model.training and torch.is_grad_enabled() and not any(logits.requires_grad for logits in records):
+    is_training = records and model.training and torch.is_grad_enabled()
+    if is_training and not any(record.logits_TE.requires_grad for record in records):
         raise OrdMoEModelError(
             "Router logits have no gradient, so the balance loss would do nothing: reentrant gradient checkpointing "
             "cuts them off, or nothing is trained at or below a router. Set "
@@ -38,14 +41,14 @@ def recorded_router_logits(model: nn.Module, enabled: bool = True) -> Iterator[l
         )
 
 
-def _recorder(layer: MoELayer, records: list[torch.Tensor]):
-    def record(module: nn.Module, args: tuple, output) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        if logits.dim() != 2 or logits.shape[1] != layer.num_experts:
+def _recorder(layer: MoELayer, records: list[RouterOutput]):
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        found = read_router_output(layer, output)
+        if found.logits_TE is None or found.index_TK is None:
             raise OrdMoEModelError(
-                f"{layer.router_name} ({type(module).__name__}) gives no (tokens, experts) logits, which the balance "
-                "loss needs: set balance_coef=0."
+                f"{layer.router_name} ({type(module).__name__}) gives no logits of shape (tokens, experts) with the "
+                "indices of the chosen experts, which the balance loss needs: set balance_coef=0."
             )
-        records.append(logits)
+        records.append(found)
 
     return record

@@ -1,81 +1,33 @@
 """Hold forward passes to tiers: `with tier_routing(model, tier=3): model(**inputs)`.
 
-The router's own code stays the judge. While a router runs, its `torch.topk` over the E scores is answered with the
-experts of the tier in place of the first K; what the router makes of the chosen scores is its business. Hooks on the
-text model and on its routers do this; without an active tier they return at once.
-
-A forward's tier outlives its `with` block in one case: gradient checkpointing runs layers again in backward. The
-checkpoint function of each layer is therefore wrapped to carry the tier along.
+The router's own code stays the judge: hooks on routers put a [`~ordmoe_peft.tiers.selection.TierSelection`] around it,
+which answers its choice. The tiers come from the running forward of the text model (`forward.py`); without any, the
+hooks return at once.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from .._compat import wrap_checkpointing
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
-from ..moe_layers import WEIGHTS, MoELayer, find_moe_layers, router_weights, text_model
+from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
+from ..moe_layers import MoELayer, find_moe_layers, text_models
+from ..router_output import WEIGHTS, read_router_output
+from .group_limits import hides_experts
 from .plan import TierPlan, make_plan
-from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers
-
-
-# Plans asked for by the `with` blocks of this thread: id of the text model → plan.
-_requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
-
-
-@dataclass(frozen=True)
-class TierForward:
-    """A plan and what one forward of the text model says of its tokens."""
-
-    plan: TierPlan
-    sequence_length: int
-    past_length: int
-    _own: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def _made(self) -> dict[tuple, torch.Tensor]:
-        """What was made for the layers before: of all forwards, where it does not depend on the length of a cache."""
-        return self.plan.made if self.plan.tiers.dim() == 1 else self._own
-
-    def tier_of_token(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""
-        key = ("tiers", num_tokens, device, self.sequence_length)
-        if key not in self._made:
-            lengths = (self.sequence_length, self.past_length)
-            self._made[key] = self.plan.tier_of_token(num_tokens, device, *lengths)
-        return self._made[key]
-
-    def choice(self, ranked_TE: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
-        """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them.
-
-        Args:
-            ranked_TE (`torch.Tensor` of shape `(T, E)`): experts in the order of their ranks.
-            top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the router's choice.
-        """
-        (num_tokens, num_ranked), top_k, plan = ranked_TE.shape, top_k_index_TK.shape[1], self.plan
-        if plan.only_tier is not None:
-            start = first_rank(plan.only_tier, plan.num_tiers, num_ranked, top_k, plan.grouping) - 1
-            return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k]
-        tier_T = self.tier_of_token(num_tokens, ranked_TE.device)
-        key = ("ranks", num_tokens, ranked_TE.device, self.sequence_length, num_ranked, top_k)
-        if key not in self._made:
-            self._made[key] = ranks_of_tiers(tier_T, plan.num_tiers, num_ranked, top_k, plan.grouping)
-        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, ranked_TE.gather(1, self._made[key]))
+from .selection import RouterSizes, TierSelection
 
 
 class _Running(threading.local):
-    """The forward that runs in this thread, and the selection mode of the router that runs in it."""
+    """The selection of the router that runs in this thread."""
 
-    forward: TierForward | None = None
-    selection: "_TierSelection | None" = None
+    selection: TierSelection | None = None
 
 
 _running = _Running()
@@ -99,7 +51,9 @@ def tier_routing(
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
     Settings that are not given come from the active OrdMoE adapter, or are [`OrdMoEConfig`]'s defaults on a model
-    without one. Blocks nest; the inner one holds. Other threads and other models are not affected.
+    without one. Blocks nest; the inner one holds. A model with several text models (Qwen3-Omni: thinker and talker) is
+    held in all of them; a part of it given as `model`, in that part alone. Other threads and other models are not
+    affected: a thread that `generate` runs in is to be started with `contextvars.copy_context().run`.
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
@@ -117,6 +71,8 @@ def tier_routing(
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
         [`OrdMoEModelError`]: the model has no MoE layers, or a router that tiers cannot be imposed on.
+        [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
+            are unknown, or a router did not run.
     """
     layers = install_tier_hooks(model)
     config = adapter_config(model)
@@ -136,29 +92,27 @@ def tier_routing(
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(layers[index])
-    token = _requested.set({**_requested.get(), id(text_model(model, layers)): plan})
-    try:
+    with tiers_requested({owner: plan.of_layers(own) for owner, own in text_models(model, layers).items()}):
         yield
-    finally:
-        _requested.reset(token)
 
 
-def running_tiers() -> TierForward | None:
-    """The tiers of the forward that runs in this thread; `None` where none runs or all its rows are on tier 1."""
-    return _running.forward
+def running_tiers() -> RunningForward | None:
+    """The forward that runs in this thread, if it is held to tiers; `None` where all its rows are on tier 1."""
+    forward = running_forward()
+    return None if forward is None or forward.plan is None else forward
 
 
-def route(layer: MoELayer, forward: TierForward | None, *args: Any, **kwargs: Any) -> Any:
-    """What a layer's router says of its inputs when held to the tiers of `forward`, whatever the forward around it is.
+def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> Any:
+    """What a layer's router says of its inputs when held to a plan, whatever the forward around it is.
 
     Hooks on the router do not run.
 
     Args:
         layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the router's layer.
-        forward ([`TierForward`], *optional*): the tiers; the router's own choice without.
+        plan ([`~ordmoe_peft.tiers.plan.TierPlan`], *optional*): the tiers; the router's own choice without.
         args, kwargs: the router's inputs.
     """
-    with nullcontext() if forward is None else _TierSelection(_RouterEntry(layer), forward):
+    with nullcontext() if plan is None else TierSelection(RouterSizes.of(layer), layer.index, plan, running_forward()):
         return layer.router.forward(*args, **kwargs)
 
 
@@ -173,26 +127,21 @@ def adapter_config(model: nn.Module) -> OrdMoEConfig:
 
 # -------------------------------------------------------------------------------------------------------------- hooks
 def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
-    """Put the hooks on `model`'s text model and routers, where they are not yet. Returns its MoE layers.
+    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its MoE layers.
 
     Raises:
         [`OrdMoEModelError`]: a layer has no router of a known kind, or one whose choice cannot be intercepted.
     """
     layers = find_moe_layers(model)
     missing = [layer for layer in layers if layer.router is None or not hasattr(layer.router, "tier_hook_handles")]
-    for layer in missing:
-        check_router(layer)
-    for layer in missing:
+    sizes = [check_router(layer) for layer in missing]
+    for layer, size in zip(missing, sizes, strict=True):
         layer.router.tier_hook_handles = [
-            layer.router.register_forward_pre_hook(_RouterEntry(layer)),
+            layer.router.register_forward_pre_hook(_RouterEntry(size)),
             layer.router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
         ]
-    decoder = text_model(model, layers)
-    if not hasattr(decoder, "tier_hook_handles"):
-        decoder.tier_hook_handles = [
-            decoder.register_forward_pre_hook(_enter_text_model, with_kwargs=True),
-            decoder.register_forward_hook(_leave_text_model, always_call=True),
-        ]
+    for owner in text_models(model, layers):
+        install_forward_hooks(owner)
     return layers
 
 
@@ -201,36 +150,47 @@ def remove_tier_hooks(model: nn.Module) -> None:
     for module in model.modules():
         for handle in module.__dict__.pop("tier_hook_handles", ()):
             handle.remove()
+    remove_forward_hooks(model)
 
 
-def check_router(layer: MoELayer) -> None:
+def check_router(layer: MoELayer) -> RouterSizes:
     """Run the layer's router on two tokens of noise and see that it chooses K of E scores by one `torch.topk`.
 
     Raises:
-        [`OrdMoEModelError`]: it does not.
+        [`OrdMoEModelError`]: it does not, or it leaves experts out in a way that is not recognised.
     """
     if layer.router is None:
         raise OrdMoEModelError(
             f"{layer.block_name} has experts but no router that has one row of weights per expert; its tiers are "
             "unknown."
         )
-    weight = layer.router.weight
-    if weight.device.type == "meta":
-        return
-    everything = TierPlan(torch.ones(1, dtype=torch.long), 1, "uniform", frozenset(), seed=0, step=0)
-    probe = _TierSelection(_RouterEntry(layer), TierForward(everything, sequence_length=2, past_length=0))
-    noise_TH = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
-    try:
-        with torch.no_grad(), probe:
-            layer.router(noise_TH)
-    except TypeError as error:
-        raise OrdMoEModelError(f"{layer.router_name} ({type(layer.router).__name__}): {error}") from error
+    named = f"{layer.router_name} ({type(layer.router).__name__})"
+    probe = TierSelection(RouterSizes.of(layer), layer.index, _everything_on_top())
+    with align_module_device(layer.router):  # brings weights that accelerate offloaded
+        weight = layer.router.weight
+        if weight.device.type == "meta":
+            return RouterSizes.of(layer)
+        noise_TH = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+        try:
+            with torch.no_grad(), probe:
+                layer.router(noise_TH)
+        except TypeError as error:
+            raise OrdMoEModelError(f"{named}: {error}") from error
     if probe.selections != 1:
         raise OrdMoEModelError(
-            f"{layer.router_name} ({type(layer.router).__name__}) chose experts by {probe.selections} calls of "
-            f"torch.topk over its {layer.num_experts} scores where tiers need exactly one; this router is not "
-            "supported."
+            f"{named} chose experts by {probe.selections} calls of torch.topk over its {layer.num_experts} scores "
+            "where tiers need exactly one; this router is not supported."
         )
+    if probe.limit is None and hides_experts(probe.scores_TE):
+        raise OrdMoEModelError(
+            f"{named} leaves experts out of its choice in a way that is not recognised, so the ranks of those are "
+            "unknown; this router is not supported."
+        )
+    return RouterSizes.of(layer, may_limit=probe.limit is not None)
+
+
+def _everything_on_top() -> TierPlan:
+    return TierPlan(torch.ones(1, dtype=torch.long), 1, "uniform", frozenset(), seed=0, step=0)
 
 
 def check_weights(layer: MoELayer) -> None:
@@ -239,12 +199,13 @@ def check_weights(layer: MoELayer) -> None:
     Raises:
         [`OrdMoEModelError`]: it does not.
     """
-    weight = layer.router.weight
-    if weight.device.type == "meta":
-        return
-    with torch.no_grad():
-        output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
-    weights_TK = router_weights(output, layer.top_k)
+    with align_module_device(layer.router):
+        weight = layer.router.weight
+        if weight.device.type == "meta":
+            return
+        with torch.no_grad():
+            output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
+    weights_TK = read_router_output(layer, output).weights_TK
     if weights_TK is None or len(weights_TK) != 2:
         raise OrdMoEModelError(
             f"{layer.router_name} ({type(layer.router).__name__}) does not return the weights of its chosen experts, "
@@ -253,17 +214,21 @@ def check_weights(layer: MoELayer) -> None:
 
 
 class _RouterEntry:
-    """Forward pre-hook of a router: while it runs, its top-k is answered by tier."""
+    """Forward pre-hook of a router: while it runs, its choice is answered by tier."""
 
-    def __init__(self, layer: MoELayer):
-        self.index, self.num_experts, self.top_k = layer.index, layer.num_experts, layer.top_k
-        self.router_name = layer.router_name
+    def __init__(self, router: RouterSizes):
+        self.router = router
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        forward = _running.forward
-        if forward is None or self.index not in forward.plan.layers:
+        forward = running_forward()
+        # Several text models may run inside one another; the router belongs to one of them.
+        while forward is not None and (forward.plan is None or id(module) not in forward.plan.index_of_router):
+            forward = forward.outer
+        if forward is None:
             return
-        _running.selection = _TierSelection(self, forward)
+        forward.routed.add(id(module))
+        index = forward.plan.index_of_router[id(module)]
+        _running.selection = TierSelection(self.router, index, forward.plan, forward)
         _running.selection.__enter__()
 
 
@@ -276,107 +241,23 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         return None
     if selection.selections != 1:
         raise OrdMoERuntimeError(
-            f"{selection.router.router_name} chose experts {selection.selections} times in one forward; its tiers "
-            "would be wrong."
+            f"{selection.router.name} chose experts {selection.selections} times in one forward; its tiers would be "
+            "wrong."
         )
-    if selection.forward.plan.tier_weights == "router":
+    if selection.plan.tier_weights == "router":
         return None
-    weights_TK = module.forward(*args, **kwargs)[WEIGHTS]
-    return _matched(output, weights_TK, selection.forward.tier_of_token(len(weights_TK), weights_TK.device))
+    return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection)
 
 
-def _matched(output: tuple, top_weights_TK: torch.Tensor, tier_T: torch.Tensor) -> tuple:
+def _matched(output: tuple, top_weights_TK: torch.Tensor, selection: TierSelection) -> tuple:
     """A router's output with each token's weights scaled to the sum of those that its own choice would have."""
-    weights_TK = output[WEIGHTS]
+    weights_TK, only_tier = output[WEIGHTS], selection.plan.only_tier
+    if only_tier == 1:
+        return output
     tiny = torch.finfo(weights_TK.dtype).tiny
     scale_T1 = top_weights_TK.sum(-1, keepdim=True) / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
-    weights_TK = torch.where((tier_T == 1).unsqueeze(1), weights_TK, weights_TK * scale_T1)
-    return (*output[:WEIGHTS], weights_TK, *output[WEIGHTS + 1 :])
-
-
-def _enter_text_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    _running.forward = None  # an interrupted forward leaves its own: its closing hooks do not run
-    plan = _requested.get().get(id(module))
-    if plan is None or plan.is_top:
-        return
-    inputs = kwargs.get("inputs_embeds")
-    if inputs is None:
-        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    cache = kwargs.get("past_key_values")
-    _running.forward = TierForward(plan, inputs.shape[1], cache.get_seq_length() if cache is not None else 0)
-    if module.training and torch.is_grad_enabled():
-        wrap_checkpointing(module, _carry_tiers)
-
-
-def _leave_text_model(module: nn.Module, args: tuple, output: Any) -> None:
-    _running.forward = None
-
-
-def _carry_tiers(checkpoint: Callable) -> Callable:
-    """A checkpoint function whose recomputation sees the tiers of its first run."""
-
-    def checkpoint_with_tiers(function: Callable, *args: Any, **kwargs: Any) -> Any:
-        forward = _running.forward
-
-        def run(*run_args: Any, **run_kwargs: Any) -> Any:
-            before, _running.forward = _running.forward, forward
-            try:
-                return function(*run_args, **run_kwargs)
-            finally:
-                _running.forward = before
-
-        return checkpoint(run, *args, **kwargs)
-
-    return checkpoint_with_tiers
-
-
-# ---------------------------------------------------------------------------------------------------------- selection
-class _TierSelection(TorchFunctionMode):
-    """Answers a router's `torch.topk` over its E scores with the K experts of each token's tier."""
-
-    def __init__(self, router: _RouterEntry, forward: TierForward):
-        super().__init__()
-        self.router, self.forward = router, forward
-        self.selections = 0
-        # What a group-limited router chooses from, the same before it left groups out, and which experts it left out.
-        self.limited: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.masked_fill and len(args) > 1 and args[1].shape == args[0].shape == result.shape:
-            self.limited = (result, args[0], args[1])
-        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs or {}):
-            return result
-        self.selections += 1
-        scores_TE = args[0] if args else kwargs["input"]
-        is_limited = self.limited is not None and self.limited[0] is scores_TE
-        _, all_scores_TE, left_out_TE = self.limited if is_limited else (None, scores_TE, None)
-        index_TK = self._choose(all_scores_TE, left_out_TE, result.indices)
-        return torch.return_types.topk((all_scores_TE.gather(1, index_TK), index_TK))
-
-    def _is_selection(self, index_TK, input, k, dim=-1, largest=True, sorted=True) -> bool:
-        # Group-limited routers also rank groups, on 3-D tensors; only the choice among all experts is the tier's.
-        is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
-        return is_over_experts and largest and k == self.router.top_k
-
-    def _choose(
-        self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
-    ) -> torch.Tensor:
-        plan, top_k = self.forward.plan, self.router.top_k
-        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
-        if plan.grouping == "random":
-            row_T, position_T = self._places(len(scores_TE), scores_TE.device)
-            ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.router.index)
-        return self.forward.choice(ranked_TE, top_k_index_TK)
-
-    def _places(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and position of each token, counted over the whole sequence, cached part included."""
-        token_T = torch.arange(num_tokens, device=device)
-        length, num_samples = self.forward.sequence_length, self.forward.plan.num_samples
-        row_T = token_T // length
-        if len(self.forward.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
-            row_T = row_T // self.forward.plan.rows_per_tier(num_tokens, length)
-        places = self.forward.plan.places
-        position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
-        sample_T = row_T % num_samples if num_samples else row_T
-        return sample_T + self.forward.plan.first_sample, position_T
+    matched_TK = weights_TK * scale_T1
+    if only_tier is None:
+        is_top_T = selection.forward.tier_of_token(weights_TK.device) == 1
+        matched_TK = torch.where(is_top_T.unsqueeze(1), weights_TK, matched_TK)
+    return (*output[:WEIGHTS], matched_TK, *output[WEIGHTS + 1 :])

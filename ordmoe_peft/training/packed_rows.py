@@ -62,10 +62,10 @@ class PackedRows:
         value_GNS = value_NS.expand(len(index_GNW), *value_NS.shape)
         return value_GNS.gather(2, index_GNW.clamp(min=0)).masked_fill(index_GNW < 0, 0).flatten(0, 1)
 
-    def first_tier_logits(self, router_logits_TE: torch.Tensor) -> torch.Tensor:
-        """Of router logits of all tokens, those of the first tier's rows; anything where these have padding."""
-        logits_NSE = router_logits_TE.view(*self.tiers_NS.shape, -1)
-        return logits_NSE[:, : self.first_width].flatten(0, 1)
+    def first_tier(self, values_TX: torch.Tensor) -> torch.Tensor:
+        """Of values of all tokens, those of the first tier's rows; anything where these have padding."""
+        values_NSX = values_TX.view(*self.tiers_NS.shape, -1)
+        return values_NSX[:, : self.first_width].flatten(0, 1)
 
 
 @dataclass

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..responses import IGNORED_LABEL
-from ..tiers.records import recorded_router_logits
+from ..router_output import RouterOutput
+from ..tiers.records import recorded_router_outputs
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .labelled_positions import score_labelled
@@ -45,7 +46,8 @@ class TierScores:
         ntp_loss (`torch.Tensor`, scalar): mean negative log-probability per token of the batch's own responses, tier 1.
         tiers (`list[int]`): the tiers that were run, from 1.
         attention_mask_BS (`torch.Tensor` of shape `(B, S')`): the batch's own, over all S' inputs of its rows.
-        router_logits (`list` of `torch.Tensor` of shape `(B·S', E)`): tier 1's over the batch, per MoE layer.
+        routing (`list` of [`~ordmoe_peft.router_output.RouterOutput`]): tier 1's over the batch (T = B·S'), per MoE
+            layer.
     """
 
     log_probs_CBS: torch.Tensor
@@ -54,7 +56,7 @@ class TierScores:
     ntp_loss: torch.Tensor
     tiers: list[int]
     attention_mask_BS: torch.Tensor
-    router_logits: list[torch.Tensor]
+    routing: list[RouterOutput]
 
     @property
     def mask_CBS(self) -> torch.Tensor:
@@ -79,7 +81,7 @@ class Forward:
         outputs ([`~transformers.utils.ModelOutput`]): per-token fields, one group's rows after another's.
         scored (`dict`): (log-probabilities, labels) of each group's tier, `(B, S)` each.
         attention_mask_BS (`torch.Tensor` of shape `(B, S')`): of the first group's rows.
-        first_group (`Callable`): from router logits of all tokens to those of the first group's.
+        first_group (`Callable`): from values of all tokens, as router logits, to those of the first group's.
     """
 
     outputs: Any
@@ -109,7 +111,7 @@ class TierPasses:
             default all tiers score the batch's own responses.
         scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
         needs_reference (`bool`): whether the frozen base scores the rows as well.
-        records_routing (`bool`): whether tier 1's router logits are needed.
+        records_routing (`bool`): whether tier 1's routing is needed.
         sharing ([`~ordmoe_peft.training.prompt_sharing.PromptSharing`], *optional*): computes prompts once for all
             tiers of a forward; without it each tier has rows of its own.
         step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
@@ -167,7 +169,7 @@ class TierPasses:
             if self.tier_by_tier and self.looks_ahead:
                 self._look_ahead()
         together = self._groups[:1] if self.tier_by_tier else self._groups
-        with recorded_router_logits(self.moe_model, enabled=self.records_routing) as router_logits:
+        with recorded_router_outputs(self.moe_model, enabled=self.records_routing) as routing:
             forward = self._run(together)
         self._scored |= forward.scored
         outputs = _first_rows(forward.outputs, batch_size)
@@ -178,7 +180,7 @@ class TierPasses:
             ntp_loss=-outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1),
             tiers=self._tiers_run(),
             attention_mask_BS=forward.attention_mask_BS,
-            router_logits=[forward.first_group(logits) for logits in router_logits],
+            routing=[output.of_tokens(forward.first_group) for output in routing],
         )
         return outputs
 
@@ -201,7 +203,7 @@ class TierPasses:
             self.scores,
             log_probs_CBS=self.scores.log_probs_CBS.detach(),
             ntp_loss=self.scores.ntp_loss.detach(),
-            router_logits=[],
+            routing=[],
         )
 
     def _look_ahead(self) -> None:
@@ -252,7 +254,7 @@ class TierPasses:
             _scored(outputs, groups, rows["labels"]),
             # Padding-free rows have no mask, and no padding.
             rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
-            lambda logits_TE: logits_TE[: len(logits_TE) // len(groups)],
+            lambda values_TX: values_TX[: len(values_TX) // len(groups)],
         )
 
     def _score(self, inputs: dict[str, Any]) -> Any:
@@ -264,7 +266,7 @@ class TierPasses:
             outputs = packed.as_separate_rows(self._score(packed.inputs))
         labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
         mask_BS = groups[0].inputs["attention_mask"]
-        return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier_logits)
+        return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier)
 
     def _judge_sharing(self, groups: list[RowGroup]) -> None:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""

@@ -18,7 +18,6 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
 from ..images import encode_images
-from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
@@ -99,7 +98,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
         self._check_settings(config)
-        self.top_k = find_moe_layers(self.model)[0].top_k
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
         # The losses are made here, so what the model's own forward does with token counts does not matter: models with
@@ -404,11 +402,17 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         )
 
     def _balance(self, scores: TierScores) -> torch.Tensor:
-        if not scores.router_logits:
+        if not scores.routing:
             return scores.log_probs_CBS.new_zeros(())
         mask_T = scores.attention_mask_BS.reshape(-1)
+        if any(len(output.logits_TE) != len(mask_T) for output in scores.routing):
+            raise OrdMoEConfigError(
+                f"Routers got {sorted({len(output.logits_TE) for output in scores.routing})} tokens of rows with "
+                f"{len(mask_T)} positions, so the balance loss does not know which are padding: set balance_coef=0."
+            )
         losses = [
-            balance_loss(logits_TE, self.top_k, mask_T.to(logits_TE.device)) for logits_TE in scores.router_logits
+            balance_loss(output.logits_TE, output.index_TK, mask_T.to(output.logits_TE.device))
+            for output in scores.routing
         ]
         return torch.stack([loss.to(scores.log_probs_CBS.device) for loss in losses]).mean()
 

@@ -25,7 +25,7 @@ def test_the_mass_is_the_sum_of_the_weights_that_the_router_returned():
             weights_TK, index_TK = logits_TE.topk(2)
             return logits_TE, weights_TK, index_TK
 
-    layer = SimpleNamespace(router=Router(), top_k=2)
+    layer = SimpleNamespace(num_experts=8, router=Router(), top_k=2)
     with recorded_gate_mass([layer]) as masses:
         layer.router(torch.tensor([[0.5, 0.25, 0.125], [0.0, 2.0, 3.0]]))
     assert masses[0].tolist() == [0.75, 5.0]
@@ -37,7 +37,7 @@ def test_the_mass_is_the_sum_of_the_weights_that_the_router_returned():
     "router", [nn.Linear(4, 8), nn.LSTM(4, 8)], ids=["logits alone", "a second output that is no weights"]
 )
 def test_other_outputs_have_no_mass(router):
-    with recorded_gate_mass([SimpleNamespace(router=router, top_k=2)]) as masses:
+    with recorded_gate_mass([SimpleNamespace(num_experts=8, router=router, top_k=2)]) as masses:
         router(torch.zeros(3, 4))
     assert masses == [None]
 

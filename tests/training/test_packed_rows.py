@@ -77,8 +77,8 @@ def results(model, batch, num_tiers: int, sharing: PromptSharing | None, **setti
     scores = passes.scores
     ranked = mean_log_likelihood(scores.log_probs_CBS, scores.mask_CBS) * torch.linspace(1, -1, num_tiers)[:, None]
     loss = scores.ntp_loss - 0.3 * ranked.sum(0).mean()
-    for logits in scores.router_logits:
-        loss = loss + 0.1 * balance_loss(logits, models.TOP_K, scores.attention_mask_BS.reshape(-1))
+    for output in scores.routing:
+        loss = loss + 0.1 * balance_loss(output.logits_TE, output.index_TK, scores.attention_mask_BS.reshape(-1))
     model.zero_grad()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

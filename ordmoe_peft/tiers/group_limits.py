@@ -1,0 +1,103 @@
+"""How a router leaves experts out of its choice: recognised by what it does to the scores, not by how it is written.
+
+Group-limited routers (DeepSeek-V3) give the experts outside the groups that they keep one low value (−inf or 0), and
+choose among what they then have. That may be written as `masked_fill`, `where`, an assignment or a product with a mask.
+So each operation within the router is noted with the scores that it was made from, and the last one whose result is
+those scores, but for one value in some places, is the limit.
+
+    scores (T, E)     0.9  0.2 | 0.4  0.3          four experts in two groups, of which the first is kept
+    limited           0.9  0.2 | -inf -inf         same numbers, but for one value
+    left out            0    0 |   1    1
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Limit(NamedTuple):
+    """Scores of all experts before the limit, and which it leaves out (`torch.Tensor` of shape `(T, E)`, both)."""
+
+    scores_TE: torch.Tensor
+    left_out_TE: torch.Tensor
+
+
+class ScoreHistory:
+    """What each tensor of floats within a router was made from."""
+
+    def __init__(self) -> None:
+        self._made_from: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+
+    def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`func(*args, **kwargs)`, noted."""
+        given = [value for value in (*args, *kwargs.values()) if _is_floating(value)]
+        written = kwargs.get("out") if "out" in kwargs else args[0] if _writes_in_place(func) and args else None
+        if _is_floating(written):
+            self._keep_before_write(written)
+        result = func(*args, **kwargs)
+        if _is_floating(result) and all(result is not value for value in given):
+            sources = [value for value in given if value.numel() == result.numel()]
+            self._made_from[id(result)] = result, sources
+        return result
+
+    def _keep_before_write(self, written: torch.Tensor) -> None:
+        """Copy what a write changes: the tensor, and others that share its memory, as one that it is a view of."""
+        address = written.untyped_storage().data_ptr()
+        known = {id(tensor): tensor for made, sources in self._made_from.values() for tensor in (made, *sources)}
+        known[id(written)] = written
+        for tensor in [tensor for tensor in known.values() if tensor.untyped_storage().data_ptr() == address]:
+            before = tensor.clone()
+            if id(tensor) in self._made_from:
+                self._made_from[id(before)] = before, self._made_from[id(tensor)][1]
+            self._made_from[id(tensor)] = tensor, [before]
+
+    def limit_on(self, scores_TE: torch.Tensor) -> Limit | None:
+        """The limit that `scores_TE` (`torch.Tensor` of shape `(T, E)`) were put under, if any."""
+        current = scores_TE
+        for _ in range(len(self._made_from)):
+            sources = self._made_from.get(id(current), (current, []))[1]
+            same = None
+            for source in sources:
+                left_out_TE = _left_out(source.reshape(scores_TE.shape), current.reshape(scores_TE.shape))
+                if left_out_TE is None:
+                    continue
+                if left_out_TE.any():
+                    return Limit(source.reshape(scores_TE.shape).to(scores_TE.dtype), left_out_TE)
+                same = source
+            if same is None:
+                return None
+            current = same
+        return None
+
+
+def hides_experts(scores_TE: torch.Tensor) -> bool:
+    """Whether scores (`torch.Tensor` of shape `(T, E)`) look like those of a router that left experts out: some are
+    −inf or the least number, or several of a token are exactly 0 where the others are far from it."""
+    scores_TE = scores_TE.detach().float()
+    if (scores_TE <= torch.finfo(torch.bfloat16).min / 2).any():
+        return True
+    is_zero_TE = scores_TE == 0
+    least_T = scores_TE.abs().masked_fill(is_zero_TE, torch.inf).amin(1)
+    return bool(((is_zero_TE.sum(1) > 1) & (least_T > 1e-20) & least_T.isfinite()).any())
+
+
+def _left_out(before_TE: torch.Tensor, after_TE: torch.Tensor) -> torch.Tensor | None:
+    """Where `after` has one value in place of what was there before; `None` where it differs in another way.
+
+    All of it may be equal, as of a copy; not all of a token's scores may differ.
+    """
+    differs_TE = before_TE != after_TE
+    values = after_TE[differs_TE]
+    if differs_TE.all(1).any() or (values.numel() and (values != values[0]).any()):
+        return None
+    return differs_TE
+
+
+def _writes_in_place(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,115 @@
+"""A router's choice, answered by tier.
+
+While a router runs, its `torch.topk` over the E scores is answered with the experts of the token's tier in place of the
+first K. What the router makes of the chosen scores is its business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..forward import RunningForward
+from ..moe_layers import MoELayer
+from .group_limits import Limit, ScoreHistory
+from .plan import TierPlan
+from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers
+
+
+ONE_TIER = "Use one tier for all rows, token_scope='sequence', and grouping 'uniform' or 'high_only'."
+
+
+@dataclass(frozen=True)
+class RouterSizes:
+    """What a selection has to know of a router.
+
+    Args:
+        name (`str`): its name in the model.
+        num_experts (`int`), top_k (`int`): E and K.
+        may_limit (`bool`, defaults to `True`): whether it may leave experts out of its choice.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    may_limit: bool = True
+
+    @classmethod
+    def of(cls, layer: MoELayer, may_limit: bool = True) -> "RouterSizes":
+        return cls(layer.router_name, layer.num_experts, layer.top_k, may_limit)
+
+
+class TierSelection(TorchFunctionMode):
+    """Answers a router's `torch.topk` over its E scores with the K experts of each token's tier.
+
+    Args:
+        router ([`RouterSizes`]): the router.
+        index (`int`): of its layer, which `random` draws from.
+        plan ([`~ordmoe_peft.tiers.plan.TierPlan`]): the tiers.
+        forward ([`~ordmoe_peft.forward.RunningForward`], *optional*): the forward that the router is part of, for plans
+            that depend on rows.
+
+    Attributes:
+        selections (`int`): how many choices were answered.
+        scores_TE, limit: what the last one was made from, and the limit on it.
+    """
+
+    def __init__(self, router: RouterSizes, index: int, plan: TierPlan, forward: RunningForward | None = None):
+        super().__init__()
+        self.router, self.index, self.plan, self.forward = router, index, plan, forward
+        self.selections = 0
+        self.scores_TE: torch.Tensor | None = None
+        self.limit: Limit | None = None
+        self._history = ScoreHistory() if router.may_limit else None
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs) if self._history is None else self._history.call(func, args, kwargs)
+        if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs):
+            return result
+        self.selections += 1
+        self.scores_TE = args[0] if args else kwargs["input"]
+        self.limit = None if self._history is None else self._history.limit_on(self.scores_TE)
+        scores_TE, left_out_TE = self.limit or (self.scores_TE, None)
+        index_TK = self._choose(scores_TE, left_out_TE, result.indices)
+        return torch.return_types.topk((scores_TE.gather(1, index_TK), index_TK))
+
+    def _is_selection(self, index_TK, input, k, dim=-1, largest=True, sorted=True) -> bool:
+        # Group-limited routers also rank groups, on 3-D tensors; only the choice among all experts is the tier's.
+        is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
+        return is_over_experts and largest and k == self.router.top_k
+
+    def _choose(
+        self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them."""
+        plan, top_k = self.plan, self.router.top_k
+        if plan.needs_rows:
+            self.forward.check_tokens(len(scores_TE), self.router.name, ONE_TIER)
+        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
+        if plan.grouping == "random":
+            row_T, position_T = self._places(scores_TE.device)
+            ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.index)
+        num_ranked = ranked_TE.shape[1]
+        if plan.only_tier is not None:
+            start = first_rank(plan.only_tier, plan.num_tiers, num_ranked, top_k, plan.grouping) - 1
+            return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k]
+        tier_T = self.forward.tier_of_token(ranked_TE.device)
+        rank_TK = self.forward.once(
+            ("ranks", ranked_TE.device, num_ranked, top_k),
+            lambda: ranks_of_tiers(tier_T, plan.num_tiers, num_ranked, top_k, plan.grouping),
+        )
+        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, ranked_TE.gather(1, rank_TK))
+
+    def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of each token, counted over the whole sequence, cached part included."""
+        num_rows, length = self.forward.shape
+        token_T = torch.arange(num_rows * length, device=device)
+        row_T, num_samples, places = token_T // length, self.plan.num_samples, self.plan.places
+        if len(self.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
+            row_T = row_T // self.plan.rows_per_tier(num_rows)
+        position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
+        sample_T = row_T % num_samples if num_samples else row_T
+        return sample_T + self.plan.first_sample, position_T
