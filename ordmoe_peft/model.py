@@ -47,7 +47,7 @@ class OrdMoEModel(LoraModel):
         check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
-        check_offloading(layers, config.targets)
+        check_offloading(model, resolve_targets(model, config.targets))
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
         targets = check_targets(config, model)
         if config.tier_weights == "match":

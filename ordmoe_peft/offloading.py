@@ -7,6 +7,7 @@ from torch import nn
 
 from .errors import OrdMoEModelError
 from .moe_layers import MoELayer
+from .targets import Target
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -14,18 +15,19 @@ def is_offloaded(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook") and any(p.device.type == "meta" for p in module.parameters(recurse=False))
 
 
-def check_offloading(layers: list[MoELayer], roles: list[str]) -> None:
-    """See that the experts are there, where they are to be adapted.
+def check_offloading(model: nn.Module, targets: list[Target]) -> None:
+    """See that what is to be adapted is there; offloaded routers can be brought.
 
     Raises:
-        [`OrdMoEModelError`]: some are offloaded.
+        [`OrdMoEModelError`]: some is offloaded.
     """
-    offloaded = [layer.experts_name for layer in layers if is_offloaded(layer.experts)]
-    if "experts" in roles and offloaded:
+    names = {target.name.rpartition(".")[0] if target.is_parameter else target.name: target for target in targets}
+    offloaded = [name for name, t in names.items() if t.role != "router" and is_offloaded(model.get_submodule(name))]
+    if offloaded:
         raise OrdMoEModelError(
-            f"device_map keeps {', '.join(offloaded)} in RAM or on disk, where LoRA on experts does not reach them. "
-            "Load the model in 4 bits (`MoeBitsAndBytesConfig`), give a device_map that puts them on a device, or "
-            "leave 'experts' out of targets."
+            f"device_map keeps {', '.join(offloaded)} in RAM or on disk, where LoRA does not reach them. Load the "
+            "model in 4 bits (`MoeBitsAndBytesConfig`), give a device_map that puts them on a device, or leave their "
+            "roles out of targets."
         )
 
 

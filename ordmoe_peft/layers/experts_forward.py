@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from ..errors import OrdMoEModelError
+from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..ops.dispatch import ExpertGroups, ExpertSlots, combine_by_token, group_by_expert, lay_out_by_expert
 from ..ops.few_rows import run_few_rows
 from ..ops.frozen_experts import FrozenExperts, LowRank, Projection, run_frozen_experts
@@ -87,6 +87,11 @@ def experts_forward(
             "model without `ep_size`."
         )
     lora = taken(expert_lora)
+    if self.down_proj.dim() != 3 and not is_packed(self.down_proj):
+        raise OrdMoERuntimeError(
+            f"{type(self).__name__} has 4-bit weights without their quantisation state, as replicas of nn.DataParallel "
+            "have: use one process for each device (`accelerate launch`), or one device."
+        )
     is_any_packed = any(is_packed(getattr(self, name)) for name in (_up_name(self), "down_proj"))
     if is_any_packed and is_trained(self):
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]

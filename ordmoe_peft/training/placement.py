@@ -6,16 +6,23 @@ from accelerate.utils import DistributedType
 from ..errors import OrdMoEConfigError
 
 
-def check_placement(accelerator: Accelerator, writes_responses: bool) -> None:
+def check_placement(accelerator: Accelerator, num_devices: int, writes_responses: bool) -> None:
     """See that training works as accelerate is set up to share the model out.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        num_devices (`int`): devices that this process trains on, `args.n_gpu`.
         writes_responses (`bool`): whether tiers generate responses.
 
     Raises:
         [`OrdMoEConfigError`]: it does not.
     """
+    if num_devices > 1:
+        raise OrdMoEConfigError(
+            f"This process sees {num_devices} GPUs, which Trainer would share out by nn.DataParallel, whose replicas "
+            "do not know their tiers. Start one process for each (`accelerate launch --num_processes "
+            f"{num_devices} ...`), or show one (`CUDA_VISIBLE_DEVICES=0`)."
+        )
     sharding = _sharding(accelerator)
     if sharding == "FSDP1":
         raise OrdMoEConfigError(

@@ -106,7 +106,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         # Place in training of the last micro-batch, and how many were before it there, of this process.
         self._seen: tuple[Any, int] = (None, 0)
-        check_placement(self.accelerator, self._is_generated)
+        check_placement(self.accelerator, args.n_gpu, self._is_generated)
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
         # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what

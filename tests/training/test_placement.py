@@ -19,18 +19,23 @@ def accelerator(kind: str, version: int | None = None, stage: int | None = None)
 
 def test_responses_are_not_generated_where_weights_are_sharded():
     with pytest.raises(OrdMoEConfigError, match="responses='generated' does not work with FSDP2"):
-        check_placement(accelerator("FSDP", version=2), writes_responses=True)
+        check_placement(accelerator("FSDP", version=2), 1, writes_responses=True)
     with pytest.raises(OrdMoEConfigError, match="does not work with DeepSpeed ZeRO-3"):
-        check_placement(accelerator("DEEPSPEED", stage=3), writes_responses=True)
+        check_placement(accelerator("DEEPSPEED", stage=3), 1, writes_responses=True)
 
 
 def test_fsdp1_is_refused():
     with pytest.raises(OrdMoEConfigError, match="set fsdp_version: 2"):
-        check_placement(accelerator("FSDP", version=1), writes_responses=False)
+        check_placement(accelerator("FSDP", version=1), 1, writes_responses=False)
 
 
 def test_the_others_are_not():
     for shared in (accelerator("FSDP", version=2), accelerator("DEEPSPEED", stage=3)):
-        check_placement(shared, writes_responses=False)
+        check_placement(shared, 1, writes_responses=False)
     for whole in (accelerator("NO"), accelerator("MULTI_GPU"), accelerator("DEEPSPEED", stage=2)):
-        check_placement(whole, writes_responses=True)
+        check_placement(whole, 1, writes_responses=True)
+
+
+def test_several_devices_of_one_process_are_refused():
+    with pytest.raises(OrdMoEConfigError, match=r"sees 2 GPUs.*accelerate launch --num_processes 2"):
+        check_placement(accelerator("NO"), 2, writes_responses=False)
