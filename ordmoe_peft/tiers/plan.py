@@ -26,8 +26,9 @@ class TierPlan:
         num_tiers (`int`): C.
         grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
-        index_of_router (`dict[int, int]`): id of a router in scope → the index of its layer in the model that was asked
-            for, which `random` draws from. A part of a model counts its own layers.
+        routers_of_layer (`tuple` of `dict[int, int]`): for each decoder layer with a router in scope, the id of each of
+            its routers → the index of its MoE layer in the model that was asked for, which `random` draws from. A part
+            of a model counts its own layers.
         seed (`int`), step (`int`): what `random` grouping draws from.
         tier_weights (`str`): weights of the chosen experts: the `"router"`'s own, or these scaled to `"match"` what
             tier 1's sum to.
@@ -50,7 +51,7 @@ class TierPlan:
     tier_weights: str = "router"
     places: torch.Tensor | None = None
     first_sample: int = 0
-    index_of_router: dict[int, int] = field(default_factory=dict, repr=False)
+    routers_of_layer: tuple[dict[int, int], ...] = field(default=(), repr=False)
     made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -102,16 +103,29 @@ class TierPlan:
 
     def of_layers(self, layers: Sequence[MoELayer]) -> "TierPlan":
         """The plan for a text model that has these of the layers, in scope or not."""
-        index_of_router = {id(layer.router): layer.index for layer in layers if layer.index in self.layers}
-        return replace(self, index_of_router=index_of_router)
+        by_decoder_layer: dict[tuple[str, int], dict[int, int]] = {}
+        for layer in layers:
+            routers = by_decoder_layer.setdefault((layer.decoder_layers_name, layer.decoder_layer), {})
+            routers[id(layer.router)] = layer.index
+        in_scope = [routers for routers in by_decoder_layer.values() if self.layers & {*routers.values()}]
+        return replace(self, routers_of_layer=tuple(in_scope))
+
+    @cached_property
+    def index_of_router(self) -> dict[int, int]:
+        """Id of each router in scope, and of others of the same decoder layers → the index of its MoE layer."""
+        return {router: index for routers in self.routers_of_layer for router, index in routers.items()}
 
     def check_all_ran(self, routed: set[int]) -> None:
-        """See that all routers in scope took part in a forward, given the ids of those that did.
+        """See that each decoder layer in scope was held to its tiers, given the ids of the routers that ran.
+
+        One that has a router for each modality (ERNIE-4.5-VL) runs those that have tokens.
 
         Raises:
             [`OrdMoERuntimeError`]: some did not.
         """
-        silent = [index for router, index in self.index_of_router.items() if router not in routed]
+        silent = [
+            index for routers in self.routers_of_layer if not routers.keys() & routed for index in routers.values()
+        ]
         if silent:
             raise OrdMoERuntimeError(
                 f"The routers of the MoE layers {silent} did not run in this forward, so it was not held to its tiers "

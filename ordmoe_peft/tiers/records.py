@@ -19,13 +19,15 @@ def recorded_router_outputs(model: nn.Module, enabled: bool = True) -> Iterator[
     Its logits keep their graph. With `enabled=False` nothing is recorded.
 
     Raises:
-        [`OrdMoEModelError`]: a router gives no logits or no indices, or no logits have a gradient in training.
+        [`OrdMoEModelError`]: a layer has no known router, a router gives no logits or no indices, or no logits have a
+            gradient in training.
     """
     records: list[RouterOutput] = []
-    handles = [
-        layer.router.register_forward_hook(_recorder(layer, records))
-        for layer in (find_moe_layers(model) if enabled else [])
-    ]
+    layers = find_moe_layers(model) if enabled else []
+    without = [layer.block_name for layer in layers if layer.router is None]
+    if without:
+        raise OrdMoEModelError(f"{', '.join(without)}: no router of a known kind, so its routing cannot be recorded.")
+    handles = [layer.router.register_forward_hook(_recorder(layer, records)) for layer in layers]
     try:
         yield records
     finally:

@@ -228,6 +228,8 @@ class _RouterEntry:
             return
         forward.routed.add(id(module))
         index = forward.plan.index_of_router[id(module)]
+        if index not in forward.plan.layers:
+            return
         _running.selection = TierSelection(self.router, index, forward.plan, forward)
         _running.selection.__enter__()
 
