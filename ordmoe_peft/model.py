@@ -31,6 +31,7 @@ from .quantization.foreign import check_expert_storage
 from .targets import Target, base_moe, base_quantization, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
+from .unserved_blocks import check_scope_is_served
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +65,8 @@ class OrdMoEModel(LoraModel):
         check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
+        if config.num_tiers > 1:
+            check_scope_is_served(model, config.layer_scope)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
         targets = check_targets(config, model)
         check_modules_to_save(config, model, [layer.block_name for layer in layers])

@@ -23,6 +23,7 @@ from .._compat import wrap_checkpointing
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..moe_layers import WEIGHTS, MoELayer, find_moe_layers, router_weights, text_model
+from ..unserved_blocks import check_scope_is_served
 from .plan import TierPlan, make_plan
 from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers
 
@@ -116,16 +117,18 @@ def tier_routing(
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
-        [`OrdMoEModelError`]: the model has no MoE layers, or a router that tiers cannot be imposed on.
+        [`OrdMoEModelError`]: the model has no MoE layers, or such that tiers cannot be imposed on.
     """
     layers = install_tier_hooks(model)
     config = adapter_config(model)
+    scope = config.layer_scope if layer_scope is None else layer_scope
+    check_scope_is_served(model, scope)
     plan = make_plan(
         layers,
         tier,
         num_tiers=config.num_tiers if num_tiers is None else num_tiers,
         grouping=config.grouping if grouping is None else grouping,
-        layer_scope=config.layer_scope if layer_scope is None else layer_scope,
+        layer_scope=scope,
         seed=config.tier_seed if seed is None else seed,
         step=step,
         num_samples=num_samples,

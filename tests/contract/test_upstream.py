@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.utils.peft_types import PeftType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
