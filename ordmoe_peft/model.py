@@ -18,7 +18,7 @@ from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers import param_wrapper, router_wrapper
 from .layers.kept import install_keepsakes, remove_keepsakes
 from .lora_fields import changes_base_weights, check_modules_to_save, check_whole_model, resolve_patterns
-from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
+from .merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import (
     EXPERTS_IMPLEMENTATION,
     find_moe_layers,
@@ -128,6 +128,7 @@ class OrdMoEModel(LoraModel):
                 "Cannot merge the adapter in place: the base is packed in 4 bits, and what is rounded cannot be "
                 "unmerged. Use `merge_and_unload`, which gives a dense model."
             )
+        check_unshared(self.model)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
@@ -178,6 +179,8 @@ class OrdMoEModel(LoraModel):
                 "requantize=True, but no weight of the base is packed in 4 bits. Load the base with a "
                 "`MoeBitsAndBytesConfig`, or merge without `requantize` and quantise the merged model."
             )
+        if merge:
+            check_unshared(self.model)
         options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
         if merge and is_packed_base:
             self._check_merge_allowed()
