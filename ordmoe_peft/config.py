@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.peft_types import PeftType
 
+from .adapter_file import find_weights
 from .errors import OrdMoEConfigError
+from .lora_fields import check_any_target, check_parameter_targets
 from .objectives.advantages import ADVANTAGES, tier_rewards
 from .tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from .tiers.ranking import GROUPINGS
@@ -21,9 +24,11 @@ ROLES = ("router", "experts", "shared_experts", "attention")
 class OrdMoEConfig(LoraConfig):
     """Configuration of an OrdMoE adapter: LoRA on a MoE model's routers and experts, and how its tiers are cut.
 
-    All fields of [`~peft.LoraConfig`] apply, but `lora_dropout` must be 0 and DoRA and biases are off where experts
-    or routers are adapted. `target_modules` and `target_parameters` are filled in from `targets`, so what selects among
-    them does not apply (`exclude_modules`, `layers_to_transform`).
+    All fields of [`~peft.LoraConfig`] apply, or are refused by name: where experts or routers are adapted, those that
+    PEFT cannot apply to parameters (`lora_dropout`, biases, variants such as DoRA, initialisations from the weights
+    such as PiSSA); everywhere, `layer_replication` and what selects among `target_modules` and `target_parameters`,
+    which are filled in from `targets`. `rank_pattern` and `alpha_pattern` may name modules (`mlp.experts`) and
+    parameters.
 
     Args:
         targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
@@ -75,10 +80,23 @@ class OrdMoEConfig(LoraConfig):
         default=None, metadata={"help": "The base's quantisation in training; filled in."}
     )
 
+    # The file of the saved adapter that this is the configuration of, until it is loaded.
+    weights_file = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """PEFT's; takes a note of the adapter's weights, which are looked at before an adapter is attached to them."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.weights_file = find_weights(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
+
     def __post_init__(self):
+        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        check_parameter_targets(self)
         super().__post_init__()
         self.peft_type = PeftType[PEFT_METHOD.upper()]
-        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
         _check_choice("grouping", self.grouping, GROUPINGS)
         _check_choice("tier_weights", self.tier_weights, TIER_WEIGHTS)
         _check_choice("token_scope", self.token_scope, TOKEN_SCOPES)
@@ -91,19 +109,7 @@ class OrdMoEConfig(LoraConfig):
         if self.num_tiers < 1:
             raise OrdMoEConfigError(f"num_tiers must be at least 1, got {self.num_tiers}.")
         tier_rewards(self.rewards, self.num_tiers)
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if getattr(self, name):
-                raise OrdMoEConfigError(
-                    f"{name}={getattr(self, name)!r} has no effect on the full names that targets={self.targets} "
-                    "stands for. Leave it unset."
-                )
-        adapts_parameters = {"router", "experts"} & set(self.targets)
-        if adapts_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.bias != "none"):
-            raise OrdMoEConfigError(
-                f"lora_dropout={self.lora_dropout}, use_dora={self.use_dora}, lora_bias={self.lora_bias} and "
-                f"bias={self.bias!r} cannot be applied to routers and fused experts: leave them at 0, False, False and "
-                "'none', or set targets to 'attention' or 'shared_experts' alone."
-            )
+        check_any_target(self)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -4,15 +4,20 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers.utils import logging
 
 from ._compat import keep_linear4bit_layout
+from .adapter_file import check_fits, saved_shapes
+from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
 from .config import OrdMoEConfig
 from .errors import OrdMoEConfigError, OrdMoEModelError
 from .layers import param_wrapper, router_wrapper
-from .merging.in_memory import forget_quantization, has_packed_weights, merge_packed
+from .lora_fields import changes_base_weights, check_modules_to_save, check_whole_model, resolve_patterns
+from .merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from .moe_layers import (
     EXPERTS_IMPLEMENTATION,
     find_moe_layers,
@@ -22,9 +27,10 @@ from .moe_layers import (
 )
 from .offloading import bring_offloaded_routers, check_offloading
 from .quantization.foreign import check_expert_storage
-from .targets import base_moe, base_quantization, coverage_report, resolve_targets
+from .targets import Target, base_moe, base_quantization, coverage_report, resolve_targets
 from .tiers.plan import make_plan
 from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
+from .unserved_blocks import check_scope_is_served
 
 
 logger = logging.get_logger(__name__)
@@ -42,26 +48,48 @@ class OrdMoEModel(LoraModel):
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: the configuration does not fit the model, which is left as it was.
     """
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_error(model):  # PEFT adds to the configurations of a model that has an adapter
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with attached_or_unchanged(self, adapter_name):
+            self._attach(model, adapter_name, *args, **kwargs)
+
+    def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        is_loaded, file = config.base_moe is not None, config.weights_file
+        saved = saved_shapes(file) if is_loaded and file else None
+        check_whole_model(config, model)
         check_expert_storage(model)
         layers = find_moe_layers(model)
         check_base(config, model)
-        check_offloading(model, resolve_targets(model, config.targets))
+        if config.num_tiers > 1:
+            check_scope_is_served(model, config.layer_scope)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
         targets = check_targets(config, model)
+        check_offloading(model, targets)
+        check_modules_to_save(config, model, [layer.block_name for layer in layers])
         if config.tier_weights == "match":
             for layer in layers:
                 check_router(layer)
                 check_weights(layer)
         bring_offloaded_routers(layers)
-        install_tier_hooks(model)  # the last check, of the routers, and the first thing that touches the model
+        install_tier_hooks(model)
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
-        if config.base_moe is None:  # a new adapter, not one that is loaded
+        if not is_loaded:
             config.base_quantization = base_quantization(model)
         config.base_moe = base_moe(model)
-        config.target_modules, config.target_parameters = targets
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fill_in_targets(config, targets)
+        rewritten = sorted(config.target_modules) if changes_base_weights(config) else []
+        with weights_unchanged_on_error([model.get_submodule(name) for name in rewritten]), warnings.catch_warnings():
+            # PEFT looks for patterns among modules alone; `fill_in_targets` has found all.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if saved is not None:
+            attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+            check_fits(saved, {f"base_model.{name}": tensor for name, tensor in attached.items()}, str(file))
+        config.weights_file = None
         self._use_ordmoe_experts()
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
 
@@ -69,6 +97,21 @@ class OrdMoEModel(LoraModel):
         if not hasattr(self, "_experts_implementation_before"):
             self._experts_implementation_before = self.model.get_experts_implementation()
         self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: OrdMoEConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's; refuses weights that do not fit before the first is copied into an adapter, perhaps a trained one."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        saved = {name.removeprefix("base_model.model."): tensor.shape for name, tensor in remapped.items()}
+        factors = {
+            name.removeprefix("base_model.model."): parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name and f".{adapter_name}." in name
+        }
+        check_fits(saved, factors, "What was loaded")
+        return remapped
 
     @staticmethod
     def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -85,6 +128,7 @@ class OrdMoEModel(LoraModel):
                 "Cannot merge the adapter in place: the base is packed in 4 bits, and what is rounded cannot be "
                 "unmerged. Use `merge_and_unload`, which gives a dense model."
             )
+        check_unshared(self.model)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
@@ -135,6 +179,8 @@ class OrdMoEModel(LoraModel):
                 "requantize=True, but no weight of the base is packed in 4 bits. Load the base with a "
                 "`MoeBitsAndBytesConfig`, or merge without `requantize` and quantise the merged model."
             )
+        if merge:
+            check_unshared(self.model)
         options = {"progressbar": progressbar, "safe_merge": safe_merge, "adapter_names": adapter_names}
         if merge and is_packed_base:
             self._check_merge_allowed()
@@ -180,28 +226,37 @@ def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
         )
 
 
-def check_targets(config: OrdMoEConfig, model: nn.Module) -> tuple[list[str], list[str]]:
-    """The modules and the parameters that the roles in `config.targets` stand for, by explicit names.
-
-    They are saved with the adapter, so that plain PEFT can load it.
+def check_targets(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
+    """The modules and the parameters that the roles in `config.targets` stand for.
 
     Raises:
         [`OrdMoEModelError`]: a role matches nothing or only part of the layers.
         [`OrdMoEConfigError`]: names were given that the roles do not stand for.
     """
     targets = resolve_targets(model, config.targets)
-    modules = sorted(target.name for target in targets if not target.is_parameter)
-    parameters = sorted(target.name for target in targets if target.is_parameter)
-    for field, given, resolved in (
-        ("target_modules", config.target_modules, modules),
-        ("target_parameters", config.target_parameters, parameters),
+    for field, given, is_parameter in (
+        ("target_modules", config.target_modules, False),
+        ("target_parameters", config.target_parameters, True),
     ):
-        if given and set(given) != set(resolved) and _names_meant(model, given) != set(resolved):
+        resolved = {target.name for target in targets if target.is_parameter == is_parameter}
+        if given and set(given) != resolved and _names_meant(model, given) != resolved:
             raise OrdMoEConfigError(
                 f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
                 f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
             )
-    return modules, parameters
+    return targets
+
+
+def fill_in_targets(config: OrdMoEConfig, targets: list[Target]) -> None:
+    """Write explicit names into `config`. They are saved with the adapter, so that plain PEFT can load it.
+
+    Raises:
+        [`OrdMoEConfigError`]: a pattern of `config` stands for none of `targets`.
+    """
+    config.target_modules = {target.name for target in targets if not target.is_parameter}
+    config.target_parameters = sorted(target.name for target in targets if target.is_parameter)
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, resolve_patterns(field, getattr(config, field) or {}, targets))
 
 
 def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:

@@ -1,12 +1,13 @@
 """Which modules and parameters a role stands for in a model, and how many of them an adapter covers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from .errors import OrdMoEModelError
 from .moe_layers import MoELayer, find_moe_layers, without_wrappers
 from .quantization.storage import logical_shape
+from .unserved_blocks import check_all_served, unserved_moe_blocks
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
     """
     found = find_targets(model)
     layers = find_moe_layers(model)
+    if set(roles) - {"attention"}:
+        check_all_served(model, f"targets={roles}")
     moe_layers = {layer.decoder_layer for layer in layers}
     decoder_layers = {index for index, _ in _decoder_layers(model, layers)}
     for role in roles:
@@ -119,13 +122,16 @@ class Coverage:
 
     Args:
         rows (`list` of `(kind, found, adapted, trainable parameters)`): one row per kind of target.
+        unserved (`list[str]`): MoE blocks whose experts cannot be adapted, held to tiers or packed.
     """
 
     rows: list[tuple[str, int, int, int]]
+    unserved: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{'target':<16}{'found':>8}{'adapted':>9}{'trainable parameters':>22}"]
         lines += [f"{kind:<16}{found:>8}{adapted:>9}{count:>22,}" for kind, found, adapted, count in self.rows]
+        lines += [f"{name}: its experts are not of transformers' experts interface" for name in self.unserved]
         return "\n".join(lines)
 
 
@@ -157,4 +163,4 @@ def coverage_report(model: nn.Module) -> Coverage:
                 sum(trainable.get(name, 0) for name in names),
             )
         )
-    return Coverage(rows)
+    return Coverage(rows, unserved_moe_blocks(model))

@@ -14,6 +14,7 @@ from ..monitoring.router_meter import RouterMeter
 from ..samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ..tiers.ranking import GROUPINGS
 from ..tiers.routing import adapter_config
+from ..unserved_blocks import unserved_moe_blocks
 from .verdict import reasons_against
 
 
@@ -83,6 +84,9 @@ def inspect_model(
     layers = meter.report()
     tier_weights = adapter_config(model).tier_weights
     reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
+    reasons += [
+        f"{name}: its experts are not of transformers' experts interface." for name in unserved_moe_blocks(model)
+    ]
     return HealthReport(
         model=model.name_or_path,
         num_tokens=max((layer.num_tokens for layer in layers), default=0),

@@ -6,7 +6,7 @@ which is what the hidden states of the model are in; a dense linear layer of ano
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -22,7 +22,7 @@ from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_form
 from ..errors import OrdMoEModelError
 from ..layers.param_wrapper import ParamWrapper, check_finite
 from ..moe_layers import without_wrappers
-from ..quantization.dequantization import put_dense_
+from ..quantization.dequantization import packed_names, put_dense_
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
 from .survival import RequantizationReport, Survival, SurvivalSum
 
@@ -41,6 +41,7 @@ class PackedWeight:
         owner (`nn.Module`), attribute (`str`): where it is.
         layer ([`~peft.tuners.lora.LoraLayer`], *optional*): what adapts it.
         adapters (`list[str]`): the adapters to merge.
+        other_names (`list[str]`): under which other modules have it, too.
     """
 
     wrapped_name: str
@@ -48,6 +49,7 @@ class PackedWeight:
     attribute: str
     layer: LoraLayer | None
     adapters: list[str]
+    other_names: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -109,21 +111,34 @@ def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[Pa
         elif isinstance(module, LoraLinear4bit):
             layers[module.get_base_layer(), "weight"] = module
     found = []
-    for wrapped_name, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if is_packed(parameter):
-                layer = layers.get((module, attribute))
-                names = [] if layer is None else check_adapters_to_merge(layer, adapter_names)
-                found.append(
-                    PackedWeight(
-                        f"{wrapped_name}.{attribute}",
-                        module,
-                        attribute,
-                        layer,
-                        [name for name in names if name in layer.lora_A],
-                    )
-                )
+    for wrapped_name, *others in packed_names(model):
+        owner_name, _, attribute = wrapped_name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        layer = layers.get((owner, attribute))
+        names = [] if layer is None else check_adapters_to_merge(layer, adapter_names)
+        adapters = [name for name in names if name in layer.lora_A]
+        found.append(PackedWeight(wrapped_name, owner, attribute, layer, adapters, others))
     return found
+
+
+def check_unshared(model: nn.Module) -> None:
+    """See that no weight with LoRA on it is another module's, too.
+
+    Raises:
+        [`OrdMoEModelError`]: one is. Merging would change the other module, or add what the adapters of both learned.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(without_wrappers(name))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+            shared = names.get(id(weight), [])
+            if len(shared) > 1:
+                raise OrdMoEModelError(
+                    f"Cannot merge the adapter: {shared[0]} and {shared[1]} are one and the same weight, and merging "
+                    "into one would change the other. Keep the adapter beside the base."
+                )
 
 
 @torch.no_grad()
@@ -155,7 +170,9 @@ def merge_packed(
     report = RequantizationReport()
     for weight in tqdm(weights, disable=not progressbar, desc="Merging 4-bit weights"):
         if not requantize:
-            put_dense_(model, weight.wrapped_name, nn.Parameter(weight.merged(dtype), requires_grad=False))
+            dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
+            for name in (weight.wrapped_name, *weight.other_names):
+                put_dense_(model, name, dense)
         elif weight.adapters:
             report.weights.append(repack(weight, dtype))
         if weight.adapters:

@@ -32,10 +32,21 @@ def put_dense_(model: nn.Module, name: str, weight: nn.Parameter) -> None:
     model.set_submodule(owner_name, linear)
 
 
+def packed_names(model: nn.Module) -> list[list[str]]:
+    """The names of each packed weight of `model`: several where modules share it, as tied stacks of layers do."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_packed(parameter):
+            names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
 def unpack_(model: nn.Module, dtype: torch.dtype) -> None:
     """Make all packed weights dense, each freed before the next: one weight more than the result at most."""
-    for name in [name for name, parameter in model.named_parameters() if is_packed(parameter)]:
-        put_dense_(model, name, nn.Parameter(dense_weight(model.get_parameter(name), dtype)))
+    for names in packed_names(model):
+        dense = nn.Parameter(dense_weight(model.get_parameter(names[0]), dtype))
+        for name in names:
+            put_dense_(model, name, dense)
 
 
 def cast_rest_(model: PreTrainedModel, dtype: torch.dtype) -> None:

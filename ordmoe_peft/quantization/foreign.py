@@ -91,9 +91,10 @@ def unreadable_kind(module: nn.Module) -> str | None:
 
 def warn_of_dense_experts(model: nn.Module, method: str) -> None:
     """Say how much memory the experts take that the quantiser left alone."""
-    stacks = [
-        getattr(layer.experts, projection) for layer in find_moe_layers(model) for projection in layer.projections
-    ]
+    # As a set: stacks of layers may share them.
+    stacks = list(
+        {getattr(layer.experts, projection) for layer in find_moe_layers(model) for projection in layer.projections}
+    )
     dense = sum(stack.nbytes for stack in stacks if not is_packed(stack))
     total = sum(parameter.nbytes for parameter in model.parameters())
     if dense:

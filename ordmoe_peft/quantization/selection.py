@@ -5,6 +5,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import OrdMoEModelError
 from ..moe_layers import MoELayer, find_moe_layers, is_fused_experts
+from ..unserved_blocks import unserved_moe_blocks
 from .storage import BLOCK_SIZE
 
 
@@ -33,8 +34,8 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
     """The MoE layers of `model`, all of whose experts can be run packed.
 
     Raises:
-        [`OrdMoEModelError`]: there are none; or a module, not named by `skip_modules`, holds fused experts but does not
-            use transformers' experts interface, so that its experts would stay unquantised.
+        [`OrdMoEModelError`]: there are none; or a module, not named by `skip_modules`, holds experts but does not use
+            transformers' experts interface, so that they would stay unquantised.
     """
     for name, module in model.named_modules():
         stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
@@ -46,7 +47,15 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
                 "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
                 "and leaves its experts in their dtype."
             )
-    return find_moe_layers(model)
+    layers = find_moe_layers(model)
+    for name in unserved_moe_blocks(model):
+        if should_convert_module(name, skip_modules):
+            raise OrdMoEModelError(
+                f"The experts in {name} ({type(model.get_submodule(name)).__name__}) cannot be packed in 4 bits: they "
+                "are not of transformers' experts interface. Name the module in `llm_int8_skip_modules` to leave it as "
+                "it is."
+            )
+    return layers
 
 
 def linear_block_size(in_features: int, largest: int) -> int:

@@ -35,11 +35,17 @@ def state_dict_with_quant_states(model: nn.Module) -> dict[str, torch.Tensor]:
     """`model.state_dict()`, in which the state of each packed weight lies beside its bytes.
 
     Of bitsandbytes' own layers it does so already; a fused stack is a parameter of a module that knows nothing of it.
+    A weight that is tied to another one on loading is left out, bytes and state: transformers would drop its bytes.
     """
-    state_dict = model.state_dict()
-    for name, parameter in model.named_parameters():
-        if is_packed(parameter):
-            state_dict |= saved_tensors(name, parameter)
+    state_dict, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", {})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_packed(parameter):
+            continue
+        saved = saved_tensors(name, parameter)
+        if name in tied:
+            state_dict = {key: tensor for key, tensor in state_dict.items() if key not in saved}
+        else:
+            state_dict |= saved
     return state_dict
 
 

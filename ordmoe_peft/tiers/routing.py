@@ -19,6 +19,7 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
 from ..moe_layers import MoELayer, find_moe_layers, text_models
 from ..router_output import WEIGHTS, read_router_output
+from ..unserved_blocks import check_scope_is_served
 from .group_limits import hides_experts
 from .plan import TierPlan, make_plan
 from .selection import RouterSizes, TierSelection
@@ -70,18 +71,20 @@ def tier_routing(
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
-        [`OrdMoEModelError`]: the model has no MoE layers, or a router that tiers cannot be imposed on.
+        [`OrdMoEModelError`]: the model has no MoE layers, or such that tiers cannot be imposed on.
         [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
             are unknown, or a router did not run.
     """
     layers = install_tier_hooks(model)
     config = adapter_config(model)
+    scope = config.layer_scope if layer_scope is None else layer_scope
+    check_scope_is_served(model, scope)
     plan = make_plan(
         layers,
         tier,
         num_tiers=config.num_tiers if num_tiers is None else num_tiers,
         grouping=config.grouping if grouping is None else grouping,
-        layer_scope=config.layer_scope if layer_scope is None else layer_scope,
+        layer_scope=scope,
         seed=config.tier_seed if seed is None else seed,
         step=step,
         num_samples=num_samples,

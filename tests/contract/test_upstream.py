@@ -1,9 +1,11 @@
 """What we rely on upstream; each test fails when a shim in `_compat.py` may go, or must change."""
 
 import inspect
+from dataclasses import fields
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.utils.peft_types import PeftType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
@@ -77,3 +79,17 @@ def test_saving_reverts_the_conversions_that_the_model_lists():
     assert revert_weight_conversion(model, own).keys() == own.keys()
     model._weight_conversions = None
     assert cut in revert_weight_conversion(model, own)
+
+
+def test_peft_hands_loaded_weights_to_the_tuner_before_it_copies_them():
+    # `OrdMoEModel` looks at names and shapes there.
+    source = inspect.getsource(set_peft_model_state_dict)
+    remap = inspect.signature(tuners_utils.BaseTuner._remap_adapter_state_dict_for_load)
+    assert list(remap.parameters) == ["model", "config", "adapter_name", "state_dict"]
+    assert source.index("_remap_adapter_state_dict_for_load(") < source.index(".load_state_dict(")
+
+
+def test_peft_marks_its_variants_of_lora():
+    # `lora_fields.py` refuses them for parameters.
+    marked = {field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")}
+    assert {"use_dora", "alora_invocation_tokens", "kasa_config", "velora_config"} <= marked
