@@ -1,14 +1,20 @@
 # `make demo` runs the main job, `make test` the tests. Each sets up its own environment in .venv first.
+# `make test-newest` and `make test-oldest` run what leans on other libraries on the newest and the oldest versions that
+# pyproject.toml allows, each in an environment of its own.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = -m pip install --quiet --disable-pip-version-check
+# Contracts, tiers, life cycle, trainer.
+ON_RANGES := tests/contract tests/tiers tests/layers tests/training tests/test_forward.py tests/test_lifecycle.py \
+	tests/test_attachment.py tests/test_offloading.py tests/test_generation.py tests/test_rollouts.py
 
-.PHONY: demo test clean
+.PHONY: demo test test-newest test-oldest clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -19,5 +25,12 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+# Looked up anew each time: what is newest changes.
+test-newest test-oldest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --constraint constraints-$*.txt --editable ".[dev]"
+	.venv-$*/bin/python -m pip list --format freeze | grep -E "^(torch|transformers|peft|trl|bitsandbytes|accelerate)="
+	.venv-$*/bin/python -m pytest -n 2 -m "not gpu" $(ON_RANGES)
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-newest .venv-oldest outputs
