@@ -38,8 +38,11 @@ def test_a_healthy_model_is_fit():
 
 def test_a_verdict_claims_what_it_measured():
     """A random router spreads its tokens, so tiers can be cut; what its ranks are worth nobody has measured."""
-    report = inspected(models.qwen3_moe())
-    assert report.layers[0].token_entropy > 0.9
+    model = models.qwen3_moe()
+    for layer in find_moe_layers(model):
+        layer.router.weight.data.mul_(0.1)
+    report = inspected(model)
+    assert report.layers[0].token_entropy > 0.97
     assert report.is_fit
     assert "run `ordmoe tiers`" in NEXT_STEP
 
@@ -82,7 +85,7 @@ def test_dead_experts_are_never_fit_and_may_be_too_many_for_the_tiers():
     with torch.no_grad():
         find_moe_layers(model)[0].router.bias[:3] = -100.0
     assert inspected(model, num_tiers=2).layers[0].dead == 3
-    (reason,) = inspected(model, num_tiers=2).reasons
+    (reason,) = [reason for reason in inspected(model, num_tiers=2).reasons if "dead" in reason]
     assert "3 of its 8 experts are dead" in reason and "low tiers may consist of them" in reason
     (reason,) = [reason for reason in inspected(model, num_tiers=3).reasons if "dead" in reason]
     assert "3 of its 8 experts are dead" in reason

@@ -50,7 +50,9 @@ def test_dead_experts_are_named_in_the_log_and_the_report(data, tmp_path, capsys
     folder, reports = save_base(model, tmp_path / "base"), tmp_path / "report"
     assert run(folder, "--dataset_name", data, "--report", reports) == 0
     named = "Dead experts (below 1% of an even share): 2 of 8 in layer 1"
-    assert f"Warning (experts collapsing): {named}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"Warning (experts collapsing): {named}" in output
+    assert "2 of its 8 experts are dead" in output and "Tiers can be cut" not in output
     assert named in (reports / "report.html").read_text()
 
 
