@@ -7,6 +7,7 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 
 from .errors import OrdMoEConfigError
+from .field_types import check_field_types
 from .objectives.advantages import ADVANTAGES, tier_rewards
 from .tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from .tiers.ranking import GROUPINGS
@@ -15,6 +16,8 @@ from .tiers.scope import TOKEN_SCOPES
 
 PEFT_METHOD = "ordmoe"
 ROLES = ("router", "experts", "shared_experts", "attention")
+# More than any MoE layer has experts; what a model has room for is checked when the adapter is attached.
+MOST_TIERS = 4096
 
 
 @dataclass
@@ -78,7 +81,9 @@ class OrdMoEConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType[PEFT_METHOD.upper()]
-        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        _check_fields(self)
+        self.targets = list(self.targets)
         _check_choice("grouping", self.grouping, GROUPINGS)
         _check_choice("tier_weights", self.tier_weights, TIER_WEIGHTS)
         _check_choice("token_scope", self.token_scope, TOKEN_SCOPES)
@@ -88,8 +93,6 @@ class OrdMoEConfig(LoraConfig):
         unknown = [role for role in self.targets if role not in ROLES]
         if unknown or not self.targets:
             raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
-        if self.num_tiers < 1:
-            raise OrdMoEConfigError(f"num_tiers must be at least 1, got {self.num_tiers}.")
         tier_rewards(self.rewards, self.num_tiers)
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if getattr(self, name):
@@ -104,6 +107,14 @@ class OrdMoEConfig(LoraConfig):
                 f"bias={self.bias!r} cannot be applied to routers and fused experts: leave them at 0, False, False and "
                 "'none', or set targets to 'attention' or 'shared_experts' alone."
             )
+
+
+def _check_fields(config: OrdMoEConfig) -> None:
+    """The types of our own fields, and a number of tiers that a model can have."""
+    check_field_types(config, OrdMoEConfig)
+    if not 1 <= config.num_tiers <= MOST_TIERS:
+        limit = "at least 1" if config.num_tiers < 1 else f"at most {MOST_TIERS}"
+        raise OrdMoEConfigError(f"num_tiers must be {limit}, got {config.num_tiers}.")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

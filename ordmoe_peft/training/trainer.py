@@ -24,7 +24,7 @@ from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..quantization.sharding import keep_packed_when_sharded
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
-from .arguments import OrdMoETrainingArguments
+from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
@@ -129,6 +129,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
 
     def _check_settings(self, config: OrdMoEConfig) -> None:
         args = self.args
+        warn_of_idle_settings(config, args)
         if self.num_tiers == 1:
             self._check_one_tier()
             return
