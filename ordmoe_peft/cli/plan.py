@@ -33,7 +33,7 @@ class PlanArguments:
     """The card, and the options of `ordmoe train` that decide what training takes, under their names there."""
 
     gpu_memory_gb: float = field(
-        default=24.0, metadata={"help": "Size of the card as it is sold; programs can have some 2 % less."}
+        default=24.0, metadata={"help": "Size of the card as it is sold; programs can have a little less."}
     )
     reserve_gb: float = field(
         default=1.0,
