@@ -1,10 +1,11 @@
 """Arguments of the trainer."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -12,6 +13,7 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..field_types import check_field_types
 from ..generation import check_one_response, sampling_arguments
+from ..moe_layers import MoELayer, router_weights
 from .objectives import OBJECTIVES
 
 
@@ -218,24 +220,42 @@ class OrdMoETrainingArguments(SFTConfig):
         return {"use_cache": True, **shared, **least, **(self.generation_kwargs or {})}
 
 
-def warn_of_idle_settings(config: OrdMoEConfig, args: OrdMoETrainingArguments) -> None:
+def warn_of_idle_settings(config: OrdMoEConfig, args: OrdMoETrainingArguments, layers: Sequence[MoELayer]) -> None:
     """Warn of settings that the user changed and that have no effect beside the others."""
-    for idle, reason in _idle_settings(config, args):
+    for idle, reason in _idle_settings(config, args, layers):
         if idle:
             logger.warning(f"{', '.join(idle)}: no effect with {reason}.")
 
 
-def _idle_settings(config: OrdMoEConfig, args: OrdMoETrainingArguments) -> Iterator[tuple[list[str], str]]:
+def _idle_settings(
+    config: OrdMoEConfig, args: OrdMoETrainingArguments, layers: Sequence[MoELayer]
+) -> Iterator[tuple[list[str], str]]:
     if config.num_tiers == 1:
         given = _changed(args, ACT_BETWEEN_TIERS) + _changed(config, CUT_TIERS)
         yield given, "num_tiers=1, which is supervised fine-tuning"
         return
     if config.grouping != "random":
         yield _changed(config, ("tier_seed",)), f"grouping={config.grouping!r}, only with 'random'"
+    if config.tier_weights == "match" and all(map(_renormalises, layers)):
+        yield _changed(config, ("tier_weights",)), "routers whose weights sum to the same for any experts"
     if config.token_scope != "response":
         yield _changed(args, ("share_prompt",)), f"token_scope={config.token_scope!r}, only with 'response'"
     if args.responses == "generated" and args.log_tiers_every:
         yield _changed(args, ("log_tiers_every",)), "responses='generated', where each tier that is run is logged"
+
+
+def _renormalises(layer: MoELayer) -> bool:
+    """Whether the weights of a token's experts sum to the same for different tokens."""
+    weight = layer.router.weight
+    if weight.dim() != 2 or weight.device.type == "meta":  # shared out over processes, or not there
+        return False
+    tokens_TH = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(4, -1)
+    with torch.no_grad():
+        weights_TK = router_weights(layer.router.forward(tokens_TH), layer.top_k)
+    if weights_TK is None:
+        return False
+    sum_T = weights_TK.float().sum(-1)
+    return torch.allclose(sum_T, sum_T[:1], rtol=0.01)
 
 
 def _changed(settings: Any, names: Iterable[str]) -> list[str]:

@@ -129,7 +129,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
 
     def _check_settings(self, config: OrdMoEConfig) -> None:
         args = self.args
-        warn_of_idle_settings(config, args)
+        warn_of_idle_settings(config, args, find_moe_layers(self.model))
         if self.num_tiers == 1:
             self._check_one_tier()
             return

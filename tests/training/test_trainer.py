@@ -356,6 +356,7 @@ class TestWarnings:
         ("adapter", "training", "message"),
         [
             ({}, {"share_prompt": False}, "share_prompt=False: no effect with token_scope='sequence', only with"),
+            ({"tier_weights": "match"}, {}, "tier_weights='match': no effect with routers whose weights sum"),
             ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
             ({}, {"responses": "generated", "log_tiers_every": 5}, "log_tiers_every=5: no effect with responses="),
             ({}, {"responses": "generated", "temperature": 0, "top_k": 5}, "top_k=5: no effect with temperature=0"),
@@ -367,7 +368,8 @@ class TestWarnings:
 
     def test_settings_with_an_effect(self, tmp_path, warnings):
         """Random groups scaled to match: what a router that does not renormalise gives a random group is less."""
-        model = adapted(token_scope="response", grouping="random", tier_seed=3, tier_weights="match")
+        settings = {"token_scope": "response", "grouping": "random", "tier_seed": 3, "tier_weights": "match"}
+        model = get_peft_model(models.olmoe(), OrdMoEConfig(r=4, **settings))
         trainer_for(tmp_path, model, share_prompt=False, erl_coef=0.5, log_tiers_every=5)
         assert warnings == []
 
