@@ -9,6 +9,7 @@ from peft.utils.peft_types import PeftType
 
 from .adapter_file import find_weights
 from .errors import OrdMoEConfigError
+from .field_types import check_field_types
 from .lora_fields import check_any_target, check_parameter_targets
 from .objectives.advantages import ADVANTAGES, tier_rewards
 from .tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
@@ -18,6 +19,8 @@ from .tiers.scope import TOKEN_SCOPES
 
 PEFT_METHOD = "ordmoe"
 ROLES = ("router", "experts", "shared_experts", "attention")
+# More than any MoE layer has experts; what a model has room for is checked when the adapter is attached.
+MOST_TIERS = 4096
 
 
 @dataclass
@@ -93,7 +96,9 @@ class OrdMoEConfig(LoraConfig):
         return config
 
     def __post_init__(self):
-        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        _check_fields(self)
+        self.targets = list(self.targets)
         check_parameter_targets(self)
         super().__post_init__()
         self.peft_type = PeftType[PEFT_METHOD.upper()]
@@ -106,10 +111,16 @@ class OrdMoEConfig(LoraConfig):
         unknown = [role for role in self.targets if role not in ROLES]
         if unknown or not self.targets:
             raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
-        if self.num_tiers < 1:
-            raise OrdMoEConfigError(f"num_tiers must be at least 1, got {self.num_tiers}.")
         tier_rewards(self.rewards, self.num_tiers)
         check_any_target(self)
+
+
+def _check_fields(config: OrdMoEConfig) -> None:
+    """The types of our own fields, and a number of tiers that a model can have."""
+    check_field_types(config, OrdMoEConfig)
+    if not 1 <= config.num_tiers <= MOST_TIERS:
+        limit = "at least 1" if config.num_tiers < 1 else f"at most {MOST_TIERS}"
+        raise OrdMoEConfigError(f"num_tiers must be {limit}, got {config.num_tiers}.")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from ordmoe_peft import OrdMoEConfig
@@ -21,6 +23,14 @@ def test_defaults_are_the_methods():
     [
         ({"targets": ["routers"]}, r"targets must be .*got \['routers'\]"),
         ({"targets": []}, "targets must be"),
+        ({"targets": 3}, "targets must be a list, each a string, got 3"),
+        ({"num_tiers": "3"}, "num_tiers must be a whole number, got '3'"),
+        ({"num_tiers": True}, "num_tiers must be a whole number, got True"),
+        ({"num_tiers": 10**9}, "num_tiers must be at most 4096, got 1000000000"),
+        ({"rewards": 3}, "rewards must be a list, each a finite number or None, got 3"),
+        ({"rewards": [1, float("nan"), 0]}, r"rewards must be .*finite number or None, got \[1, nan, 0\]"),
+        ({"layer_scope": 1.5}, "layer_scope must be a string or a list, each a whole number, got 1.5"),
+        ({"tier_seed": "a"}, "tier_seed must be a whole number, got 'a'"),
         ({"num_tiers": 0}, "num_tiers must be at least 1, got 0"),
         ({"grouping": "best"}, "grouping must be one of .*'best'"),
         ({"advantages": "rank"}, "advantages must be one of .*'rank'"),
@@ -45,3 +55,18 @@ def test_errors_are_value_errors():
 
 def test_dropout_is_allowed_where_it_can_be_applied():
     assert OrdMoEConfig(targets=["attention"], lora_dropout=0.1).lora_dropout == 0.1
+
+
+def test_a_configuration_of_an_older_version_loads(tmp_path):
+    """Without fields that came later, and with lists where tuples were given."""
+    saved = {
+        "peft_type": "ORDMOE",
+        "num_tiers": 3,
+        "layer_scope": [0, 2],
+        "rewards": [1, 0.5, 0],
+        "targets": ["router"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    config = OrdMoEConfig.from_pretrained(tmp_path)
+    assert (config.layer_scope, config.rewards, config.targets) == ([0, 2], [1, 0.5, 0], ["router"])
+    assert config.tier_weights == "router"

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from ordmoe_peft import tier_routing
 from ordmoe_peft.cli.tables import print_table
 
-from .measuring import by_turns, in_own_process
+from .measuring import by_turns, in_own_process, print_cpu
 from .subjects import DTYPES, SHAPES, build_base, variant
 
 
@@ -37,6 +37,7 @@ class Options:
 
 def main() -> None:
     options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
+    print_cpu()
     for shape, dtype in itertools.product(options.shapes, options.dtypes):
         times = in_own_process(time_forwards, shape, dtype, options.tokens, options.repetitions)
         rows = []

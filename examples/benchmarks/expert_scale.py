@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from ordmoe_peft.cli.tables import print_table
 
-from .measuring import by_turns, in_own_process
+from .measuring import by_turns, in_own_process, print_cpu
 from .subjects import DTYPES, Shape, batch, build_base, step, variant
 
 
@@ -31,6 +31,7 @@ class Options:
 
 def main() -> None:
     options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
+    print_cpu()
 
     def shape(experts: int = 64, top_k: int = 8, tokens: int = 1024) -> Shape:
         return Shape(experts, top_k, options.hidden, options.width, 1, tokens)

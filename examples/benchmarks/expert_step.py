@@ -24,7 +24,7 @@ from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.moe_layers import find_moe_layers
 from ordmoe_peft.quantization.storage import expert_unpacker
 
-from .measuring import by_turns, in_own_process, peak_of, resident_peak_of
+from .measuring import by_turns, in_own_process, peak_of, print_cpu, resident_peak_of
 from .subjects import DTYPES, SHAPES, VARIANTS, Shape, batch, build_base, step, variant
 
 
@@ -83,6 +83,7 @@ class Cell:
 
 def main() -> None:
     options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
+    print_cpu()
     warnings.simplefilter("ignore", FutureWarning)  # on both libraries' names for gradient checkpointing
     for shape, dtype, base, checkpointing in itertools.product(
         options.shapes, options.dtypes, options.bases, options.checkpointing

@@ -25,7 +25,7 @@ from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.quantization.census import in_units
 
-from .measuring import in_a_fresh_process, resident_peak_of
+from .measuring import in_a_fresh_process, print_cpu, resident_peak_of
 
 
 HIDDEN, EXPERT_WIDTH, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 384, 128, 16, 4, 64, 1024
@@ -50,6 +50,7 @@ def main() -> None:
     if options.load:
         print(json.dumps(load(options.load, *options.ways)))
         return
+    print_cpu()
     rows = []
     for form in options.forms:
         with tempfile.TemporaryDirectory(dir=options.folder) as checkpoint:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ordmoe_peft.cpu_speed import describe_cpu
+
 
 # What takes turns in one process shares oneDNN's cache of compiled products. It holds 1,024, and a model of 128 experts
 # meets several hundred shapes in 16 bits: without room for all, each would compile anew what another's turn pushed out.
@@ -102,6 +104,11 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
         return receiver.recv()
     finally:
         process.join()
+
+
+def print_cpu() -> None:
+    """The CPU's capability, to stand beside the figures; in a process of its own, so that no threads start here."""
+    print(in_own_process(describe_cpu))
 
 
 def in_a_fresh_process(module: str, **options: Any) -> Any:

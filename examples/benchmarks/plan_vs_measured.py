@@ -28,7 +28,7 @@ from ordmoe_peft.planning.activations import step_inputs
 from ordmoe_peft.planning.plan import PlanSettings, plan_memory
 from ordmoe_peft.planning.weights import model_class
 
-from .measuring import in_a_fresh_process, peak_of
+from .measuring import in_a_fresh_process, peak_of, print_cpu
 
 
 MIB = 2**20
@@ -229,6 +229,7 @@ def main() -> None:
     if options.only is not None:
         print(json.dumps(run(options.only)))
         return
+    print_cpu()
     rows = [in_a_fresh_process("examples.benchmarks.plan_vs_measured", only=case) for case in options.cases]
     columns = [
         "model",

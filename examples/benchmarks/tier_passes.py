@@ -38,7 +38,7 @@ from trl import DPOConfig, DPOTrainer
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.cli.tables import print_table
 
-from .measuring import by_turns, grouped_mm_flops, in_a_fresh_process, peak_of
+from .measuring import by_turns, grouped_mm_flops, in_a_fresh_process, peak_of, print_cpu
 
 
 @dataclass
@@ -263,6 +263,7 @@ def main() -> None:
     if options.only is not None:
         print(json.dumps(memory(options.only, options)))
         return
+    print_cpu()
     if not options.generate_only:
         for options.prompt_parts in (4, 1):
             cost_table(options)

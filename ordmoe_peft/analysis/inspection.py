@@ -1,4 +1,4 @@
-"""Is a model's routing fit for OrdMoE? Run it on data and see."""
+"""Can a model's routing be cut into tiers? Run it on data and see."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +27,8 @@ class HealthReport:
         num_tokens (`int`): tokens that were counted, padding apart.
         num_tiers (`int`): C that was asked for.
         grouping (`str`): how tiers were cut.
-        is_fit (`bool`): whether nothing speaks against OrdMoE.
+        is_fit (`bool`): whether the routing can be cut into C tiers that differ, as far as was measured. It does not
+            say that ranks carry a signal: see [`~ordmoe_peft.analysis.quality.tier_quality`].
         reasons (`list[str]`): what does, a sentence each.
         layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
             fit a layer, its tiers are those of the largest C that does.

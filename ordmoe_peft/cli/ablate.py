@@ -21,7 +21,7 @@ from ..samples import check_counts, check_samples
 from ..tiers.plan import make_plan
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
-from .loading import limited, load_base, load_processing_class, load_split
+from .loading import limited, load_base, load_processing_class, load_split, warn_if_slow
 from .tables import print_table
 
 
@@ -117,7 +117,11 @@ def main(arguments: Sequence[str]) -> None:
     if options.report is not None:
         require_matplotlib()
     bench.check_data()
-    check_cells(ablation, settings, bench.load_base())
+    base = bench.load_base()
+    check_cells(ablation, settings, base)
+    if training_args.device.type == "cpu":
+        warn_if_slow(model_options, base.dtype, training_args)
+    del base
     remaining = _remaining(ablation)
     with tqdm(total=remaining, desc="Ablation", unit="run") as bench.bar:
         results = ablation.run()

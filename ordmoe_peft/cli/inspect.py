@@ -1,4 +1,4 @@
-"""`ordmoe inspect MODEL --dataset_name …`: whether a model's routing is fit for OrdMoE, layer by layer."""
+"""`ordmoe inspect MODEL --dataset_name …`: whether a model's routing can be cut into tiers, by layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from trl import TrlParser
 
 from ..analysis.inspection import HealthReport, inspect_model
 from ..analysis.report import inspect_report, require_matplotlib
+from ..analysis.verdict import NEXT_STEP
 from ..monitoring.signatures import health_findings
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .loading import load_samples, load_subject, tier_cut
@@ -32,7 +33,8 @@ def build_parser() -> TrlParser:
     return TrlParser(
         (ModelArguments, InspectArguments),
         prog="ordmoe inspect",
-        description="Say whether a model's routing is fit for OrdMoE: `ordmoe inspect MODEL --dataset_name DATA`. "
+        description="Say whether a model's routing can be cut into tiers: `ordmoe inspect MODEL --dataset_name DATA`. "
+        "Whether a higher tier answers better is what `ordmoe tiers` measures. "
         "MODEL stands first, or is given as --model_name_or_path. Options can also stand in a YAML file given as "
         "--config.",
     )
@@ -84,11 +86,11 @@ def print_health(title: str, report: HealthReport) -> None:
 
 
 def print_verdict(report: HealthReport) -> None:
-    """Fit or not, and why not."""
+    """Whether tiers can be cut, and why not."""
     if report.is_fit:
-        print(f"Fit for OrdMoE with {report.num_tiers} tiers ({report.grouping}).")
+        print(f"Tiers can be cut: {report.num_tiers} ({report.grouping}). {NEXT_STEP}")
         return
-    print(f"Not fit for OrdMoE with {report.num_tiers} tiers ({report.grouping}):")
+    print(f"Not fit to be cut into {report.num_tiers} tiers ({report.grouping}):")
     for reason in report.reasons[:MAX_PRINTED_REASONS]:
         print(f"- {reason}")
     if len(report.reasons) > MAX_PRINTED_REASONS:

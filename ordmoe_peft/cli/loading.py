@@ -6,12 +6,17 @@ import torch
 import transformers
 from datasets import load_dataset
 from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
+from ..cpu_speed import WORTH_A_WORD, slowdown
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..quantization.foreign import check_unquantised
 from ..tiers.routing import adapter_config
-from .arguments import ModelArguments, SampleArguments
+from .arguments import DTYPES, ModelArguments, SampleArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any = None) -> PreTrainedModel:
@@ -29,6 +34,32 @@ def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any 
         device_map=device_map,
         **shared,
     )
+
+
+def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArguments | None = None) -> None:
+    """Say once that this CPU is slow in 16 bits, where the model of `dtype` is computed in them there.
+
+    Args:
+        options ([`ModelArguments`]): how it was loaded.
+        dtype (`torch.dtype`): that of its weights.
+        args ([`~transformers.TrainingArguments`], *optional*): of its training, which may be in mixed precision.
+    """
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    computed = {name: half for name, half in mixed.items() if args is not None and getattr(args, name)}
+    instead = [f"--{name} false" for name in computed]
+    if dtype in mixed.values():
+        computed["dtype"] = dtype
+        instead.append("--dtype float32")
+    if options.load_in_4bit and options.bnb_4bit_compute_dtype in ("bfloat16", "float16"):
+        computed["4 bits"] = DTYPES[options.bnb_4bit_compute_dtype]
+        instead.append("--bnb_4bit_compute_dtype float32")
+    slow = max(map(slowdown, computed.values()), default=0)
+    if slow > WORTH_A_WORD:
+        names = " and ".join(sorted({str(half).removeprefix("torch.") for half in computed.values()}))
+        logger.warning_once(
+            f"This CPU has no fast products in {names}: they take {slow:.0f} times what they take in float32. Give "
+            f"{' '.join(instead)}."
+        )
 
 
 def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> Any:
@@ -72,6 +103,8 @@ def load_subject(model_options: ModelArguments, options: SampleArguments) -> tup
     processing_class = load_processing_class(model_options, options.trust_remote_code)
     device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None
     model = load_base(model_options, options.trust_remote_code, device_map)
+    if device_map is None:
+        warn_if_slow(model_options, model.dtype)
     return model if options.adapter is None else load_adapter(model, options.adapter), processing_class
 
 

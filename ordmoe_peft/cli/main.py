@@ -15,7 +15,7 @@ from ..errors import OrdMoEError
 COMMANDS = {
     "plan": ("ordmoe_peft.cli.plan", "say what training takes of a card's memory, from the configuration alone"),
     "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),
-    "inspect": ("ordmoe_peft.cli.inspect", "say whether a model's routing is fit for OrdMoE, and why not"),
+    "inspect": ("ordmoe_peft.cli.inspect", "say whether a model's routing can be cut into tiers, and why not"),
     "evaluate": ("ordmoe_peft.cli.evaluate", "exact match and likelihood of answers, per tier on request"),
     "ablate": ("ordmoe_peft.cli.ablate", "compare settings with a baseline, over several seeds"),
     "rollouts": ("ordmoe_peft.cli.rollouts", "write what each tier answers, as a data set of ranked responses"),

@@ -9,11 +9,11 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import TrlParser
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..planning.card import GIB, Card
 from ..planning.known_models import KNOWN_MODELS, known_config
 from ..planning.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
 from ..planning.optimizers import OPTIMIZERS
 from ..planning.plan import (
-    GIB,
     TIER_PASSES,
     MemoryPlan,
     PlanSettings,
@@ -32,9 +32,15 @@ from .tables import print_table, write_json
 class PlanArguments:
     """The card, and the options of `ordmoe train` that decide what training takes, under their names there."""
 
-    gpu_memory_gb: float = field(default=24.0, metadata={"help": "Memory of the card, in GiB as cards are sold."})
+    gpu_memory_gb: float = field(
+        default=24.0, metadata={"help": "Size of the card as it is sold; programs can have a little less."}
+    )
     reserve_gb: float = field(
-        default=1.0, metadata={"help": "GiB to leave to CUDA's context, fragments and what kernels allocate inside."}
+        default=1.0,
+        metadata={
+            "help": "GiB to leave free: CUDA's context and libraries take some 0.5, fragments and what kernels "
+            "allocate inside the rest."
+        },
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     targets: list[str] = field(
@@ -62,6 +68,7 @@ class PlanArguments:
     image_tokens: int = field(default=0, metadata={"help": "Tokens that the language model sees of an image."})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Run layers again in backward."})
     bf16: bool = field(default=True, metadata={"help": "Mixed precision in bf16."})
+    fp16: bool = field(default=False, metadata={"help": "Mixed precision in fp16, in place of bf16."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": f"Optimizer: one of {tuple(OPTIMIZERS)}."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
 
@@ -84,33 +91,21 @@ def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(
         with_model_first(arguments), fail_with_unknown_args=False
     )
-    limit = _room(options)
+    card = Card(options.gpu_memory_gb, options.reserve_gb)
     config = load_config(model_options.model_name_or_path, model_options.model_revision)
     settings = plan_settings(config, model_options, options)
     plan = plan_memory(config, settings)
-    print_plan(model_options.model_name_or_path, plan, settings, options)
-    suggestions = list(suggest(config, settings, plan, limit))
-    print_verdict(plan, suggestions, options)
-    at_once = tokens_at_once(plan, settings, limit) if plan.total <= limit else None
+    print_plan(model_options.model_name_or_path, plan, settings, card)
+    suggestions = list(suggest(config, settings, plan, card.safe_room))
+    print_verdict(plan, suggestions, card)
+    at_once = tokens_at_once(plan, settings, card.room) if plan.total <= card.room else None
     if at_once is not None:
         print_choice(at_once, settings)
     if options.output is not None:
-        ways = [{"options": way.options, **way.plan.to_dict(), "fits": way.plan.total <= limit} for way in suggestions]
-        results = {"model": model_options.model_name_or_path, **plan.to_dict(), "room": limit}
-        results["tokens_at_once"] = at_once
-        write_json(options.output, results | {"fits": plan.total <= limit, "suggestions": ways})
-
-
-def _room(options: PlanArguments) -> int:
-    """What the card has for training, in bytes."""
-    if not 0 < options.gpu_memory_gb < float("inf"):
-        raise OrdMoEConfigError(f"gpu_memory_gb must be positive, got {options.gpu_memory_gb}.")
-    if not 0 <= options.reserve_gb < options.gpu_memory_gb:
-        raise OrdMoEConfigError(
-            f"reserve_gb must be at least 0 and less than gpu_memory_gb={options.gpu_memory_gb}, got "
-            f"{options.reserve_gb}."
-        )
-    return int((options.gpu_memory_gb - options.reserve_gb) * GIB)
+        ways = [{"options": w.options, **w.plan.to_dict(), **card.answer(w.plan.total)} for w in suggestions]
+        results = {"model": model_options.model_name_or_path, **plan.to_dict(), **card.answer(plan.total)}
+        results |= {"usable": card.usable, "reserve": card.reserve, "room": card.room}
+        write_json(options.output, results | {"tokens_at_once": at_once, "suggestions": ways})
 
 
 def load_config(name: str, revision: str = "main") -> PretrainedConfig:
@@ -175,12 +170,12 @@ def plan_settings(config: PretrainedConfig, model: ModelArguments, options: Plan
         image_tokens=options.image_tokens,
         gradient_checkpointing=options.gradient_checkpointing,
         optimizer=options.optim,
-        autocast=torch.bfloat16 if options.bf16 else None,
+        autocast=torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None,
     )
 
 
 # ----------------------------------------------------------------------------------------------------------- printing
-def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: PlanArguments) -> None:
+def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, card: Card) -> None:
     """A row for each thing that takes memory."""
     rows = [
         [f"weights: {row.role.replace('_', ' ')}", row.dtype, f"{row.bits:.2f}", _gib(row.bytes)]
@@ -193,17 +188,24 @@ def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, options: Pla
         ("activations kept for backward", _step(settings), plan.activations.kept),
         ("working memory", "largest moment of forward and backward", plan.activations.working),
         ("  of which logits, at most", f"in tiles of {TILE_TOKENS} x {TILE_VOCABULARY}", _logits(settings)),
-        ("reserve", "CUDA context, fragments: a guess", int(options.reserve_gb * GIB)),
-        ("total", "", plan.total + int(options.reserve_gb * GIB)),
+        ("reserve", "CUDA context and libraries (some 0.5), fragments: a guess", card.reserve),
+        ("total", "", plan.total + card.reserve),
     ]
     rows += [[what, form, "", _gib(size)] for what, form, size in states]
     weights = sum(row.weights for row in plan.weights)
     sizes = f"{plan.moe['moe_layers']} MoE layers, E {plan.moe['num_experts']}, K {plan.moe['top_k']}"
     print_table(f"{name}: {weights / 1e9:.2f} B weights, {sizes}", ["", "", "bits", "GiB"], rows)
+    if settings.autocast_used != settings.autocast:
+        given, weights = (str(dtype).removeprefix("torch.") for dtype in (settings.autocast, settings.dtype))
+        print(
+            f"Planned without mixed precision: autocast in {given} refuses {weights} weights in 4 bits, and training "
+            f"would end with that. Train with --{'bf16' if given == 'bfloat16' else 'fp16'} false, or with --dtype "
+            f"{given}."
+        )
 
 
 def _logits(settings: PlanSettings) -> int:
-    return tile_bytes(settings.rows * settings.sequence_length, settings.autocast or settings.dtype)
+    return tile_bytes(settings.rows * settings.sequence_length, settings.autocast_used or settings.dtype)
 
 
 def _step(settings: PlanSettings) -> str:
@@ -214,23 +216,31 @@ def _step(settings: PlanSettings) -> str:
     return f"{settings.rows} rows of {settings.sequence_length} tokens; {how}"
 
 
-def print_verdict(plan: MemoryPlan, suggestions: Sequence[Suggestion], options: PlanArguments) -> None:
-    """Whether it fits, and what would make it fit."""
-    card, needed = options.gpu_memory_gb, plan.total / GIB + options.reserve_gb
-    if needed <= card:
-        print(f"Fits: {needed:.2f} of {card:g} GiB, {card - needed:.2f} GiB are left.")
+def print_verdict(plan: MemoryPlan, suggestions: Sequence[Suggestion], card: Card) -> None:
+    """Whether it fits, how sure that is, and what would make it fit."""
+    needed, answer = plan.total + card.reserve, card.answer(plan.total)
+    print(
+        f"{card.verdict(plan.total).capitalize()}: {_gib(needed)} GiB are needed, a reserve of {_gib(card.reserve)} "
+        f"among them, of the {_gib(card.usable)} that programs can have of a card sold as {card.sold_gb:g} GB; "
+        + (
+            f"{_gib(card.usable - needed)} are left."
+            if answer["fits"]
+            else f"{_gib(needed - card.usable)} are missing."
+        )
+    )
+    if answer["is_close"]:
+        print(
+            "That is less than a plan can be wrong by: run a few steps with the longest samples before you rely on it."
+        )
+    if answer["fits"] and not answer["is_close"]:
         return
-    print(f"Does not fit: {needed:.2f} GiB are needed, and the card has {card:g}.")
     if not suggestions:
         print("None of the options that this command knows would take less.")
         return
-    rows = []
-    for suggestion in suggestions:
-        total = suggestion.plan.total / GIB + options.reserve_gb
-        rows.append([suggestion.options, f"{total:.2f}", "fits" if total <= card else ""])
+    rows = [[w.options, _gib(w.plan.total + card.reserve), card.verdict(w.plan.total)] for w in suggestions]
     print_table("With these, each on top of those above it:", ["option", "total GiB", ""], rows)
-    if not rows[-1][2]:
-        print(f"Even with all of them it does not fit {card:g} GiB.")
+    if not card.answer(suggestions[-1].plan.total)["fits"]:
+        print(f"Even with all of them it does not fit a card of {card.sold_gb:g} GB.")
 
 
 def print_choice(tokens: int, settings: PlanSettings) -> None:

@@ -17,7 +17,7 @@ from ..monitoring.signatures import training_findings
 from ..targets import coverage_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
-from .loading import load_base, load_processing_class, load_split
+from .loading import load_base, load_processing_class, load_split, warn_if_slow
 from .tables import peak_memory, print_table
 
 
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     model = get_peft_model(load_base(model_options, training_args.trust_remote_code), adapter_config)
     if training_args.process_index == 0:
         print(coverage_report(model))
+        if training_args.device.type == "cpu":
+            warn_if_slow(model_options, model.dtype, training_args)
 
     trainer = OrdMoETrainer(
         model,

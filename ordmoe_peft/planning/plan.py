@@ -23,7 +23,6 @@ from .optimizers import OPTIMIZERS, optimizer_bytes
 from .weights import build_meta_model
 
 
-GIB = 2**30
 TIER_PASSES = CHOICES["tier_passes"]
 # Shorter rows than this are not suggested.
 LEAST_SEQUENCE_LENGTH = 256
@@ -48,7 +47,7 @@ class PlanSettings:
         images_per_sample (`int`, defaults to 0), image_tokens (`int`, defaults to 0): see [`StepShape`].
         gradient_checkpointing (`bool`, defaults to `True`).
         optimizer (`str`, defaults to `"adamw_torch_fused"`): a key of [`OPTIMIZERS`].
-        autocast (`torch.dtype`, *optional*): dtype of mixed precision.
+        autocast (`torch.dtype`, *optional*): dtype of mixed precision, see [`PlanSettings.autocast_used`].
         device (`str`, defaults to `"cuda"`): see [`StepShape`].
 
     Raises:
@@ -105,6 +104,16 @@ class PlanSettings:
         return sorted({1, *OBJECTIVES[self.objective].active_tiers(advantages)})
 
     @property
+    def autocast_used(self) -> torch.dtype | None:
+        """The dtype of mixed precision; `None` where training would end with an error under it.
+
+        Autocast takes one 16-bit dtype, and layers in 4 bits give out that of the weights, so fp16 and bf16 would meet:
+        "Unexpected floating ScalarType in at::autocast::prioritize".
+        """
+        is_refused = self.quantization and {self.dtype, self.autocast} == {torch.float16, torch.bfloat16}
+        return None if is_refused else self.autocast
+
+    @property
     def tiers_at_once(self) -> int:
         """Tiers whose rows are in one forward."""
         return len(self.tiers_run()) if self.tier_passes == "batched" else 1
@@ -124,7 +133,7 @@ class PlanSettings:
             image_tokens=self.image_tokens,
             encodes_first=self.num_tiers > 1,
             gradient_checkpointing=self.gradient_checkpointing,
-            autocast=self.autocast,
+            autocast=self.autocast_used,
             device=self.device,
         )
 
@@ -255,7 +264,9 @@ def suggest(config: PretrainedConfig, settings: PlanSettings, plan: MemoryPlan, 
 def _quantise(settings: PlanSettings) -> tuple[str, dict] | None:
     if settings.quantization is not None:
         return None
-    return "--load_in_4bit true", {"quantization": MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype)}
+    lighter = replace(settings, quantization=MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=settings.dtype))
+    without = "" if lighter.autocast_used == settings.autocast else " --bf16 false"
+    return f"--load_in_4bit true{without}", {"quantization": lighter.quantization, "autocast": lighter.autocast_used}
 
 
 def _checkpoint(settings: PlanSettings) -> tuple[str, dict] | None:

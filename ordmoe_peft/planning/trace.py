@@ -62,6 +62,8 @@ class MemoryTrace(TorchDispatchMode):
             args = (args[0], _indices(args[1]))
         if any(_is_meta(tensor) for tensor in tensors):
             args, kwargs = tree_map(self._as_fake, (args, kwargs))
+        if func is aten._grouped_mm.default:
+            return _grouped_product(*args, **kwargs)
         output = func(*args, **kwargs)
         if func in (aten.topk.default, aten.sort.default, aten.sort.stable):
             return (output[0], _really(_even_choice, (output[1].shape, tensors[0].shape[-1])))
@@ -106,6 +108,12 @@ def _indices(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None
         is_mask = index is not None and index.dtype == torch.bool and not _is_fake(index)
         spelled += _really(torch.nonzero, (index,)).unbind(1) if is_mask else [index]
     return spelled
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """What `torch._grouped_mm` returns. Its own rule for fake tensors takes bf16 alone, the operator all dtypes."""
+    groups = [] if right.dim() == 3 else [len(offs)]  # rows by stack, or the gradient of a stack
+    return left.new_empty(*groups, left.shape[0], right.shape[-1])
 
 
 def _even_choice(shape: torch.Size, num_choices: int) -> torch.Tensor:

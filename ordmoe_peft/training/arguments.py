@@ -1,14 +1,19 @@
 """Arguments of the trainer."""
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers.utils import logging
 from trl import SFTConfig
 
+from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
+from ..field_types import check_field_types
 from ..generation import check_one_response, sampling_arguments
+from ..moe_layers import MoELayer, router_weights
 from .objectives import OBJECTIVES
 
 
@@ -28,6 +33,9 @@ ACT_ONLY_WITH = {
         *("min_p", "repetition_penalty"),
     ),
 }
+# What only bears on several tiers: of these arguments, and of the adapter's configuration.
+ACT_BETWEEN_TIERS = ("erl_coef", "objective_beta", "scored_by", "share_prompt", "tier_passes", "log_tiers_every")
+CUT_TIERS = ("grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed")
 
 
 @dataclass
@@ -142,6 +150,7 @@ class OrdMoETrainingArguments(SFTConfig):
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
+        check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number
         if self.router_aux_loss_coef:
             raise OrdMoEConfigError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef} would add a second balance loss, over all tiers. "
@@ -168,12 +177,15 @@ class OrdMoETrainingArguments(SFTConfig):
         self._warn_of_idle_options()
 
     def _warn_of_idle_options(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)}
         for (name, value), dependents in ACT_ONLY_WITH.items():
-            idle = [option for option in dependents if getattr(self, option) != defaults[option]]
+            idle = _changed(self, dependents)
             if idle and getattr(self, name) != value:
-                given = ", ".join(f"{option}={getattr(self, option)!r}" for option in idle)
-                logger.warning(f"{given}: no effect with {name}={getattr(self, name)!r}, only with {value!r}.")
+                logger.warning(
+                    f"{', '.join(idle)}: no effect with {name}={getattr(self, name)!r}, only with {value!r}."
+                )
+        sampling = _changed(self, ("top_p", "top_k", "min_p"))
+        if sampling and self.temperature == 0 and self.responses == "generated":
+            logger.warning(f"{', '.join(sampling)}: no effect with temperature=0, which is greedy.")
 
     def _check_objective(self) -> None:
         if self.objective_beta is not None and (self.objective == "erl" or self.objective_beta <= 0):
@@ -188,7 +200,7 @@ class OrdMoETrainingArguments(SFTConfig):
             )
         if self.lower_tier_floor not in (None, "uniform"):
             try:
-                self.lower_tier_floor = float(self.lower_tier_floor)
+                self.lower_tier_floor = float(str(self.lower_tier_floor))
             except ValueError as error:
                 raise OrdMoEConfigError(
                     f"lower_tier_floor must be a log-probability or 'uniform', got {self.lower_tier_floor!r}."
@@ -206,3 +218,47 @@ class OrdMoETrainingArguments(SFTConfig):
         )
         least = {"min_p": self.min_p} if self.temperature > 0 and self.min_p is not None else {}
         return {"use_cache": True, **shared, **least, **(self.generation_kwargs or {})}
+
+
+def warn_of_idle_settings(config: OrdMoEConfig, args: OrdMoETrainingArguments, layers: Sequence[MoELayer]) -> None:
+    """Warn of settings that the user changed and that have no effect beside the others."""
+    for idle, reason in _idle_settings(config, args, layers):
+        if idle:
+            logger.warning(f"{', '.join(idle)}: no effect with {reason}.")
+
+
+def _idle_settings(
+    config: OrdMoEConfig, args: OrdMoETrainingArguments, layers: Sequence[MoELayer]
+) -> Iterator[tuple[list[str], str]]:
+    if config.num_tiers == 1:
+        given = _changed(args, ACT_BETWEEN_TIERS) + _changed(config, CUT_TIERS)
+        yield given, "num_tiers=1, which is supervised fine-tuning"
+        return
+    if config.grouping != "random":
+        yield _changed(config, ("tier_seed",)), f"grouping={config.grouping!r}, only with 'random'"
+    if config.tier_weights == "match" and all(map(_renormalises, layers)):
+        yield _changed(config, ("tier_weights",)), "routers whose weights sum to the same for any experts"
+    if config.token_scope != "response":
+        yield _changed(args, ("share_prompt",)), f"token_scope={config.token_scope!r}, only with 'response'"
+    if args.responses == "generated" and args.log_tiers_every:
+        yield _changed(args, ("log_tiers_every",)), "responses='generated', where each tier that is run is logged"
+
+
+def _renormalises(layer: MoELayer) -> bool:
+    """Whether the weights of a token's experts sum to the same for different tokens."""
+    weight = layer.router.weight
+    if weight.dim() != 2 or weight.device.type == "meta":  # shared out over processes, or not there
+        return False
+    tokens_TH = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(4, -1)
+    with torch.no_grad():
+        weights_TK = router_weights(layer.router.forward(tokens_TH), layer.top_k)
+    if weights_TK is None:
+        return False
+    sum_T = weights_TK.float().sum(-1)
+    return torch.allclose(sum_T, sum_T[:1], rtol=0.01)
+
+
+def _changed(settings: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are not at their defaults, with their values."""
+    defaults = {item.name: item.default for item in fields(settings) if item.default is not MISSING}
+    return [f"{name}={getattr(settings, name)!r}" for name in names if getattr(settings, name) != defaults[name]]

@@ -18,12 +18,13 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
 from ..images import encode_images
+from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..quantization.sharding import keep_packed_when_sharded
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
-from .arguments import OrdMoETrainingArguments
+from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
@@ -127,6 +128,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
 
     def _check_settings(self, config: OrdMoEConfig) -> None:
         args = self.args
+        warn_of_idle_settings(config, args, find_moe_layers(self.model))
         if self.num_tiers == 1:
             self._check_one_tier()
             return

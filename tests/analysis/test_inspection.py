@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.analysis.inspection import inspect_model
+from ordmoe_peft.analysis.verdict import NEXT_STEP
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
 from ordmoe_peft.moe_layers import find_moe_layers
 from tests import models, text
@@ -33,6 +34,17 @@ def test_a_healthy_model_is_fit():
     assert report.num_tokens == rendered_tokens(dataset)
     assert [layer.name for layer in report.layers] == [f"model.layers.{index}.mlp" for index in range(3)]
     assert model.training
+
+
+def test_a_verdict_claims_what_it_measured():
+    """A random router spreads its tokens, so tiers can be cut; what its ranks are worth nobody has measured."""
+    model = models.qwen3_moe()
+    for layer in find_moe_layers(model):
+        layer.router.weight.data.mul_(0.1)
+    report = inspected(model)
+    assert report.layers[0].token_entropy > 0.97
+    assert report.is_fit
+    assert "run `ordmoe tiers`" in NEXT_STEP
 
 
 def test_the_report_is_plain_json_with_the_promised_keys():
@@ -67,13 +79,14 @@ def test_a_router_that_has_collapsed_onto_one_expert_is_named():
     assert report.layers[1].utilisation[5] == pytest.approx(models.NUM_EXPERTS / models.TOP_K)
 
 
-def test_dead_experts_matter_when_too_few_are_left_for_the_tiers():
+def test_dead_experts_are_never_fit_and_may_be_too_many_for_the_tiers():
     """Three of eight experts never chosen leave five: enough for two tiers of two, not for three."""
     model = models.gpt_oss()
     with torch.no_grad():
         find_moe_layers(model)[0].router.bias[:3] = -100.0
     assert inspected(model, num_tiers=2).layers[0].dead == 3
-    assert not any("dead" in reason for reason in inspected(model, num_tiers=2).reasons)
+    (reason,) = [reason for reason in inspected(model, num_tiers=2).reasons if "dead" in reason]
+    assert "3 of its 8 experts are dead" in reason and "low tiers may consist of them" in reason
     (reason,) = [reason for reason in inspected(model, num_tiers=3).reasons if "dead" in reason]
     assert "3 of its 8 experts are dead" in reason
     assert "leaves 5 for the 6 places of 3 tiers" in reason

@@ -247,10 +247,14 @@ def test_no_findings_and_none_looked_for_differ(tmp_path, undrawn):
 
 def test_inspection_page_puts_the_verdict_first(tmp_path, undrawn):
     words = Page(inspect_report(health(), tmp_path)).text
-    assert words.index("Not fit for OrdMoE") < words.index("Layer 2 has a dead expert.") < words.index("Utilisation")
+    assert (
+        words.index("Not fit to be cut into tiers")
+        < words.index("Layer 2 has a dead expert.")
+        < words.index("Utilisation")
+    )
     assert "2 model.layers.2.mlp 8 2 1 2.000 1.900 0.800 0.400 0.600 / 0.300 / 0.200 0.900 0.0123" in words
     words = Page(inspect_report(health() | {"is_fit": True, "reasons": []}, tmp_path)).text
-    assert "Fit for OrdMoE." in words
+    assert "Tiers can be cut. Whether ranks carry a signal" in words
     assert "Not fit" not in words
 
 

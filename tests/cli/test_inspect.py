@@ -22,7 +22,9 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
     results = tmp_path / "out" / "health.json"
     assert run(base, "--dataset_name", data, "--limit", 4, "--output", results) == 0
     output = capsys.readouterr().out
-    assert "Fit for OrdMoE with 3 tiers (uniform)." in output
+    assert "Tiers can be cut: 3 (uniform)." in output
+    assert "run `ordmoe tiers`" in output
+    assert "Fit for OrdMoE" not in output
     assert "1.00 1.00 1.00" in output
     assert "overlap" not in output
     report = json.loads(results.read_text())
@@ -48,7 +50,9 @@ def test_dead_experts_are_named_in_the_log_and_the_report(data, tmp_path, capsys
     folder, reports = save_base(model, tmp_path / "base"), tmp_path / "report"
     assert run(folder, "--dataset_name", data, "--report", reports) == 0
     named = "Dead experts (below 1% of an even share): 2 of 8 in layer 1"
-    assert f"Warning (experts collapsing): {named}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"Warning (experts collapsing): {named}" in output
+    assert "2 of its 8 experts are dead" in output and "Tiers can be cut" not in output
     assert named in (reports / "report.html").read_text()
 
 
@@ -58,7 +62,7 @@ def test_a_model_that_is_not_fit_is_a_result_not_an_error(data, tmp_path, capsys
     arguments = ("--num_tiers", 5, "--limit", 2, "--grouping", "high_only", "--output", results)
     assert run(olmoe, "--dataset_name", data, *arguments) == 0
     output = capsys.readouterr().out
-    assert "Not fit for OrdMoE with 5 tiers (high_only):" in output
+    assert "Not fit to be cut into 5 tiers (high_only):" in output
     assert "the largest num_tiers that fits is 4" in output
     hidden = len(json.loads(results.read_text())["reasons"]) - MAX_PRINTED_REASONS
     assert hidden >= 2

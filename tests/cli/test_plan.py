@@ -39,7 +39,44 @@ def test_a_model_that_fits(folder, tmp_path, capsys):
     assert plan["suggestions"] == []
     assert {row["dtype"] for row in plan["weights"] if row["role"] == "experts"} == {"nf4"}
     assert plan["tokens_at_once"] > 256
-    assert plan["total"] < plan["room"] == 23 * 2**30
+    assert not plan["is_close"]
+    assert plan["reserve"] == 2**30
+    assert plan["total"] < plan["room"] == plan["usable"] - plan["reserve"]
+    assert "a reserve of 1.00 among them, of the 23.52 that programs can have of a card sold as 24 GB" in printed
+
+
+@pytest.mark.parametrize(("beyond", "begins"), [(0.02, "Fits, but within 3 % of the limit: "), (0.04, "Fits: ")])
+def test_near_the_limit_it_says_so(folder, tmp_path, capsys, beyond, begins):
+    """The card is made as large as the plan and its share of `beyond`: 98 % of what it is sold as is usable."""
+    results = tmp_path / "plan.json"
+    arguments = (folder, "--max_length", 16, "--reserve_gb", 0, "--output", results)
+    run(*arguments)
+    capsys.readouterr()
+    total = json.loads(results.read_text())["total"]
+    run(*arguments, "--gpu_memory_gb", total / 2**30 / 0.98 / (1 - beyond))
+    printed = capsys.readouterr().out
+    plan = json.loads(results.read_text())
+    assert begins in printed
+    assert plan["fits"]
+    is_close = beyond < 0.03
+    assert plan["is_close"] == is_close == ("before you rely on it" in printed)
+    assert bool(plan["suggestions"]) == is_close, "what gives room is suggested, too"
+
+
+@pytest.mark.parametrize("bits", ["true", "false"])
+@pytest.mark.parametrize("precision", [(), ("--bf16", "false"), ("--fp16",)], ids=["bf16", "none", "fp16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_dtype(folder, capsys, dtype, precision, bits):
+    assert run(folder, "--max_length", 16, "--dtype", dtype, "--load_in_4bit", bits, *precision) == 0
+    printed = capsys.readouterr().out
+    assert "Fits: " in printed
+    mixes_16_bits = (dtype, precision) in {("float16", ()), ("bfloat16", ("--fp16",))}
+    assert ("Planned without mixed precision" in printed) == (mixes_16_bits and bits == "true")
+
+
+def test_the_shipped_base(capsys):
+    assert run("examples/easy_vqa/base", "--max_length", 64) == 0
+    assert "float32" in capsys.readouterr().out
 
 
 def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys):
@@ -103,7 +140,9 @@ def test_images(tmp_path, capsys):
     [
         (("--gpu_memory_gb", 0), "gpu_memory_gb must be positive, got 0"),
         (("--gpu_memory_gb", -24), "gpu_memory_gb must be positive, got -24"),
+        (("--gpu_memory_gb", "nan"), "gpu_memory_gb must be positive, got nan"),
         (("--reserve_gb", 24), "reserve_gb must be at least 0 and less than gpu_memory_gb=24"),
+        (("--reserve_gb", 23.6), "leaves to programs, 23.52 GiB, got 23.6"),
         (("--max_length", 0), "sequence_length must be at least 1, got 0"),
         (("--num_tiers", 5), "num_tiers=5 does not fit"),
         (("--dtype", "int3"), "dtype must be 'auto' or one of"),

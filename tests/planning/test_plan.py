@@ -112,6 +112,28 @@ def test_a_suggestion_keeps_the_rest_of_the_quantisation():
     assert "nested" not in next(suggest(config, stored, plan, limit=plan.total - 1)).options
 
 
+@pytest.mark.parametrize("quantization", [None, {}], ids=["dense", "nf4"])
+def test_weights_are_counted_in_their_dtype(quantization):
+    config = models.qwen3_moe().config
+    plans = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        nf4 = None if quantization is None else MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype)
+        plans[dtype] = plan_memory(config, PlanSettings(dtype=dtype, quantization=nf4, **SMALL))
+    assert plans[torch.float16].base == plans[torch.bfloat16].base < plans[torch.float32].base
+    assert plans[torch.bfloat16].activations.peak < plans[torch.float32].activations.peak
+    half = plans[torch.float16].activations.peak
+    assert half == pytest.approx(plans[torch.bfloat16].activations.peak, rel=0.2)
+
+
+def test_4_bits_of_fp16_weights_are_suggested_without_bf16():
+    """torch's bf16 autocast refuses the outputs of such layers, in training as well."""
+    config = models.qwen3_moe().config
+    settings = PlanSettings(dtype=torch.float16, **SMALL)
+    way = next(suggest(config, settings, plan_memory(config, settings), limit=0))
+    assert way.options == "--load_in_4bit true --bf16 false"
+    assert way.settings.autocast is None
+
+
 def test_auto_decides_by_the_rule_of_the_trainer():
     """A pass of 32 tokens takes p bytes, so a batch of n tokens on two tiers takes 2 p n / 32: at most half of free."""
     config = models.qwen3_moe().config

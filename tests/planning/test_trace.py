@@ -1,5 +1,6 @@
 """Bytes over time, on code whose memory is known by hand."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -65,3 +66,19 @@ def test_views_of_weights_without_numbers_hold_nothing():
         part = packed.reshape(-1).view(2, -1)[1]
     assert part.shape == (64,)
     assert memory.live == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_grouped_products_are_those_of_torch_in_every_dtype(dtype):
+    """Shapes and dtypes, of a product and of both its gradients; torch's own rule for fake tensors is bf16's alone."""
+
+    def run(make):
+        left_NI, right_EIO = make(6, 8, dtype=dtype).requires_grad_(), make(3, 8, 16, dtype=dtype).requires_grad_()
+        product_NO = torch.nn.functional.grouped_mm(left_NI, right_EIO, offs=torch.tensor([2, 2, 6], dtype=torch.int32))
+        product_NO.square().sum().backward()
+        return [(x.shape, x.dtype) for x in (product_NO, left_NI.grad, right_EIO.grad)]
+
+    fakes, memory = trace()
+    with fakes, memory:
+        traced = run(torch.empty)
+    assert traced == run(torch.ones)

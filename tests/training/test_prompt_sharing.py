@@ -155,18 +155,29 @@ def test_a_batch_that_is_not_finite_judges_nothing():
 
 
 def test_experts_that_change_places_by_rounding_are_no_reason():
-    """In bf16 low tiers of a deep model differ by far more than tier 1 does, in rows of another length as well."""
+    """In bf16 tokens of a deep model go to other experts in rows of another length, and end far from where they were.
+
+    Whether kernels round that way is the CPU's affair, so the error is made here, in one sample of six.
+    """
+
+    def rounded_by_length(module, args, output_BSH):
+        error_SH = torch.randn(output_BSH.shape[1:], generator=torch.Generator().manual_seed(output_BSH.shape[1]))
+        output_BSH = output_BSH.clone()
+        output_BSH[::6] *= 1 + torch.finfo(torch.bfloat16).eps * error_SH
+        return output_BSH
 
     def deep():
         model = models.qwen3_moe(num_hidden_layers=12, num_experts=32, num_experts_per_tok=4).bfloat16()
         for name, parameter in model.named_parameters():
             parameter.data.mul_(8 if "lm_head" in name else 4 if "experts" in name else 1)
+        model.model.layers[0].register_forward_hook(rounded_by_length)
         return model
 
-    model, batch = packed_adapted(deep), rows([(20, 12)] * 4)
+    model, batch = packed_adapted(deep), rows([(20, 12)] * 6)
     sharing = sharing_of(model)
-    shared, separate = (results(model, batch, 3, each, records_routing=False)[2] for each in (sharing, None))
+    results(model, batch, 3, sharing, records_routing=False)  # the first batch is run both ways
     assert sharing.is_possible and sharing.is_judged
+    shared, separate = (results(model, batch, 3, each, records_routing=False)[2] for each in (sharing, None))
     difference = (shared.log_probs_CBS - separate.log_probs_CBS)[separate.mask_CBS].abs().mean()
     assert difference > torch.finfo(torch.bfloat16).eps ** 0.5
 

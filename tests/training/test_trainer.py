@@ -348,6 +348,33 @@ class TestWarnings:
         trainer_for(tmp_path, adapted(num_tiers=1), responses="generated", objective="dpo")
         assert any("responses='generated', objective='dpo' and" in message for message in warnings)
 
+    def test_further_settings_of_one_tier(self, tmp_path, warnings):
+        trainer_for(tmp_path, adapted(num_tiers=1, grouping="random"), erl_coef=0.5, log_tiers_every=10)
+        assert warnings == [
+            "erl_coef=0.5, grouping='random': no effect with num_tiers=1, which is supervised fine-tuning."
+        ]
+
+    @pytest.mark.parametrize(
+        ("adapter", "training", "message"),
+        [
+            ({}, {"share_prompt": False}, "share_prompt=False: no effect with token_scope='sequence', only with"),
+            ({"tier_weights": "match"}, {}, "tier_weights='match': no effect with routers whose weights sum"),
+            ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
+            ({}, {"responses": "generated", "log_tiers_every": 5}, "log_tiers_every=5: no effect with responses="),
+            ({}, {"responses": "generated", "temperature": 0, "top_k": 5}, "top_k=5: no effect with temperature=0"),
+        ],
+    )
+    def test_settings_that_others_leave_without_effect(self, tmp_path, warnings, adapter, training, message):
+        trainer_for(tmp_path, adapted(**adapter), **training)
+        assert len(warnings) == 1 and warnings[0].startswith(message)
+
+    def test_settings_with_an_effect(self, tmp_path, warnings):
+        """Random groups scaled to match: what a router that does not renormalise gives a random group is less."""
+        settings = {"token_scope": "response", "grouping": "random", "tier_seed": 3, "tier_weights": "match"}
+        model = get_peft_model(models.olmoe(), OrdMoEConfig(r=4, **settings))
+        trainer_for(tmp_path, model, share_prompt=False, erl_coef=0.5, log_tiers_every=5)
+        assert warnings == []
+
     def test_a_floor_that_no_tier_can_reach(self, tmp_path, warnings):
         trainer_for(tmp_path, adapted(advantages="none"), lower_tier_floor="uniform")
         assert any("lower_tier_floor='uniform' has no effect" in message for message in warnings)

@@ -1,9 +1,10 @@
-"""The report of what `ordmoe inspect` measured: is the routing fit to be cut into tiers?"""
+"""The report of what `ordmoe inspect` measured: can the routing be cut into tiers?"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..verdict import NEXT_STEP
 from . import page
 from .drawing import GREY, Plot, Series, draw, line_plot, prepare, stacked_plot
 
@@ -43,9 +44,9 @@ def inspect_report(health: Mapping[str, Any], directory: "str | Path") -> Path:
 
 def _verdict(health: Mapping[str, Any]) -> str:
     if health["is_fit"]:
-        boxes = [page.note("Fit for OrdMoE.", "Its routing can be cut into tiers that differ.", "good")]
+        boxes = [page.note("Tiers can be cut.", NEXT_STEP, "good")]
     else:
-        boxes = [page.note("Not fit for OrdMoE as it is.", "The reasons:", "bad")]
+        boxes = [page.note("Not fit to be cut into tiers as it is.", "The reasons:", "bad")]
     return "\n".join([*boxes, *(page.note("", reason) for reason in health["reasons"])])
 
 
