@@ -77,6 +77,9 @@ class OrdMoETrainingArguments(SFTConfig):
             temperature 0 is greedy. The draw depends on `seed`, step and process alone, so a resumed run repeats it.
         generation_kwargs (`dict` or `str`, *optional*): further arguments of `generate`.
 
+        overwrite_output_dir (`bool`, defaults to `False`): start a run in a folder that holds checkpoints or an adapter
+            of an earlier one, which are deleted; without it, such a run is refused.
+
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
     """
@@ -137,6 +140,10 @@ class OrdMoETrainingArguments(SFTConfig):
     repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on repeated tokens; 1 is none."})
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of generate, as JSON."}
+    )
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in a folder with an earlier run's results, which are deleted."}
     )
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]

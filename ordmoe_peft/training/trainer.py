@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -15,7 +14,6 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from .._compat import WholeCheckpoints
-from ..checkpoints import checkpoint_to_resume
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
@@ -37,6 +35,7 @@ from .placement import check_placement
 from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
+from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
 from .step_guard import StepGuard
 from .tier_passes import TierPasses, TierScores
 
@@ -93,6 +92,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         **kwargs: Any,
     ):
         args = args or OrdMoETrainingArguments("ordmoe-adapter")
+        self.run_folder = RunFolder(args.output_dir)
         if kwargs.get("processing_class") is not None:
             check_processing_class(kwargs["processing_class"], "The given processing_class")
         if kwargs.get("formatting_func") is None:
@@ -100,6 +100,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             kwargs["eval_dataset"] = checked_data(kwargs.get("eval_dataset"), args, "evaluation")
         train_dataset = _with_answers(train_dataset, args)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        self._data = describe_data(train_dataset)
         check_processing_class(self.processing_class, "The model")
         num_given = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         check_prepared(self.train_dataset, args, num_given, num_positions(self.model.config))
@@ -212,16 +213,34 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start.
 
         Raises:
-            [`OrdMoEConfigError`]: nothing of the adapter is trainable.
+            [`OrdMoEConfigError`]: nothing of the adapter is trainable, or `output_dir` holds results of another run.
             [`OrdMoERuntimeError`]: most of the steps were dropped.
         """
         self._seen = (None, 0)
         check_trainable(self.model)
-        # The first process chooses for all: one on a machine that sees no checkpoint must fail, not start anew.
-        [checkpoint] = broadcast_object_list([checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)])
+        checkpoint = on_first_process(
+            lambda: self.run_folder.begin(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
+        )
         output = super().train(checkpoint, *args, **kwargs)
         self._guard.check_run(self.state.global_step)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
+
+    def is_finished(self, resume_from_checkpoint: str | bool | None) -> bool:
+        """Whether `resume_from_checkpoint` would go on with a run that [`finish`] was called for.
+
+        Raises:
+            [`OrdMoEConfigError`]: `output_dir` holds results of another run.
+        """
+        return on_first_process(
+            lambda: self.run_folder.holds(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
+        )
+
+    def finish(self) -> None:
+        """Record that the run's results are all saved, so that the same run, started again, has nothing to do."""
+        on_first_process(lambda: self.run_folder.finish(goal_of(self.args)))
+
+    def _describe(self) -> RunDescription:
+        return describe_run(self.model, self._adapter_config(), self.args, self._data)
 
     def _prompt_sharing(self) -> PromptSharing:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
