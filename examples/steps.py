@@ -48,6 +48,7 @@ class Story:
         folder = self.output / name
         options = ["--model_name_or_path", self.base, "--dataset_name", self.output / "data"]
         options += ["--num_tiers", num_tiers, "--max_steps", self.steps, "--output_dir", folder]
+        options += ["--overwrite_output_dir", "true"]
         ordmoe("train", "--config", self.recipe, *options)
         return json.loads((folder / "train_results.json").read_text())
 

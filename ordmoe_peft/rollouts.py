@@ -20,9 +20,11 @@ from .errors import OrdMoEConfigError, OrdMoEDataError
 from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses
 from .moe_layers import MoELayer, find_moe_layers, unwrapped
 from .objectives.expert_rank import label_log_probs, mean_log_likelihood
+from .positions import check_fits
 from .responses import content_mask, end_of_sequence_ids
 from .samples import ProcessingClass, check_counts, prompt_inputs
 from .shards import ShardFolder, claim_folder, without_inner_bars
+from .texts import check_texts, first_row
 from .tiers.gate_mass import recorded_gate_mass
 from .tiers.plan import layers_in_scope
 from .tiers.routing import adapter_config, tier_routing
@@ -101,7 +103,8 @@ def rollout(
         generation: arguments of `generate`, e.g. `max_new_tokens`, `do_sample`, `temperature`.
 
     Raises:
-        [`OrdMoEDataError`]: no prompts, or a column that is not there.
+        [`OrdMoEDataError`]: no prompts, a row without one, or one that is longer than the model has positions; or a
+            column that is not there.
         [`OrdMoEConfigError`]: settings that cannot work, or that differ from those that `output_dir` has.
     """
     columns = _kept_columns(dataset, keep_columns)
@@ -170,8 +173,8 @@ def _kept_columns(dataset: Dataset, keep_columns: Sequence[str]) -> list[str]:
             f"The data set has no column 'prompt', which rollouts answer; it has {sorted(there)}. Use TRL's "
             "prompt-only or prompt-completion format."
         )
-    if len(dataset) == 0:
-        raise OrdMoEDataError("The data set has no samples: there is nothing to answer.")
+    first_row(dataset, "rollout")
+    check_texts(dataset, ["prompt"], "rollout")
     for name in keep_columns:
         if name not in there or name in ROLLOUT_FEATURES:
             reason = "a name that rollouts use themselves" if name in there else f"not a column; there are {there}"
@@ -246,6 +249,7 @@ class _TierWriter:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         end_ids = end_of_sequence_ids(tokenizer, self.model)
         inputs = prompt_inputs(samples, self.processing_class).to(self.model.device)
+        check_fits(self.model, inputs)
         # Random groups, too, are drawn anew for each batch, and alike in writing and scoring.
         routing = self.routing | {"step": first_sample}
         written = generate_by_tier(

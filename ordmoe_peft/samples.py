@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .errors import OrdMoEConfigError, OrdMoEDataError
+from .errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
+from .texts import check_texts, first_row
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def check_samples(dataset: Any, group_by: str | None = None) -> None:
-    """Raise [`OrdMoEDataError`] unless there are prompts, answers to compare with, and the column to group by."""
+    """Raise [`OrdMoEDataError`] unless rows have prompts, answers to compare with, and the column to group by."""
     columns = dataset.column_names
     missing = [name for name in ("prompt", "completion") if name not in columns]
     if missing:
@@ -28,8 +29,23 @@ def check_samples(dataset: Any, group_by: str | None = None) -> None:
         )
     if group_by is not None and group_by not in columns:
         raise OrdMoEDataError(f"group_by={group_by!r} is not a column; there are {sorted(columns)}.")
-    if len(dataset) == 0:
-        raise OrdMoEDataError("The data set has no samples, so there is nothing to measure.")
+    first_row(dataset, "evaluation")
+    check_texts(dataset, ["prompt", "completion"], "evaluation")
+
+
+def check_processing_class(processing_class: Any, source: str) -> None:
+    """Raise [`OrdMoEModelError`] unless this is a tokenizer that knows words, or a processor that has one.
+
+    Without the files of one, transformers gives an empty tokenizer of the model's class, or a processor of images.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.get_vocab().keys() <= {
+        *tokenizer.all_special_tokens
+    }:
+        raise OrdMoEModelError(
+            f"{source} has no tokenizer, only {type(processing_class).__name__} without a vocabulary. Save the "
+            "tokenizer or processor of the model beside it."
+        )
 
 
 def check_counts(**counts: int | None) -> None:

@@ -92,7 +92,7 @@ def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> 
 
 
 def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    there, now = _flat(there), _flat(now)
+    there, now = flattened(there), flattened(now)
     differing = [
         f"{name} ({there.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted({*there, *now})
@@ -105,12 +105,12 @@ def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flattened(settings: dict[str, Any]) -> dict[str, Any]:
     """Nested settings under dotted names."""
     flat = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": part for inner, part in _flat(value).items()}
+            flat |= {f"{name}.{inner}": part for inner, part in flattened(value).items()}
         else:
             flat[name] = value
     return flat

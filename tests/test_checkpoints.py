@@ -173,7 +173,7 @@ class TestTrainer:
 
     def test_a_checkpoint_of_an_earlier_run_is_replaced_whole(self, tmp_path):
         (write_checkpoint(tmp_path, 2) / "of_the_earlier_run").touch()
-        trainer = tiny_trainer(tmp_path, **self.SETTINGS | {"max_steps": 2})
+        trainer = tiny_trainer(tmp_path, overwrite_output_dir=True, **self.SETTINGS | {"max_steps": 2})
         trainer.train()
         assert names(tmp_path / "checkpoint-2") >= FILES
         assert "of_the_earlier_run" not in names(tmp_path / "checkpoint-2")

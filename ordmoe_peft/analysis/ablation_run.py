@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -73,6 +74,7 @@ def make_trainer(
     """The trainer of a run. Runs of one seed see the same samples in the same order, whatever their settings."""
     args = replace(
         args,
+        output_dir=str(Path(args.output_dir, "last_run")),  # of which the trainer keeps a record alone
         seed=seed,
         data_seed=data_seed(args, seed),
         save_strategy="no",

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..generation import evaluation_mode
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
+from ..positions import check_fits
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from ..samples import (
     ProcessingClass,
@@ -93,7 +94,8 @@ def evaluate_tiers(
 
     Raises:
         [`OrdMoEConfigError`]: `batch_size` or `max_new_tokens` below 1, or tiers that do not fit the model.
-        [`OrdMoEDataError`]: the data set has no samples, prompts, answers or `group_by` column.
+        [`OrdMoEDataError`]: the data set has no samples, prompts, answers or `group_by` column; a row has no text; all
+            answers are empty; a sample has more tokens than the model has positions.
     """
     check_samples(dataset, group_by)
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -122,6 +124,7 @@ def generate_answers(
 ) -> list[str]:
     """A tier's greedy answers to the samples' prompts, as plain text."""
     inputs = prompt_inputs(samples, processing_class).to(model.device)
+    check_fits(model, inputs)
     prompt_length = inputs["input_ids"].shape[1]
     end_ids = end_of_sequence_ids(getattr(processing_class, "tokenizer", processing_class), model)
     tiers = torch.full((len(samples),), tier)
@@ -142,6 +145,7 @@ def score_answers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A tier's mean log-probability per token of each reference answer, with and without end tokens (`(B,)`)."""
     inputs = scoring_inputs(samples, processing_class).to(model.device)
+    check_fits(model, inputs)
     tiers = torch.full((len(samples),), tier)
     tiers = tiers_of_labels(tiers, inputs["labels"], adapter_config(model).token_scope)
     labels_BS = inputs.pop("labels")[:, 1:]

@@ -11,7 +11,9 @@ from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import evaluation_mode
 from ..monitoring.health import LayerHealth
 from ..monitoring.router_meter import RouterMeter
+from ..positions import check_fits
 from ..samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
+from ..texts import check_texts
 from ..tiers.ranking import GROUPINGS
 from ..tiers.routing import adapter_config
 from ..unserved_blocks import unserved_moe_blocks
@@ -79,6 +81,8 @@ def inspect_model(
             f"Inspection needs samples with a `prompt`; the data set has {len(dataset)} samples with the columns "
             f"{sorted(dataset.column_names)}. Use TRL's prompt-completion format."
         )
+    columns = [name for name in ("prompt", "completion") if name in dataset.column_names]
+    check_texts(dataset, columns, "inspection", may_be_empty=True)
     meter = RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed)
     with meter:
         _run(model, processing_class, dataset, batch_size)
@@ -104,7 +108,9 @@ def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batc
     backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Inspecting", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
-            backbone(**_inputs(samples, processing_class).to(model.device), use_cache=False)
+            inputs = _inputs(samples, processing_class).to(model.device)
+            check_fits(model, inputs)
+            backbone(**inputs, use_cache=False)
             bar.update(len(samples))
 
 

@@ -20,6 +20,7 @@ from ..monitoring.signatures import ablation_findings
 from ..samples import check_counts, check_samples
 from ..tiers.plan import make_plan
 from ..training import OrdMoETrainingArguments
+from ..training.data_checks import checked_data
 from .arguments import AdapterArguments, ModelArguments
 from .loading import limited, load_base, load_processing_class, load_split, warn_if_slow
 from .tables import print_table
@@ -232,8 +233,8 @@ class Bench:
         return record
 
     def check_data(self) -> None:
-        """See that all splits are there, and that answers to two of them can be judged, before anything runs."""
-        self._split(self.options.dataset_train_split)
+        """See that all splits are there, with answers to learn from or to judge by, before anything runs."""
+        checked_data(self._split(self.options.dataset_train_split), self.training_args, "training")
         for name in (self.options.validation_split, self.options.test_split):
             check_samples(self._split(name), self.options.group_by)
 

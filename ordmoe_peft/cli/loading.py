@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArg
 from transformers.utils import logging
 
 from ..cpu_speed import WORTH_A_WORD, slowdown
-from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from ..quantization.foreign import check_unquantised
+from ..samples import check_processing_class
 from ..tiers.routing import adapter_config
 from .arguments import DTYPES, ModelArguments, SampleArguments
 
@@ -64,9 +65,16 @@ def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArgu
 
 def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> Any:
     """The base's processor, or its tokenizer where it has no other modality."""
-    return AutoProcessor.from_pretrained(
-        options.model_name_or_path, revision=options.model_revision, trust_remote_code=trust_remote_code
-    )
+    try:
+        processing_class = AutoProcessor.from_pretrained(
+            options.model_name_or_path, revision=options.model_revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise OrdMoEModelError(
+            f"No tokenizer or processor can be loaded from {options.model_name_or_path}: {error}"
+        ) from error
+    check_processing_class(processing_class, options.model_name_or_path)
+    return processing_class
 
 
 def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:

@@ -16,6 +16,8 @@ from ..analysis.report import require_matplotlib, train_report
 from ..monitoring.signatures import training_findings
 from ..targets import coverage_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
+from ..training.data_checks import checked_data
+from ..training.run_record import RunFolder
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
 from .tables import peak_memory, print_table
@@ -44,11 +46,15 @@ def main(arguments: Sequence[str]) -> None:
     if report_options.report is not None:
         require_matplotlib()
     adapter_config = adapter_options.adapter_config()
+    resume, overwrite = training_args.resume_from_checkpoint, training_args.overwrite_output_dir
+    RunFolder(training_args.output_dir).check_free(resume, overwrite)
     data = (script_options.dataset_name, script_options.dataset_config)
     train_dataset = load_split(*data, script_options.dataset_train_split, script_options.dataset_streaming)
     eval_dataset = None
     if training_args.eval_strategy != "no":
         eval_dataset = load_split(*data, script_options.dataset_test_split, script_options.dataset_streaming)
+    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        checked_data(dataset, training_args, name)
     processing_class = load_processing_class(model_options, training_args.trust_remote_code)
     # LoRA's first factors are drawn when the adapter is attached, before the trainer sets its seed.
     set_seed(training_args.seed)
@@ -65,8 +71,12 @@ def main(arguments: Sequence[str]) -> None:
         eval_dataset=eval_dataset,
         processing_class=processing_class,
     )
+    if trainer.is_finished(resume):
+        if trainer.is_world_process_zero():
+            print(f"The run in {training_args.output_dir} is already finished.")
+        return
     peak_before = peak_memory()  # tier_passes="auto" sets the count back
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     steps = trainer.state.global_step
     metrics = {
@@ -77,6 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    trainer.finish()
     if not trainer.is_world_process_zero():
         return
     print_table(
@@ -85,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
         [
             (
                 str(steps),
-                f"{metrics['train_loss']:.4f}",
+                f"{result.training_loss:.4f}",
                 f"{metrics['train_seconds_per_step']:.2f}",
                 f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB",
             )

@@ -13,7 +13,8 @@ from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..field_types import check_field_types
 from ..generation import check_one_response, sampling_arguments
-from ..moe_layers import MoELayer, router_weights
+from ..moe_layers import MoELayer
+from ..router_output import read_router_output
 from .objectives import OBJECTIVES
 
 
@@ -85,6 +86,9 @@ class OrdMoETrainingArguments(SFTConfig):
             temperature 0 is greedy. The draw depends on `seed`, step and process alone, so a resumed run repeats it.
         generation_kwargs (`dict` or `str`, *optional*): further arguments of `generate`.
 
+        overwrite_output_dir (`bool`, defaults to `False`): start a run in a folder that holds checkpoints or an adapter
+            of an earlier one, which are deleted; without it, such a run is refused.
+
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
     """
@@ -145,6 +149,10 @@ class OrdMoETrainingArguments(SFTConfig):
     repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on repeated tokens; 1 is none."})
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of generate, as JSON."}
+    )
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in a folder with an earlier run's results, which are deleted."}
     )
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
@@ -251,7 +259,7 @@ def _renormalises(layer: MoELayer) -> bool:
         return False
     tokens_TH = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(4, -1)
     with torch.no_grad():
-        weights_TK = router_weights(layer.router.forward(tokens_TH), layer.top_k)
+        weights_TK = read_router_output(layer, layer.router.forward(tokens_TH)).weights_TK
     if weights_TK is None:
         return False
     sum_T = weights_TK.float().sum(-1)

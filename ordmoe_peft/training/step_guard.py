@@ -1,6 +1,7 @@
 """Steps that must not move the weights: what is not finite in them, or nothing to learn from."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import reduce
@@ -17,6 +18,30 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "OrdMoEStepGuard"
 LOGGED_COUNTS = ("nonfinite_steps", "empty_batches")
+# Steps that did not move the weights, by what was wrong with them.
+DROPPED = {
+    "nonfinite_steps": "with a loss or gradient that was not finite",
+    "empty_steps": "without a response to learn from",
+    "overflowed_steps": "whose gradient overflowed in fp16",
+}
+
+
+@dataclass
+class MeanLoss:
+    """The mean of the losses of real steps, as against those that were dropped."""
+
+    total: torch.Tensor | float = 0.0
+    steps: int = 0
+    dropped: int = 0
+
+    def add(self, loss: torch.Tensor | float, is_dropped: bool) -> None:
+        self.total = self.total + (0.0 if is_dropped else loss)
+        self.steps += not is_dropped
+        self.dropped += is_dropped
+
+    def over_processes(self, name: str) -> dict[str, float]:
+        """The mean over all processes under `name`; nothing where there is no step."""
+        return {name: reduce(self.total, reduction="mean").item() / self.steps} if self.steps else {}
 
 
 class StepGuard(TrainerCallback):
@@ -25,6 +50,9 @@ class StepGuard(TrainerCallback):
     The gradients are taken away before the optimizer's step, so weights and optimizer state stay as they are; learning
     rate schedule and step count go on. All processes decide alike. Overflow under a gradient scaler (fp16) is left to
     the scaler, and DeepSpeed, which updates within its backward, is not guarded.
+
+    Losses and metrics that are logged are means over the other steps, and left out where there are none. No checkpoint
+    is saved before a step has moved the weights.
 
     Logged, once they are not 0: `nonfinite_steps`, steps whose update was dropped since training began, and
     `empty_batches`, micro-batches without a response token of all processes, which add nothing to their step. Both, and
@@ -35,7 +63,8 @@ class StepGuard(TrainerCallback):
         metrics (`dict`): where the trainer keeps lists of what it logs next.
 
     Raises:
-        [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint.
+        [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint. Or none
+            of so many first steps had a response, or most steps of the run were dropped.
     """
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
@@ -43,16 +72,26 @@ class StepGuard(TrainerCallback):
         self.found: list[str] = []
         self.rows, self.local_empty_batches = 0, 0
         self.counts: dict[str, int] = {}
+        self.is_dropped, self.last_found = False, ""
+        self.step_loss: torch.Tensor | float = 0.0
+        self.lengths_before: dict[str, int] = {}
+        self.since_log, self.since_begin = MeanLoss(), MeanLoss()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.found = []
-        counts = dict.fromkeys((*LOGGED_COUNTS, "in_a_row"), 0)
-        self.counts = state.stateful_callbacks.setdefault(STATE_NAME, counts)
+        self.found, self.since_log, self.since_begin = [], MeanLoss(), MeanLoss()
+        self.counts = state.stateful_callbacks.setdefault(STATE_NAME, {})
+        for name in (*LOGGED_COUNTS, *DROPPED, "in_a_row"):
+            self.counts.setdefault(name, 0)
 
     def expect(self, rows_of_batches: Iterable[int]) -> None:
         """Take the number of rows with a response in each micro-batch of the step to come, on this process."""
         rows_of_batches = list(rows_of_batches)
         self.rows, self.local_empty_batches = sum(rows_of_batches), rows_of_batches.count(0)
+        self.step_loss, self.lengths_before = 0.0, {name: len(values) for name, values in self.metrics.items()}
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Take a micro-batch's part of the step's loss."""
+        self.step_loss = self.step_loss + loss.detach()
 
     @torch.no_grad()
     def check_pass(
@@ -86,11 +125,62 @@ class StepGuard(TrainerCallback):
         self.counts["empty_batches"] += empty_batches
         self.counts["in_a_row"] = self.counts["in_a_row"] + 1 if is_bad else 0
         self.counts["nonfinite_steps"] += bool(is_bad)
-        self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
-        if is_bad or not rows:
+        self.counts["empty_steps"] += not (is_bad or rows)
+        self.is_dropped = bool(is_bad or not rows)
+        for mean in (self.since_log, self.since_begin):
+            mean.add(self.step_loss, self.is_dropped)
+        if self.is_dropped:
             optimizer.zero_grad()
+            self._forget_metrics()
+        self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
+        if self.num_dropped == state.global_step + 1 >= self.max_nonfinite_steps and not is_bad:
+            raise self._nothing_learnt(state.global_step + 1)
         if is_bad:
+            self.last_found = ", ".join(found)
             self._report(state.global_step + 1, ", ".join(found) or "something on another process", args.output_dir)
+
+    def _forget_metrics(self) -> None:
+        for name, values in list(self.metrics.items()):
+            del values[self.lengths_before.get(name, 0) :]
+            if not values:
+                del self.metrics[name]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # accelerate's optimizer says so where a gradient scaler kept it from stepping.
+        self.counts["overflowed_steps"] += not self.is_dropped and getattr(optimizer, "step_was_skipped", False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.num_dropped == state.global_step:
+            control.should_save = False
+
+    @property
+    def num_dropped(self) -> int:
+        """Steps that did not move the weights since the run began, resumed or not."""
+        return sum(self.counts[name] for name in DROPPED)
+
+    def correct_means(self, logs: dict[str, float]) -> None:
+        """Make the losses in the trainer's `logs` means over the steps that moved the weights, where not all did."""
+        is_of_steps = "loss" in logs
+        for name, mean in (("loss", self.since_log), ("train_loss", self.since_begin)):
+            if name in logs and (mean.dropped or not mean.steps):
+                del logs[name]
+                logs |= mean.over_processes(name)
+        if is_of_steps:
+            self.since_log = MeanLoss()
+
+    def check_run(self, num_steps: int) -> None:
+        """Raise [`OrdMoERuntimeError`] if most of the run's steps did not move the weights."""
+        if 2 * self.num_dropped > num_steps:
+            raise self._nothing_learnt(num_steps)
+
+    def _nothing_learnt(self, num_steps: int) -> OrdMoERuntimeError:
+        reasons = ", ".join(f"{self.counts[name]} {reason}" for name, reason in DROPPED.items() if self.counts[name])
+        return OrdMoERuntimeError(
+            f"{self.num_dropped} of {num_steps} steps did not move the weights: {reasons}"
+            f"{f' (the last: {self.last_found})' if self.last_found else ''}. The adapter is not what the run should "
+            "have made, and is not saved. Lower learning_rate, look for values that are not finite in the base's "
+            "weights, and see that max_length leaves room for responses."
+        )
 
     def _report(self, step: int, found: str, output_dir: str) -> None:
         in_a_row = self.counts["in_a_row"]

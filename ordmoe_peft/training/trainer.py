@@ -1,19 +1,19 @@
 """The trainer of OrdMoE adapters."""
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from .._compat import WholeCheckpoints
-from ..checkpoints import checkpoint_to_resume
 from ..config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..generation import generate_by_tier, with_responses
@@ -22,16 +22,20 @@ from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
+from ..positions import check_fits, num_positions
 from ..quantization.sharding import keep_packed_when_sharded
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ..samples import check_processing_class
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
+from .data_checks import check_prepared, check_trainable, checked_data
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
 from .placement import check_placement
 from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
+from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
 from .step_guard import StepGuard
 from .tier_passes import TierPasses, TierScores
 
@@ -88,8 +92,18 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         **kwargs: Any,
     ):
         args = args or OrdMoETrainingArguments("ordmoe-adapter")
+        self.run_folder = RunFolder(args.output_dir)
+        if kwargs.get("processing_class") is not None:
+            check_processing_class(kwargs["processing_class"], "The given processing_class")
+        if kwargs.get("formatting_func") is None:
+            train_dataset = checked_data(train_dataset, args, "training")
+            kwargs["eval_dataset"] = checked_data(kwargs.get("eval_dataset"), args, "evaluation")
         train_dataset = _with_answers(train_dataset, args)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        self._data = describe_data(train_dataset)
+        check_processing_class(self.processing_class, "The model")
+        num_given = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+        check_prepared(self.train_dataset, args, num_given, num_positions(self.model.config))
         if {"messages", "conversations"} & _columns(train_dataset) and not args.assistant_only_loss:
             logger.warning(
                 "The data set has whole conversations and assistant_only_loss is off, so prompts count as part of the "
@@ -196,11 +210,37 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return config
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start."""
+        """TRL's. `resume_from_checkpoint` may be `"auto"`: from the last complete checkpoint, or from the start.
+
+        Raises:
+            [`OrdMoEConfigError`]: nothing of the adapter is trainable, or `output_dir` holds results of another run.
+            [`OrdMoERuntimeError`]: most of the steps were dropped.
+        """
         self._seen = (None, 0)
-        # The first process chooses for all: one on a machine that sees no checkpoint must fail, not start anew.
-        [checkpoint] = broadcast_object_list([checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)])
-        return super().train(checkpoint, *args, **kwargs)
+        check_trainable(self.model)
+        checkpoint = on_first_process(
+            lambda: self.run_folder.begin(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
+        )
+        output = super().train(checkpoint, *args, **kwargs)
+        self._guard.check_run(self.state.global_step)
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
+
+    def is_finished(self, resume_from_checkpoint: str | bool | None) -> bool:
+        """Whether `resume_from_checkpoint` would go on with a run that [`finish`] was called for.
+
+        Raises:
+            [`OrdMoEConfigError`]: `output_dir` holds results of another run.
+        """
+        return on_first_process(
+            lambda: self.run_folder.holds(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
+        )
+
+    def finish(self) -> None:
+        """Record that the run's results are all saved, so that the same run, started again, has nothing to do."""
+        on_first_process(lambda: self.run_folder.finish(goal_of(self.args)))
+
+    def _describe(self) -> RunDescription:
+        return describe_run(self.model, self._adapter_config(), self.args, self._data)
 
     def _prompt_sharing(self) -> PromptSharing:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
@@ -225,6 +265,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """[`~transformers.Trainer`]'s; counts the step's rows that have a response, over all processes."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in () if self.padding_free else batches:
+            check_fits(self.model, batch)
         rows = [self._rows_with_response(batch) for batch in batches]
         self._guard.expect(rows)
         self._rows_in_step = torch.tensor(sum(rows), device=device)
@@ -266,7 +308,14 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
                         losses.append(self._checked_step(model, inputs, num_items_in_batch))
             finally:
                 self._passes, self._place = None, None
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self._guard.add_loss(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; losses are means over the steps that moved the weights."""
+        self._guard.correct_means(logs)
+        super().log(logs, start_time)
 
     def _checked_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from ordmoe_peft.cli.main import COMMANDS, main
 from ordmoe_peft.cli.tables import peak_memory
+from ordmoe_peft.training.run_record import RECORD_NAME, RunFolder
 from tests import models, text
 
 
@@ -139,6 +141,104 @@ def test_what_users_get_wrong_is_one_line(base, data, tmp_path, capsys, changes,
     assert error.splitlines()[-1].startswith("ordmoe train: error: ") or message in error
     assert message in error
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_model_folder_without_a_tokenizer(data, tmp_path, capsys):
+    """transformers makes an empty tokenizer of its class's kind, or none."""
+    for build in (models.qwen3_moe, models.mixtral, models.qwen3_vl_moe):
+        folder = tmp_path / build.__name__
+        build().save_pretrained(folder)
+        assert str(folder) in (error := error_of(capsys, train_arguments(folder, data, tmp_path / "out")))
+        assert "tokenizer" in error
+        evaluate = ["evaluate", "--model_name_or_path", str(folder), "--dataset_name", str(data)]
+        assert "tokenizer" in error_of(capsys, evaluate)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"), [([""] * 8, "empty in all 8 rows"), (["w5"] * 7 + [None], "Row 7 (counted from 0)")]
+)
+def test_answers_that_are_missing(base, tmp_path, capsys, answers, message):
+    rows = [{"prompt": "w20", "completion": answer} for answer in answers]
+    data = save_data(Dataset.from_list(rows), tmp_path / "data")
+    assert message in error_of(capsys, train_arguments("/no/such/model", data, tmp_path / "out"))
+    shared = ["--model_name_or_path", str(base), "--dataset_name", str(data)]
+    for command in ("evaluate", "tiers"):
+        assert message in error_of(capsys, [command, *shared])
+    without_prompts = save_data(Dataset.from_list(rows).rename_columns(PROMPTS_TO_ANSWERS), tmp_path / "no prompts")
+    if None in answers:
+        shared[-1] = str(without_prompts)
+        assert message in error_of(capsys, ["rollouts", *shared, "--output", str(tmp_path / "rollouts")])
+        assert message in error_of(capsys, ["inspect", *shared])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "rollouts").exists()
+
+
+PROMPTS_TO_ANSWERS = {"prompt": "completion", "completion": "prompt"}
+
+
+def test_samples_that_are_longer_than_the_models_positions(data, tmp_path, capsys):
+    short = save_base(models.qwen3_moe(max_position_embeddings=4), tmp_path / "short")
+    shared = ["--model_name_or_path", str(short), "--dataset_name", str(data)]
+    rollouts = ["rollouts", *shared, "--output", str(tmp_path / "rollouts")]
+    train = train_arguments(short, data, tmp_path / "out")
+    for command in (train, ["evaluate", *shared], ["tiers", *shared], ["inspect", *shared], rollouts):
+        assert "the model has 4 positions (max_position_embeddings)" in error_of(capsys, command)
+
+
+class TestRuns:
+    """A run that ends in nothing says so; one that is there is gone on with, or left alone."""
+
+    def test_weights_that_are_not_finite(self, data, tmp_path, capsys):
+        model = models.qwen3_moe()
+        model.model.norm.weight.data[:] = torch.nan
+        folder = save_base(model, tmp_path / "broken")
+        out = tmp_path / "out"
+        error = error_of(capsys, train_arguments(folder, data, out, save_strategy="steps", save_steps=1))
+        assert "2 of 2 steps did not move the weights: 2 with a loss or gradient that was not finite" in error
+        assert not RunFolder(out).results
+
+    def test_a_learning_rate_that_wrecks_the_adapter(self, base, data, tmp_path, capsys):
+        changes = {"learning_rate": 1e30, "max_steps": 6, "lr_scheduler_type": "constant"}
+        assert "of 6 steps did not move the weights" in error_of(
+            capsys, train_arguments(base, data, tmp_path / "out", **changes)
+        )
+        assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    @pytest.mark.parametrize("saves", ["steps", "no"])
+    def test_a_finished_run_is_left_alone(self, base, data, tmp_path, capsys, saves):
+        out = tmp_path / "out"
+        again = train_arguments(base, data, out, save_strategy=saves, resume_from_checkpoint="auto")
+        assert main(again) == 0
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert main(again) == 0
+        assert f"The run in {out} is already finished." in capsys.readouterr().out
+        assert "learning_rate" in error_of(capsys, [*again, "--learning_rate", "0.3"])
+        assert "has results of an earlier run" in error_of(capsys, train_arguments(base, data, out))
+        after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+        assert after == before
+        assert main(train_arguments(base, data, out, overwrite_output_dir=True, learning_rate=0.3)) == 0
+        assert json.loads((out / RECORD_NAME).read_text())["settings"]["learning_rate"] == 0.3
+
+    def test_a_run_killed_before_it_saved_its_adapter_is_ended(self, base, data, tmp_path, capsys):
+        out = tmp_path / "out"
+        again = train_arguments(base, data, out, save_strategy="steps", resume_from_checkpoint="auto")
+        assert main(again) == 0
+        adapter = (out / "adapter_model.safetensors").read_bytes()
+        record = json.loads((out / RECORD_NAME).read_text())
+        del record["finished"]
+        (out / RECORD_NAME).write_text(json.dumps(record))
+        (out / "adapter_model.safetensors").unlink()
+        assert main(again) == 0
+        assert "already finished" not in capsys.readouterr().out
+        assert (out / "adapter_model.safetensors").read_bytes() == adapter
+        assert "train_loss" not in json.loads((out / "train_results.json").read_text())  # no step was taken
+
+    def test_a_finished_run_may_be_made_longer(self, base, data, tmp_path):
+        again = train_arguments(base, data, tmp_path, save_strategy="steps", resume_from_checkpoint="auto")
+        assert main(again) == 0
+        assert main([*again, "--max_steps", "3"]) == 0
+        assert json.loads((tmp_path / "train_results.json").read_text())["train_steps"] == 3
 
 
 def test_rewards_that_rise(base, data, tmp_path, capsys):

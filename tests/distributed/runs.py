@@ -73,7 +73,7 @@ def result_of(trainer: OrdMoETrainer) -> dict[str, Any]:
     """The logs of the steps, and the trained weights, whole."""
     weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return {
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": [entry for entry in trainer.state.log_history if "learning_rate" in entry],
         "weights": {
             name.replace("._checkpoint_wrapped_module", ""): getattr(p, "full_tensor", p.clone)().clone()
             for name, p in weights.items()

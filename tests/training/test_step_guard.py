@@ -1,5 +1,8 @@
 """Steps with something that is not finite, or without responses, leave the weights alone, and say why."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -44,9 +47,9 @@ def told(monkeypatch):
     return messages
 
 
-def poisoned(folder, poison, **changes):
+def poisoned(folder, poison, model=None, **changes):
     """A trainer, and a list that gets a copy of its adapter after each step."""
-    trainer = trainer_for(folder, **({"max_steps": 5, "erl_coef": 0.1} | changes))
+    trainer = trainer_for(folder, model, **({"max_steps": 5, "erl_coef": 0.1} | changes))
     poison.put_on(trainer)
     history = []
     trainer.add_callback(Recorder(trainer, history))
@@ -80,8 +83,10 @@ def test_a_tier_that_is_not_finite_is_named_and_its_step_dropped(tmp_path, told,
     assert same(history[0], history[1]) and same(history[1], history[2])
     assert not same(history[2], history[3]) and not same(history[3], history[4])
     assert all(tensor.isfinite().all() for tensor in history[-1])
-    counted = [entry.get("nonfinite_steps") for entry in trainer.state.log_history if "loss" in entry]
-    assert counted == [None, 1, 2, 2, 2]
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry.get("nonfinite_steps") for entry in logs] == [None, 1, 2, 2, 2]
+    measured = [{"loss", "ntp_loss", "tier_3/log_likelihood"} & entry.keys() for entry in logs]
+    assert [len(names) for names in measured] == [3, 0, 0, 3, 3]
 
 
 @MODES
@@ -134,16 +139,20 @@ def test_too_many_in_a_row_end_training_with_the_last_good_weights(tmp_path, tol
 
 def test_a_resumed_run_counts_on(tmp_path, told):
     settings = {"max_nonfinite_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    trainer, _ = poisoned(tmp_path, Poison(3, {2}), max_steps=2, **settings)
+    trainer, _ = poisoned(tmp_path, Poison(3, {2}), max_steps=4, **settings)
     without_responses(trainer, {0})
     trainer.train()
-    resumed, _ = poisoned(tmp_path, Poison(3, {4, 5}), max_steps=5, **settings)
-    with pytest.raises(OrdMoERuntimeError, match="ends at step 5"):
+    resumed, _ = poisoned(tmp_path, Poison(3, {6, 7}), max_steps=7, **settings)
+    with pytest.raises(OrdMoERuntimeError, match="ends at step 7"):
         resumed.train(resume_from_checkpoint="auto")
-    counted = [(log["step"], log["nonfinite_steps"], log["empty_batches"]) for log in resumed.state.log_history[1:]]
-    assert counted == [(2, 1, 1), (3, 1, 1), (4, 2, 1)]
+    counted = [
+        (log["step"], log["nonfinite_steps"], log["empty_batches"])
+        for log in resumed.state.log_history[1:]
+        if "learning_rate" in log
+    ]
+    assert counted == [(2, 1, 1), (3, 1, 1), (4, 1, 1), (5, 1, 1), (6, 2, 1)]
     told.clear()
-    at_once, _ = poisoned(tmp_path, Poison(3, {5}), max_steps=5, **settings)  # step 4 was one in a row
+    at_once, _ = poisoned(tmp_path, Poison(3, {7}), max_steps=7, **settings)  # step 6 was one in a row
     with pytest.raises(OrdMoERuntimeError, match="That is 2 steps in a row"):
         at_once.train(resume_from_checkpoint="auto")
     assert told == []
@@ -178,9 +187,9 @@ def test_a_batch_without_responses_is_skipped_and_counted(tmp_path, told, mode, 
     trainer.train()
     assert same(history[0], history[1])
     assert not same(history[1], history[2])
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     assert [entry.get("empty_batches") for entry in logs] == [None, 1, 1, 1]
-    assert logs[1]["loss"] == 0
+    assert ["loss" in entry for entry in logs] == [True, False, True, True]
     assert told == []
 
 
@@ -195,6 +204,81 @@ def test_a_micro_batch_without_responses_adds_nothing_to_its_step(tmp_path):
     alone.train()
     for weight, wanted in zip(history[0], other[0], strict=True):
         torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-7)
+
+
+class TestMeans:
+    """Losses are means over the steps that moved the weights."""
+
+    @MODES
+    @pytest.mark.parametrize("num_tiers", [1, 3])
+    def test_of_a_run_with_dropped_steps(self, tmp_path, mode, num_tiers):
+        """The weights stand still, so what each real step measures can be known from a run that logs every step."""
+        changes = {"learning_rate": 0.0, "max_steps": 5, "tier_passes": mode, "log_tiers_every": 1}
+        poison = {"part": "backward"}  # the loss itself is finite
+        each, _ = poisoned(tmp_path / "1", Poison(1, {2, 5}, **poison), adapted(num_tiers=num_tiers), **changes)
+        each.train()
+        wanted = [entry["loss"] for entry in each.state.log_history if "loss" in entry]
+        assert len(wanted) == 3
+        all_at_once, _ = poisoned(
+            tmp_path / "2", Poison(1, {2, 5}, **poison), adapted(num_tiers=num_tiers), logging_steps=5, **changes
+        )
+        result = all_at_once.train()
+        (entry,) = [log for log in all_at_once.state.log_history if "loss" in log]
+        mean = sum(wanted) / 3
+        assert entry["loss"] == pytest.approx(mean, rel=1e-6)
+        assert result.training_loss == result.metrics["train_loss"] == pytest.approx(mean, rel=1e-6)
+        assert all_at_once.state.log_history[-1]["train_loss"] == result.training_loss
+        for log in all_at_once.state.log_history:
+            assert all(math.isfinite(value) for name, value in log.items() if name != "grad_norm")
+
+    def test_of_steps_whose_loss_is_not_finite(self, tmp_path):
+        trainer, _ = poisoned(tmp_path, Poison(1, {1, 2}), logging_steps=5, learning_rate=0.0)
+        result = trainer.train()
+        alone = trainer_for(tmp_path, max_steps=5, erl_coef=0.1, learning_rate=0.0)
+        alone.train()
+        wanted = [entry["loss"] for entry in alone.state.log_history if "loss" in entry][2:]
+        assert result.training_loss == pytest.approx(sum(wanted) / 3, rel=1e-6)
+
+
+class TestRunsThatLearnNothing:
+    def test_weights_of_the_base_that_are_not_finite(self, tmp_path):
+        model = adapted()
+        model.get_base_model().model.norm.weight.data[3] = torch.nan
+        trainer = trainer_for(tmp_path, model, save_strategy="steps", save_steps=1)
+        with pytest.raises(OrdMoERuntimeError) as error:
+            trainer.train()
+        message = str(error.value)
+        assert "4 of 4 steps did not move the weights: 4 with a loss or gradient that was not finite" in message
+        assert "the last: log-likelihood under tier 1" in message
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+    def test_most_steps(self, tmp_path):
+        trainer, _ = poisoned(tmp_path, Poison(3, {1, 2, 4}))
+        with pytest.raises(OrdMoERuntimeError, match="3 of 5 steps"):
+            trainer.train()
+        assert poisoned(tmp_path, Poison(3, {1, 4}))[0].train().global_step == 5
+
+    def test_a_resumed_run_that_was_at_its_end_still_says_so(self, tmp_path):
+        settings = {"save_strategy": "steps", "save_steps": 1}
+        for _ in range(2):
+            trainer, _ = poisoned(tmp_path, Poison(3, {2, 3, 4}), **settings)
+            with pytest.raises(OrdMoERuntimeError, match="3 of 5 steps"):
+                trainer.train(resume_from_checkpoint="auto")
+
+    def test_no_response_in_so_many_first_steps(self, tmp_path):
+        trainer = trainer_for(tmp_path, max_nonfinite_steps=3, max_steps=6)
+        without_responses(trainer, {0, 1, 2})
+        with pytest.raises(OrdMoERuntimeError, match="3 of 3 steps .* 3 without a response to learn from"):
+            trainer.train()
+
+    def test_gradients_that_overflow_in_fp16(self, tmp_path):
+        trainer = trainer_for(tmp_path, max_steps=4)
+        trainer._guard.on_train_begin(trainer.args, trainer.state, trainer.control)
+        skipped = SimpleNamespace(step_was_skipped=True)
+        for _ in range(3):
+            trainer._guard.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=skipped)
+        with pytest.raises(OrdMoERuntimeError, match="3 of 4 steps .* 3 whose gradient overflowed in fp16"):
+            trainer._guard.check_run(4)
 
 
 def test_at_least_one_step_may_fail(tmp_path):

@@ -1,0 +1,95 @@
+"""What is wrong with a data set to train on, said before the first step as far as it can be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers.utils import logging
+
+from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..positions import check_length
+from ..responses import IGNORED_LABEL
+from ..texts import CONVERSATIONS, check_texts, checked_stream, column_values, first_row
+
+
+logger = logging.get_logger(__name__)
+
+
+def checked_data(dataset: Any, args: Any, name: str) -> Any:
+    """The data set, which has rows, text in each, and not only empty answers; a stream is checked as it is read.
+
+    Args:
+        dataset: a data set in one of TRL's formats, several by name, or None.
+        args ([`OrdMoETrainingArguments`]): say which column holds plain text, and whether answers are needed.
+        name (`str`): what messages call it.
+
+    Raises:
+        [`OrdMoEDataError`]: names the column, and the row (counted from 0).
+    """
+    if isinstance(dataset, dict):
+        return type(dataset)({key: checked_data(part, args, f"{name} ({key})") for key, part in dataset.items()})
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset  # TRL says what it takes
+    columns = _text_columns(dataset, list(first_row(dataset, name)), args.dataset_text_field)
+    if isinstance(dataset, IterableDataset):
+        return checked_stream(dataset, columns, name) if columns else dataset
+    check_texts(dataset, columns, name, may_be_empty=args.responses == "generated" and args.ntp_coef == 0)
+    return dataset
+
+
+def _text_columns(dataset: Any, columns: list[str], text_field: str) -> list[str]:
+    """None of a data set that is tokenized, or whose rows are made when they are read."""
+    if "input_ids" in columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        return []
+    return [name for name in ("prompt", "completion", *CONVERSATIONS, text_field) if name in columns]
+
+
+def check_trainable(model: PeftModel) -> None:
+    """Raise [`OrdMoEConfigError`] if no parameter of `model`'s active adapters is trainable."""
+    marks = [f".{name}." for name in model.active_adapters]
+    if not any(p.requires_grad and any(mark in f"{name}." for mark in marks) for name, p in model.named_parameters()):
+        raise OrdMoEConfigError(
+            f"Nothing of the active adapter {', '.join(map(repr, model.active_adapters))} is trainable. To train an "
+            "adapter further, load it by PeftModel.from_pretrained(model, adapter, is_trainable=True)."
+        )
+
+
+def check_prepared(dataset: Any, args: Any, num_given: int | None, positions: int | None) -> None:
+    """See that what TRL made of a data set still has something to learn from, and fits into the model's positions.
+
+    Rows that are tokenized when they are read, as those of streams and with images, are checked step by step instead.
+
+    Args:
+        dataset: what TRL made of it.
+        args ([`OrdMoETrainingArguments`]): what it was cut by.
+        num_given (`int`, *optional*): rows that it was made from.
+        positions (`int`, *optional*): the model's positions.
+
+    Raises:
+        [`OrdMoEDataError`]: no row has a response, or one is too long.
+    """
+    if next(iter(dataset), None) is None:
+        raise OrdMoEDataError(
+            f"No row is left to train on: max_length={args.max_length} with truncation_mode={args.truncation_mode!r} "
+            "cuts the whole response from every row. Set max_length higher, or shorten the prompts."
+        )
+    if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
+        return
+    if not any(_has_response(labels) for labels in column_values(dataset, "labels")):
+        raise OrdMoEDataError(f"No row has a response to learn from: all labels of all {len(dataset)} rows are masked.")
+    if args.packing:
+        return
+    if num_given is not None and len(dataset) < num_given:
+        logger.warning(
+            f"{num_given - len(dataset)} of {num_given} rows are left out: max_length={args.max_length} cuts their "
+            "whole response."
+        )
+    is_in_order = not args.shuffle_dataset and len(dataset) == num_given
+    for row, ids in enumerate(column_values(dataset, "input_ids")):
+        check_length(len(ids), positions, f"Row {row} (counted from 0)" if is_in_order else "A row")
+
+
+def _has_response(labels: Sequence[int]) -> bool:
+    # The first label is no token's next.
+    return any(label != IGNORED_LABEL for label in labels[1:])
