@@ -134,11 +134,11 @@ def observe_tier(
             tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, token_scope)
             with (
                 tier_routing(model, tiers, **routing),
-                recorded_router_outputs(model) as routing,
+                recorded_router_outputs(model) as outputs,
                 recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
-            logits = [output.logits_TE for output in routing]
+            logits = [output.logits_TE for output in outputs]
             _check_calls(model, logits, calls, labels_BS.numel())
             scores.append(_routing_scores(logits, calls, predicts_BS))
             kept.append([call.kept for call in calls])
