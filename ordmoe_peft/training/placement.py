@@ -1,9 +1,13 @@
-"""What the trainer can do on models that are shared out over processes."""
+"""What the trainer can do with the devices, processes and dtypes that it is given."""
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
 
 from ..errors import OrdMoEConfigError
+from ..merging.in_memory import has_packed_weights
 
 
 def check_placement(accelerator: Accelerator, num_devices: int, writes_responses: bool) -> None:
@@ -44,3 +48,20 @@ def _sharding(accelerator: Accelerator) -> str | None:
     if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
         return "DeepSpeed ZeRO-3"
     return None
+
+
+def check_precision(model: nn.Module, args: TrainingArguments) -> None:
+    """See that mixed precision is in the dtype that layers in 4 bits give out, which is that of the weights.
+
+    Autocast takes one 16-bit dtype and ends with "Unexpected floating ScalarType" where another meets it.
+
+    Raises:
+        [`OrdMoEConfigError`]: it is in the other 16-bit dtype.
+    """
+    mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if has_packed_weights(model) and {mixed, model.dtype} == {torch.bfloat16, torch.float16}:
+        option, instead = ("bf16", "fp16") if args.bf16 else ("fp16", "bf16")
+        raise OrdMoEConfigError(
+            f"The base is in 4 bits of {model.dtype} weights, and {option}=True mixes in the other 16-bit dtype, which "
+            f"autocast does not take. Set {option}=False, or {instead}=True, or load the base with dtype={mixed}."
+        )

@@ -31,7 +31,7 @@ from .callbacks import FailureWatch
 from .data_checks import check_prepared, check_trainable, checked_data
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
-from .placement import check_placement
+from .placement import check_placement, check_precision
 from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
 from .rows import left_padded_prompts
@@ -122,6 +122,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         # Place in training of the last micro-batch, and how many were before it there, of this process.
         self._seen: tuple[Any, int] = (None, 0)
         check_placement(self.accelerator, args.n_gpu, self._is_generated)
+        check_precision(self.model, args)
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
         # The passes of the micro-batch that runs, the place of the running one where they have a step each, and what

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 
+from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.training.placement import check_placement
+from ordmoe_peft.training.placement import check_placement, check_precision
+from tests import models
 
 
 def accelerator(kind: str, version: int | None = None, stage: int | None = None) -> SimpleNamespace:
@@ -39,3 +42,13 @@ def test_the_others_are_not():
 def test_several_devices_of_one_process_are_refused():
     with pytest.raises(OrdMoEConfigError, match=r"sees 2 GPUs.*accelerate launch --num_processes 2"):
         check_placement(accelerator("NO"), 2, writes_responses=False)
+
+
+@pytest.mark.parametrize(("weights", "mixed"), [(torch.float16, "bf16"), (torch.bfloat16, "fp16")])
+def test_4_bits_of_one_16_bit_dtype_are_not_trained_under_the_other(weights, mixed):
+    model = quantize_experts_(models.qwen3_moe().to(weights), MoeBitsAndBytesConfig())
+    args = SimpleNamespace(**({"bf16": False, "fp16": False} | {mixed: True}))
+    with pytest.raises(OrdMoEConfigError, match=rf"4 bits of {weights} weights.*Set {mixed}=False"):
+        check_precision(model, args)
+    check_precision(model, SimpleNamespace(bf16=weights == torch.bfloat16, fp16=weights == torch.float16))
+    check_precision(models.qwen3_moe().to(weights), args)
