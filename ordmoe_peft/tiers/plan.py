@@ -1,8 +1,10 @@
 """What a forward pass is told about tiers: which tier each row is on, and how tiers are cut."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -142,7 +144,8 @@ def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozen
     """
     half = num_layers // 2
     scopes = {"all": range(num_layers), "shallow": range(half), "deep": range(half, num_layers)}
-    if isinstance(layer_scope, str) and layer_scope not in scopes:
+    is_list = isinstance(layer_scope, Collection) and all(type(index) is int for index in layer_scope)
+    if layer_scope not in scopes if isinstance(layer_scope, str) else not is_list:
         raise OrdMoEConfigError(
             f"layer_scope must be one of {LAYER_SCOPES} or a list of MoE layer indices, got {layer_scope!r}."
         )
@@ -154,6 +157,31 @@ def layers_in_scope(layer_scope: str | Sequence[int], num_layers: int) -> frozen
             f"model has {num_layers}, from 0 to {num_layers - 1}."
         )
     return layers
+
+
+def _as_tiers(tier: Any) -> torch.Tensor:
+    """Tiers as they were given (`torch.Tensor` of shape `(n,)` or `(n, S)`, int64)."""
+    try:
+        tiers = torch.as_tensor(tier)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OrdMoEConfigError(
+            f"tier must be a whole number, or one for each row or position, got {tier!r}."
+        ) from error
+    is_whole = not (tiers.is_floating_point() or tiers.is_complex() or tiers.dtype == torch.bool)
+    if tiers.dim() > 2 or (tiers.numel() and not is_whole):
+        raise OrdMoEConfigError(
+            f"tier must be a whole number, or one for each row or position, got {tiers.dtype} of shape "
+            f"{tuple(tiers.shape)}."
+        )
+    tiers = tiers.cpu().long()
+    return tiers if tiers.dim() == 2 else tiers.reshape(-1)
+
+
+def check_whole_numbers(**values: Any) -> None:
+    """Raise [`OrdMoEConfigError`] if one of `values` is no whole number."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise OrdMoEConfigError(f"{name} must be a whole number, got {value!r}.")
 
 
 def make_plan(
@@ -174,8 +202,8 @@ def make_plan(
     Raises:
         [`OrdMoEConfigError`]: a tier outside 1…C, C·K > E in a layer in scope, or an unknown grouping or scope.
     """
-    tiers = torch.as_tensor(tier, dtype=torch.long).cpu()
-    tiers = tiers if tiers.dim() == 2 else tiers.reshape(-1)
+    check_whole_numbers(num_tiers=num_tiers, seed=seed, step=step)
+    tiers = _as_tiers(tier)
     if tiers.numel() == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
         raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")
     if grouping not in GROUPINGS:

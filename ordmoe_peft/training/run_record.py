@@ -147,7 +147,13 @@ class RunFolder:
     def record(self) -> dict[str, Any] | None:
         """What the run was begun with, if that is recorded."""
         path = self.folder / RECORD_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise OrdMoEConfigError(
+                f"{path} is no JSON ({error}), so it does not say which run the results beside it are of. Delete it "
+                "with them, or give another output_dir."
+            ) from error
 
     @property
     def results(self) -> list[Path]:

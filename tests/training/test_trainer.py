@@ -8,7 +8,9 @@ from trl import SFTTrainer
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
+from ordmoe_peft.moe_layers import find_moe_layers
 from ordmoe_peft.objectives.advantages import tier_advantages
+from ordmoe_peft.tiers.records import recorded_router_outputs
 from ordmoe_peft.training import arguments as arguments_module
 from ordmoe_peft.training import trainer as trainer_module
 from tests import models, reference, text
@@ -324,6 +326,27 @@ class TestRefusals:
     def test_bad_arguments(self, tmp_path, changes, message):
         with pytest.raises(OrdMoEConfigError, match=message):
             arguments(tmp_path, **changes)
+
+
+def test_balance_counts_the_experts_that_a_router_with_a_bias_and_groups_chose(tmp_path):
+    """DeepSeek-V3 chooses by sigmoid plus bias within groups: other experts than those of the largest probabilities."""
+    model = adapted(models.deepseek_v3, num_tiers=1)
+    layers = find_moe_layers(model)
+    for layer in layers:
+        layer.router.e_score_correction_bias.copy_(torch.linspace(-2, 2, models.NUM_EXPERTS))
+    trainer = trainer_for(tmp_path, model, balance_coef=0.5)
+    batch = one_batch(trainer)
+    model.train()
+    with recorded_router_outputs(model) as outputs:
+        trainer.compute_loss(model, dict(batch))
+    index = [output.index_TK for output in outputs]
+    assert any(
+        not torch.equal(i.sort().values, o.logits_TE.topk(models.TOP_K).indices.sort().values)
+        for i, o in zip(index, outputs, strict=True)
+    )
+    mask = batch["attention_mask"].reshape(-1)
+    wanted = torch.stack([reference.balance_loss(output.logits_TE, output.index_TK, mask) for output in outputs]).mean()
+    assert trainer._metrics["train"]["balance_loss"][-1] == pytest.approx(wanted.item(), abs=1e-5)
 
 
 class TestWarnings:
