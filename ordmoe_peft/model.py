@@ -29,7 +29,7 @@ from .offloading import bring_offloaded_routers, check_offloading
 from .quantization.foreign import check_expert_storage
 from .targets import Target, base_moe, base_quantization, coverage_report, resolve_targets
 from .tiers.plan import make_plan
-from .tiers.routing import check_router, check_weights, install_tier_hooks, remove_tier_hooks
+from .tiers.routing import check_router, check_weights, install_tier_hooks, note_adapter_configs, remove_tier_hooks
 from .unserved_blocks import check_scope_is_served
 
 
@@ -90,6 +90,7 @@ class OrdMoEModel(LoraModel):
             attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             check_fits(saved, {f"base_model.{name}": tensor for name, tensor in attached.items()}, str(file))
         config.weights_file = None
+        note_adapter_configs(model, self.peft_config)
         self._use_ordmoe_experts()
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
 

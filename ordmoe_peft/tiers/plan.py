@@ -173,7 +173,7 @@ def _as_tiers(tier: Any) -> torch.Tensor:
             f"tier must be a whole number, or one for each row or position, got {tiers.dtype} of shape "
             f"{tuple(tiers.shape)}."
         )
-    tiers = tiers.cpu().long()
+    tiers = tiers.cpu().long().clone()  # what the caller does with its own later does not count
     return tiers if tiers.dim() == 2 else tiers.reshape(-1)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import OrdMoEConfig
@@ -23,6 +25,10 @@ from ..unserved_blocks import check_scope_is_served
 from .group_limits import hides_experts
 from .plan import TierPlan, make_plan
 from .selection import RouterSizes, TierSelection
+
+
+# Attribute of text models in an adapted model.
+CONFIGS = "adapter_configs"
 
 
 class _Running(threading.local):
@@ -63,7 +69,9 @@ def tier_routing(
         num_tiers (`int`, *optional*): C.
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
-        seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from.
+        seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from. It draws for a row's
+            place in the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each
+            prompt: its repetitions then draw the same.
         num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
             [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
@@ -120,12 +128,22 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> 
 
 
 def adapter_config(model: nn.Module) -> OrdMoEConfig:
-    """The active OrdMoE adapter's configuration, else that of any, else [`OrdMoEConfig`]'s defaults."""
-    configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapter", None)
-    if isinstance(active, str) and isinstance(configs.get(active), OrdMoEConfig):
-        return configs[active]
-    return next((config for config in configs.values() if isinstance(config, OrdMoEConfig)), OrdMoEConfig())
+    """The active OrdMoE adapter's configuration, else that of any, else [`OrdMoEConfig`]'s defaults.
+
+    Of a part of an adapted model, as `get_base_model()` or a text model, it is the model's.
+    """
+    noted = (vars(module)[CONFIGS] for module in model.modules() if CONFIGS in vars(module))
+    configs = getattr(model, "peft_config", None) or next(noted, {})
+    adapted = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    active = [configs.get(name) for name in adapted.active_adapters] if adapted is not None else []
+    ours = [config for config in (*active, *configs.values()) if isinstance(config, OrdMoEConfig)]
+    return ours[0] if ours else OrdMoEConfig()
+
+
+def note_adapter_configs(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
+    """Let the text models of `model` know the configurations of its adapters, for when a part is asked alone."""
+    for owner in text_models(model, find_moe_layers(model)):
+        setattr(owner, CONFIGS, configs)
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks
@@ -149,8 +167,9 @@ def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
 
 
 def remove_tier_hooks(model: nn.Module) -> None:
-    """Take all hooks of [`install_tier_hooks`] off `model`."""
+    """Take all hooks of [`install_tier_hooks`], and what [`note_adapter_configs`] noted, off `model`."""
     for module in model.modules():
+        module.__dict__.pop(CONFIGS, None)
         for handle in module.__dict__.pop("tier_hook_handles", ()):
             handle.remove()
     remove_forward_hooks(model)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_layers import find_moe_layers
-from ordmoe_peft.tiers.routing import install_tier_hooks
+from ordmoe_peft.tiers.routing import adapter_config, install_tier_hooks
 from tests import models, reference
 
 
@@ -350,6 +350,25 @@ class TestAdapters:
             assert chosen == reference.experts_at_ranks(record["logits"], ranks)
         with tier_routing(tuned, 3), tuned.disable_adapter():
             assert torch.equal(logits(tuned, batch), wanted)
+
+    def test_parts_of_an_adapted_model_take_the_active_adapters_settings(self, batch):
+        tuned = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=4))
+        tuned.add_adapter("second", OrdMoEConfig(r=4, num_tiers=2))
+        base = tuned.get_base_model()
+        parts = (tuned, tuned.base_model, base, base.model)
+        assert [adapter_config(part).num_tiers for part in parts] == [4] * 4
+        tuned.set_adapter("second")
+        assert [adapter_config(part).num_tiers for part in parts] == [2] * 4
+        assert adapter_config(copy.deepcopy(tuned).get_base_model().model).num_tiers == 2
+        assert adapter_config(tuned.unload()).num_tiers == adapter_config(base.model).num_tiers == 3
+
+    def test_tiers_that_the_caller_changes_afterwards_are_those_that_were_asked_for(self, model, batch):
+        rows = len(batch["input_ids"])
+        tiers = torch.full((rows,), 2)
+        with tier_routing(model, tiers):
+            wanted = logits(model, batch)
+            tiers.fill_(3)
+            assert torch.equal(logits(model, batch), wanted)
 
 
 class TestRouters:
