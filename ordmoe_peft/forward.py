@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -138,6 +138,9 @@ def running_forward() -> RunningForward | None:
 def tiers_requested(plans: dict[nn.Module, TierPlan]) -> Iterator[None]:
     """Within the block, hold the forwards of text models in this thread to plans.
 
+    Compiled modules run uncompiled there: what they were compiled from does not know of tiers that change from call to
+    call, nor does a compiled router of the selection that answers it.
+
     Args:
         plans (`dict`): text model, which has its hooks on → plan.
     """
@@ -146,8 +149,10 @@ def tiers_requested(plans: dict[nn.Module, TierPlan]) -> Iterator[None]:
     token = _requested.set({**_requested.get(), **{id(model): plan for model, plan in plans.items()}})
     with _open_blocks_lock:
         _open_blocks.update(keys)
+    is_plain = all(plan.is_top for plan in plans.values())
     try:
-        yield
+        with nullcontext() if is_plain else torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         with _open_blocks_lock:
             _open_blocks.subtract(keys)
@@ -266,8 +271,11 @@ def _carry_forward(checkpoint: Callable) -> Callable:
             runs += 1
             before = _running.forward
             _running.forward = forward if forward is None or runs == 1 else replace(forward, is_recomputed=True)
+            is_plain = forward is None or forward.plan is None
             try:
-                return function(*run_args, **run_kwargs)
+                # The block of the tiers may have closed by now.
+                with nullcontext() if is_plain else torch.compiler.set_stance("force_eager"):
+                    return function(*run_args, **run_kwargs)
             finally:
                 _running.forward = before
 

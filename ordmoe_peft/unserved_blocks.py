@@ -86,13 +86,13 @@ def _experts_in(module: nn.Module) -> tuple[int, set[int]]:
 
 def _has_router(block: nn.Module, experts: nn.Module, num_experts: int, widths: set[int]) -> bool:
     """Whether `block` has, beside `experts`, a matrix with a row for each expert and as many columns as one side of
-    theirs; more columns than rows, since a square matrix routes nothing."""
+    theirs, or one with a column for each; wider than experts are many, since a square matrix routes nothing."""
     beside = [
         block,
         *(part for child in block.children() if child is not experts for part in (child, *child.children())),
     ]
     return any(
-        weight.dim() == 2 and len(weight) == num_experts < weight.shape[1] and weight.shape[1] in widths
+        weight.dim() == 2 and min(weight.shape) == num_experts < max(weight.shape) and max(weight.shape) in widths
         for part in beside
         if part is not experts or part is block
         for weight in part.parameters(recurse=False)

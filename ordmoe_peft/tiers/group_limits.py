@@ -8,12 +8,19 @@ those scores, but for one value in some places, is the limit.
     scores (T, E)     0.9  0.2 | 0.4  0.3          four experts in two groups, of which the first is kept
     limited           0.9  0.2 | -inf -inf         same numbers, but for one value
     left out            0    0 |   1    1
+
+Any other step between a router's first scores and its choice keeps each token's ranks, or adds a bias to each expert. A
+step that does neither, such as a large number taken from the scores of the other groups, hides ranks: it is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+
+# Roundings of scores that do not count, in units of their dtype's last place.
+ROUNDINGS = 8
 
 
 class Limit(NamedTuple):
@@ -54,21 +61,36 @@ class ScoreHistory:
 
     def limit_on(self, scores_TE: torch.Tensor) -> Limit | None:
         """The limit that `scores_TE` (`torch.Tensor` of shape `(T, E)`) were put under, if any."""
-        current = scores_TE
-        for _ in range(len(self._made_from)):
-            sources = self._made_from.get(id(current), (current, []))[1]
-            same = None
-            for source in sources:
-                left_out_TE = _left_out(source.reshape(scores_TE.shape), current.reshape(scores_TE.shape))
-                if left_out_TE is None:
-                    continue
-                if left_out_TE.any():
-                    return Limit(source.reshape(scores_TE.shape).to(scores_TE.dtype), left_out_TE)
-                same = source
-            if same is None:
-                return None
-            current = same
+        for both in self._steps_to(scores_TE, lambda *step: _left_out(*step) is not None):
+            source_TE, made_TE = (tensor.reshape(scores_TE.shape) for tensor in both)
+            left_out_TE = _left_out(source_TE, made_TE)
+            if left_out_TE.any():
+                return Limit(source_TE.to(scores_TE.dtype), left_out_TE)
         return None
+
+    def hides_ranks(self, scores_TE: torch.Tensor) -> bool:
+        """Whether a step from the first scores to `scores_TE` (`torch.Tensor` of shape `(T, E)`) neither keeps a
+        token's ranks nor adds a bias to each expert."""
+        first = scores_TE
+        for source, _ in self._steps_to(scores_TE, _keeps_ranks):
+            first = source
+        return bool(self._sources(first))
+
+    def _steps_to(
+        self, scores_TE: torch.Tensor, explains: Callable[[torch.Tensor, torch.Tensor], bool]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Backwards from `scores_TE`: what it was made from and what was made of that, as far as `explains` holds."""
+        made, shape = scores_TE, scores_TE.shape
+        for _ in range(len(self._made_from)):
+            explained = (x for x in self._sources(made) if explains(x.reshape(shape), made.reshape(shape)))
+            source = next(explained, None)
+            if source is None:
+                return
+            yield source, made
+            made = source
+
+    def _sources(self, made: torch.Tensor) -> list[torch.Tensor]:
+        return self._made_from.get(id(made), (made, []))[1]
 
 
 def hides_experts(scores_TE: torch.Tensor) -> bool:
@@ -89,9 +111,27 @@ def _left_out(before_TE: torch.Tensor, after_TE: torch.Tensor) -> torch.Tensor |
     """
     differs_TE = before_TE != after_TE
     values = after_TE[differs_TE]
-    if differs_TE.all(1).any() or (values.numel() and (values != values[0]).any()):
+    is_one_value = not values.numel() or bool((values == values[0]).all())
+    if differs_TE.all(1).any() or not is_one_value or before_TE.isnan().any():
         return None
     return differs_TE
+
+
+def _keeps_ranks(before_TE: torch.Tensor, after_TE: torch.Tensor) -> bool:
+    """Whether `after` grows with `before` for each token, or is `before` and the same bias for all tokens."""
+    tolerance = ROUNDINGS * max(torch.finfo(scores.dtype).eps for scores in (before_TE, after_TE))
+    before_TE, after_TE = before_TE.detach().float(), after_TE.detach().float()
+    if not (before_TE.isfinite().all() and after_TE.isfinite().all()):
+        return False
+    bias_TE = after_TE - before_TE
+    largest_E = (before_TE.abs() + after_TE.abs()).amax(0)
+    if ((bias_TE - bias_TE[:1]).abs() <= tolerance * largest_E).all():
+        return True
+    order_TE = before_TE.argsort(1)
+    step_TE = after_TE.gather(1, order_TE).diff(dim=1)
+    rounding_T1 = tolerance * (after_TE.amax(1) - after_TE.amin(1)).unsqueeze(1)
+    is_tie_TE = before_TE.gather(1, order_TE).diff(dim=1) == 0
+    return bool(((step_TE >= -rounding_T1) & (~is_tie_TE | (step_TE <= rounding_T1))).all())
 
 
 def _writes_in_place(func: Callable) -> bool:

@@ -202,7 +202,11 @@ def make_plan(
     Raises:
         [`OrdMoEConfigError`]: a tier outside 1…C, C·K > E in a layer in scope, or an unknown grouping or scope.
     """
-    check_whole_numbers(num_tiers=num_tiers, seed=seed, step=step)
+    check_whole_numbers(num_tiers=num_tiers, seed=seed, step=step, first_sample=first_sample)
+    if num_samples is not None:
+        check_whole_numbers(num_samples=num_samples)
+        if num_samples < 1:
+            raise OrdMoEConfigError(f"num_samples must be at least 1, got {num_samples}.")
     tiers = _as_tiers(tier)
     if tiers.numel() == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
         raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")

@@ -22,11 +22,12 @@ from ..forward import RunningForward, install_forward_hooks, remove_forward_hook
 from ..moe_layers import MoELayer, find_moe_layers, text_models
 from ..router_output import WEIGHTS, read_router_output
 from ..unserved_blocks import check_scope_is_served
-from .group_limits import hides_experts
 from .plan import TierPlan, make_plan
 from .selection import RouterSizes, TierSelection
 
 
+# Tokens that a router is tried on.
+PROBE_TOKENS = 16
 # Attribute of text models in an adapted model.
 CONFIGS = "adapter_configs"
 
@@ -60,7 +61,8 @@ def tier_routing(
     Settings that are not given come from the active OrdMoE adapter, or are [`OrdMoEConfig`]'s defaults on a model
     without one. Blocks nest; the inner one holds. A model with several text models (Qwen3-Omni: thinker and talker) is
     held in all of them; a part of it given as `model`, in that part alone. Other threads and other models are not
-    affected: a thread that `generate` runs in is to be started with `contextvars.copy_context().run`.
+    affected: a thread that `generate` runs in is to be started with `contextvars.copy_context().run`. Compiled modules
+    run uncompiled within the block, unless all rows are on tier 1.
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
@@ -71,7 +73,7 @@ def tier_routing(
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
         seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from. It draws for a row's
             place in the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each
-            prompt: its repetitions then draw the same.
+            prompt, and with one prompt `num_samples=1`: repetitions then draw the same.
         num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
             [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
@@ -176,7 +178,7 @@ def remove_tier_hooks(model: nn.Module) -> None:
 
 
 def check_router(layer: MoELayer) -> RouterSizes:
-    """Run the layer's router on two tokens of noise and see that it chooses K of E scores by one `torch.topk`.
+    """Run the layer's router on a few tokens of noise and see that it chooses K of E scores by one `torch.topk`.
 
     Raises:
         [`OrdMoEModelError`]: it does not, or it leaves experts out in a way that is not recognised.
@@ -192,7 +194,8 @@ def check_router(layer: MoELayer) -> RouterSizes:
         weight = layer.router.weight
         if weight.device.type == "meta":
             return RouterSizes.of(layer)
-        noise_TH = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+        noise_TH = torch.arange(PROBE_TOKENS * weight.shape[1], device=weight.device).view(PROBE_TOKENS, -1)
+        noise_TH = (1e3 * noise_TH.sin()).cos().to(weight.dtype)  # so that tokens keep different groups
         try:
             with torch.no_grad(), probe:
                 layer.router(noise_TH)
@@ -203,10 +206,10 @@ def check_router(layer: MoELayer) -> RouterSizes:
             f"{named} chose experts by {probe.selections} calls of torch.topk over its {layer.num_experts} scores "
             "where tiers need exactly one; this router is not supported."
         )
-    if probe.limit is None and hides_experts(probe.scores_TE):
+    if probe.hides_ranks:
         raise OrdMoEModelError(
-            f"{named} leaves experts out of its choice in a way that is not recognised, so the ranks of those are "
-            "unknown; this router is not supported."
+            f"{named} leaves experts out of its choice, or changes their ranks, in a way that is not recognised, so "
+            "the ranks below those that it chooses are unknown; this router is not supported."
         )
     return RouterSizes.of(layer, may_limit=probe.limit is not None)
 

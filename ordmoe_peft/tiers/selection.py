@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..forward import RunningForward
 from ..moe_layers import MoELayer
-from .group_limits import Limit, ScoreHistory
+from .group_limits import Limit, ScoreHistory, hides_experts
 from .plan import TierPlan
 from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers
 
@@ -53,14 +53,15 @@ class TierSelection(TorchFunctionMode):
 
     Attributes:
         selections (`int`): how many choices were answered.
-        scores_TE, limit: what the last one was made from, and the limit on it.
+        limit ([`~ordmoe_peft.tiers.group_limits.Limit`], *optional*): the limit on what the last was made from.
+        hides_ranks (`bool`): whether ranks below the K chosen cannot be read from it. Known where limits are watched.
     """
 
     def __init__(self, router: RouterSizes, index: int, plan: TierPlan, forward: RunningForward | None = None):
         super().__init__()
         self.router, self.index, self.plan, self.forward = router, index, plan, forward
         self.selections = 0
-        self.scores_TE: torch.Tensor | None = None
+        self.hides_ranks = False
         self.limit: Limit | None = None
         self._history = ScoreHistory() if router.may_limit else None
 
@@ -70,9 +71,11 @@ class TierSelection(TorchFunctionMode):
         if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs):
             return result
         self.selections += 1
-        self.scores_TE = args[0] if args else kwargs["input"]
-        self.limit = None if self._history is None else self._history.limit_on(self.scores_TE)
-        scores_TE, left_out_TE = self.limit or (self.scores_TE, None)
+        scores_TE, left_out_TE = args[0] if args else kwargs["input"], None
+        if self._history is not None:
+            self.limit = self._history.limit_on(scores_TE)
+            self.hides_ranks = self.limit is None and (hides_experts(scores_TE) or self._history.hides_ranks(scores_TE))
+            scores_TE, left_out_TE = self.limit or (scores_TE, None)
         index_TK = self._choose(scores_TE, left_out_TE, result.indices)
         return torch.return_types.topk((scores_TE.gather(1, index_TK), index_TK))
 

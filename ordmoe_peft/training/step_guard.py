@@ -168,10 +168,26 @@ class StepGuard(TrainerCallback):
         if is_of_steps:
             self.since_log = MeanLoss()
 
-    def check_run(self, num_steps: int) -> None:
-        """Raise [`OrdMoERuntimeError`] if most of the run's steps did not move the weights."""
+    def check_run(self, num_steps: int, trained: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See that a run has left an adapter to keep.
+
+        Args:
+            num_steps (`int`): its steps.
+            trained (iterable of names and tensors): the weights that it trained.
+
+        Raises:
+            [`OrdMoERuntimeError`]: it took no step, most did not move the weights, or these are not finite.
+        """
+        if not num_steps:
+            raise OrdMoERuntimeError("The run took no step: set max_steps or num_train_epochs higher.")
         if 2 * self.num_dropped > num_steps:
             raise self._nothing_learnt(num_steps)
+        broken = [name for name, weight in trained if not bool(_local(weight).isfinite().all())]
+        if broken:
+            raise OrdMoERuntimeError(
+                f"{len(broken)} trained weights are not finite after the last step, such as {broken[0]}. The adapter "
+                "is not saved. Lower learning_rate or weight_decay."
+            )
 
     def _nothing_learnt(self, num_steps: int) -> OrdMoERuntimeError:
         reasons = ", ".join(f"{self.counts[name]} {reason}" for name, reason in DROPPED.items() if self.counts[name])
@@ -208,5 +224,8 @@ def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:
 
 
 def _largest(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    return torch.nn.utils.get_total_norm(local, norm_type=torch.inf)
+    return torch.nn.utils.get_total_norm([_local(gradient) for gradient in gradients], norm_type=torch.inf)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -215,7 +215,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
 
         Raises:
             [`OrdMoEConfigError`]: nothing of the adapter is trainable, or `output_dir` holds results of another run.
-            [`OrdMoERuntimeError`]: most of the steps were dropped.
+            [`OrdMoERuntimeError`]: no step was taken, most were dropped, or the trained weights are not finite.
         """
         self._seen = (None, 0)
         check_trainable(self.model)
@@ -223,7 +223,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             lambda: self.run_folder.begin(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
         )
         output = super().train(checkpoint, *args, **kwargs)
-        self._guard.check_run(self.state.global_step)
+        trained = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
+        self._guard.check_run(self.state.global_step, trained)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def is_finished(self, resume_from_checkpoint: str | bool | None) -> bool:

@@ -140,3 +140,22 @@ def test_experts_set_to_another_function_are_refused_with_the_way_back():
         tuned(**models.text_batch())
     tuned.get_base_model().set_experts_implementation("ordmoe")
     assert torch.equal(tuned(**models.text_batch()).logits, wanted)
+
+
+@pytest.mark.parametrize("pick", [router, block], ids=["routers", "blocks"])
+def test_compiled_modules_hold_their_tiers_in_training_after_evaluation(pick):
+    """What was compiled for one call knows nothing of the tiers of the next: within tiers nothing compiled runs."""
+
+    def run(way):
+        tuned, batch = adapted(way, config=OrdMoEConfig(r=4, targets=["experts"])), models.text_batch()
+        with torch.no_grad(), tier_routing(tuned.eval(), 3):
+            tuned(**batch)
+        tuned.train()
+        found = []
+        for tier in (3, [1, 2, 3], 2, 1):
+            with tier_routing(tuned, tier):
+                found.append(tuned(**batch).logits.detach())
+        return found
+
+    for got, true in zip(run(compiled(pick)), run(None), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-6)

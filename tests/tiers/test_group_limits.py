@@ -118,13 +118,21 @@ def test_ranks_are_those_of_the_scores_however_the_limit_is_written(limit, num_t
             assert set(chosen) == set(ranked[(tier - 1) * K : tier * K])
 
 
-def test_a_limit_that_is_not_recognised_is_refused_by_name():
-    """Masked logits go through softmax: what their experts would have had is lost."""
+UNKNOWN_WAYS = {
+    "logits masked before softmax": lambda scores, keep: scores.logit().masked_fill(~keep, -torch.inf).softmax(-1),
+    "a penalty": lambda scores, keep: scores + (1 - keep.float()) * -1e4,
+    "a small penalty": lambda scores, keep: scores - 10 * (1 - keep.float()),
+    "something added after": lambda scores, keep: scores * keep + 0.01,
+    "scaled after": lambda scores, keep: scores.masked_fill(~keep, -1.0) * 2,
+    "damped": lambda scores, keep: scores * (keep + (1 - keep.float()) * 1e-3),
+    "by way of NaN": lambda scores, keep: torch.nan_to_num(torch.where(keep, scores, torch.nan), nan=0.0),
+}
 
-    def before_softmax(scores, keep):
-        return scores.logit().masked_fill(~keep, float("-inf")).softmax(-1)
 
-    model = with_router(before_softmax)
+@pytest.mark.parametrize("limit", UNKNOWN_WAYS.values(), ids=UNKNOWN_WAYS)
+def test_a_limit_that_is_not_recognised_is_refused_by_name(limit):
+    """What the experts of other groups would have had is lost, or their scores are moved by a finite amount."""
+    model = with_router(limit)
     with pytest.raises(OrdMoEModelError, match=r"layers\.0\.mlp\.gate \(GroupRouter\) leaves experts out"):
         install_tier_hooks(model)
     assert not hasattr(model.model.layers[0].mlp.gate, "tier_hook_handles")

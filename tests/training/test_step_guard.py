@@ -284,3 +284,15 @@ class TestRunsThatLearnNothing:
 def test_at_least_one_step_may_fail(tmp_path):
     with pytest.raises(OrdMoEConfigError, match="max_nonfinite_steps must be at least 1, got 0"):
         arguments(tmp_path, max_nonfinite_steps=0)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"num_train_epochs": 0, "max_steps": -1}, "took no step")])
+def test_a_run_without_a_step_is_no_success(tmp_path, changes, message):
+    with pytest.raises(OrdMoERuntimeError, match=message):
+        trainer_for(tmp_path, **changes).train()
+
+
+def test_weights_that_the_last_step_destroyed_are_no_success(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, learning_rate=1e39)
+    with pytest.raises(OrdMoERuntimeError, match=r"trained weights are not finite .*lora_.*Lower learning_rate"):
+        trainer.train()
