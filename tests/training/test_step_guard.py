@@ -278,7 +278,7 @@ class TestRunsThatLearnNothing:
         for _ in range(3):
             trainer._guard.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=skipped)
         with pytest.raises(OrdMoERuntimeError, match="3 of 4 steps .* 3 whose gradient overflowed in fp16"):
-            trainer._guard.check_run(4)
+            trainer._guard.check_run(4, [])
 
 
 def test_at_least_one_step_may_fail(tmp_path):
