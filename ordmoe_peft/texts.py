@@ -72,10 +72,14 @@ def row_texts(value: Any, column: str, row: int, name: str) -> list[str]:
     return texts
 
 
-def _message_text(message: dict[str, Any]) -> Any:
+def _message_text(message: Any) -> Any:
+    """A message's text; something else than a string, where it has none."""
+    if not isinstance(message, dict):
+        return None
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
+        texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
     # A message may do something else than speak, such as call a tool.
     others = [part for key, part in message.items() if key not in ("role", "from", "content", "value") and part]
     return str(others) if content is None and others else content

@@ -28,7 +28,11 @@ def test_the_texts_of_a_row(column, value, texts):
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], 3, [says("assistant", None)], [says("user", "a"), says("assistant", None, tool_calls=None)]]
+    "value",
+    [
+        *(None, [], 3, [says("assistant", None)], [says("user", "a"), says("assistant", None, tool_calls=None)]),
+        *(["w30", "w31"], [None], [says("assistant", ["w30"])], [says("assistant", [{"type": "text", "text": 3}])]),
+    ],
 )
 def test_a_row_without_text_is_named(value):
     with pytest.raises(OrdMoEDataError, match=r"Row 7 \(counted from 0\) of the training data set .* in `messages`"):
