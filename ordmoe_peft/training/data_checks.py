@@ -32,9 +32,10 @@ def checked_data(dataset: Any, args: Any, name: str) -> Any:
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset  # TRL says what it takes
     columns = _text_columns(dataset, list(first_row(dataset, name)), args.dataset_text_field)
+    may_be_empty = args.responses == "generated" and args.ntp_coef == 0
     if isinstance(dataset, IterableDataset):
-        return checked_stream(dataset, columns, name) if columns else dataset
-    check_texts(dataset, columns, name, may_be_empty=args.responses == "generated" and args.ntp_coef == 0)
+        return checked_stream(dataset, columns, name, may_be_empty) if columns else dataset
+    check_texts(dataset, columns, name, may_be_empty)
     return dataset
 
 
