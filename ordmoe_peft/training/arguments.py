@@ -1,5 +1,6 @@
 """Arguments of the trainer."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -159,6 +160,7 @@ class OrdMoETrainingArguments(SFTConfig):
 
     def __post_init__(self):
         check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number
+        self._check_generation_kwargs()
         if self.router_aux_loss_coef:
             raise OrdMoEConfigError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef} would add a second balance loss, over all tiers. "
@@ -177,12 +179,31 @@ class OrdMoETrainingArguments(SFTConfig):
         for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not (self.ntp_coef or self.erl_coef or self.balance_coef):
+            raise OrdMoEConfigError(
+                "ntp_coef, erl_coef and balance_coef are all 0, which leaves nothing to learn from: set one higher."
+            )
         for name in ("max_completion_length", "generation_batch_size", "max_nonfinite_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()
         check_one_response(self.generation_kwargs or {})
+        if self.learning_rate == 0:
+            logger.warning("learning_rate=0: training does not move the weights.")
         self._warn_of_idle_options()
+
+    def _check_generation_kwargs(self) -> None:
+        if not isinstance(self.generation_kwargs, str):
+            return
+        try:
+            read = json.loads(self.generation_kwargs)
+        except json.JSONDecodeError:
+            read = None
+        if not isinstance(read, dict):
+            raise OrdMoEConfigError(
+                f'generation_kwargs must be a JSON object such as {{"num_beams": 2}}, got {self.generation_kwargs!r}.'
+            )
+        self.generation_kwargs = self.generation_kwargs.strip()  # transformers reads what starts with a brace
 
     def _warn_of_idle_options(self) -> None:
         for (name, value), dependents in ACT_ONLY_WITH.items():
