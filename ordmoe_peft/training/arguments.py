@@ -35,8 +35,9 @@ ACT_ONLY_WITH = {
         *("min_p", "repetition_penalty"),
     ),
 }
-# What only bears on several tiers: of these arguments, and of the adapter's configuration.
+# What only bears on several tiers: of these arguments, on L_ERL alone, and of the adapter's configuration.
 ACT_BETWEEN_TIERS = ("erl_coef", "objective_beta", "scored_by", "share_prompt", "tier_passes", "log_tiers_every")
+ACT_ON_ERL = ("objective", "objective_beta", "lower_tier_floor", "responses", "scored_by")
 CUT_TIERS = ("grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed")
 
 
@@ -263,6 +264,8 @@ def _idle_settings(
         given = _changed(args, ACT_BETWEEN_TIERS) + _changed(config, CUT_TIERS)
         yield given, "num_tiers=1, which is supervised fine-tuning"
         return
+    if args.erl_coef == 0:
+        yield _changed(args, ACT_ON_ERL) + _changed(config, ("rewards", "advantages")), "erl_coef=0"
     if config.grouping != "random":
         yield _changed(config, ("tier_seed",)), f"grouping={config.grouping!r}, only with 'random'"
     if config.tier_weights == "match" and all(map(_renormalises, layers)):

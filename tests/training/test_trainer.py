@@ -390,6 +390,16 @@ class TestWarnings:
             ({}, {"share_prompt": False}, "share_prompt=False: no effect with token_scope='sequence', only with"),
             ({"tier_weights": "match"}, {}, "tier_weights='match': no effect with routers whose weights sum"),
             ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
+            (
+                {"rewards": [1, 0, 0]},
+                {"erl_coef": 0, "lower_tier_floor": "uniform", "responses": "generated", "log_tiers_every": 0},
+                "lower_tier_floor='uniform', responses='generated', rewards=[1, 0, 0]: no effect with erl_coef=0.",
+            ),
+            (
+                {},
+                {"erl_coef": 0, "objective": "logistic", "objective_beta": 2.0},
+                "objective='logistic', objective_beta=2",
+            ),
             ({}, {"responses": "generated", "log_tiers_every": 5}, "log_tiers_every=5: no effect with responses="),
             ({}, {"responses": "generated", "temperature": 0, "top_k": 5}, "top_k=5: no effect with temperature=0"),
         ],
