@@ -116,11 +116,13 @@ class OrdMoEConfig(LoraConfig):
 
 
 def _check_fields(config: OrdMoEConfig) -> None:
-    """The types of our own fields, and a number of tiers that a model can have."""
+    """The types of our own fields, and numbers that a model and a generator can have."""
     check_field_types(config, OrdMoEConfig)
     if not 1 <= config.num_tiers <= MOST_TIERS:
         limit = "at least 1" if config.num_tiers < 1 else f"at most {MOST_TIERS}"
         raise OrdMoEConfigError(f"num_tiers must be {limit}, got {config.num_tiers}.")
+    if not -(2**63) <= config.tier_seed < 2**63:
+        raise OrdMoEConfigError(f"tier_seed must be a whole number of 64 bits, got {config.tier_seed}.")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """See that the fields of a dataclass hold what their annotations say, before anything is done with them."""
 
-import math
+import sys
 import types
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
@@ -32,7 +32,9 @@ def _matches(value: Any, hint: Any) -> bool:
         return is_list and all(_matches(item, *get_args(hint)) for item in value)
     if kind in (int, float):  # True is an int to Python, and nobody's number
         number = Integral if kind is int else Real
-        return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+        if not isinstance(value, number) or isinstance(value, bool):
+            return False
+        return kind is int or abs(value) <= sys.float_info.max  # not isfinite, which overflows at larger whole numbers
     return isinstance(value, kind)
 
 

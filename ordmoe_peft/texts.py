@@ -10,6 +10,8 @@ from .errors import OrdMoEDataError
 
 CONVERSATIONS = ("messages", "conversations")
 ANSWER_ROLES = ("assistant", "gpt")
+# A stream has no end to wait for: as many of its rows without an answer are taken for all.
+MOST_EMPTY_ROWS = 1000
 
 
 def first_row(dataset: Any, name: str) -> dict[str, Any]:
@@ -36,12 +38,25 @@ def check_texts(dataset: Dataset, columns: Sequence[str], name: str, may_be_empt
             )
 
 
-def checked_stream(dataset: IterableDataset, columns: Sequence[str], name: str) -> IterableDataset:
-    """The stream, which raises what [`check_texts`] does when a row without text is read."""
+def checked_stream(
+    dataset: IterableDataset, columns: Sequence[str], name: str, may_be_empty: bool = False
+) -> IterableDataset:
+    """The stream, which raises what [`check_texts`] does when a row without text, or too many empty ones, are read."""
+    empty_rows = {} if may_be_empty else {column: 0 for column in columns if column != "prompt"}
 
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
         for column in columns:
-            row_texts(row.get(column), column, index, name)
+            texts = row_texts(row.get(column), column, index, name)
+            if column in empty_rows and any(text.strip() for text in texts):
+                del empty_rows[column]
+            elif column in empty_rows:
+                empty_rows[column] += 1
+        for column, count in empty_rows.items():
+            if count == MOST_EMPTY_ROWS:
+                raise OrdMoEDataError(
+                    f"The column `{column}` of the {name} data set is empty in all of the first {count} rows read: no "
+                    "answers."
+                )
         return row
 
     return dataset.map(check, with_indices=True, features=dataset.features)  # which map would forget
@@ -72,10 +87,14 @@ def row_texts(value: Any, column: str, row: int, name: str) -> list[str]:
     return texts
 
 
-def _message_text(message: dict[str, Any]) -> Any:
+def _message_text(message: Any) -> Any:
+    """A message's text; something else than a string, where it has none."""
+    if not isinstance(message, dict):
+        return None
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
+        texts = [part.get("text") or "" if isinstance(part, dict) else None for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
     # A message may do something else than speak, such as call a tool.
     others = [part for key, part in message.items() if key not in ("role", "from", "content", "value") and part]
     return str(others) if content is None and others else content

@@ -31,6 +31,8 @@ def test_defaults_are_the_methods():
         ({"rewards": [1, float("nan"), 0]}, r"rewards must be .*finite number or None, got \[1, nan, 0\]"),
         ({"layer_scope": 1.5}, "layer_scope must be a string or a list, each a whole number, got 1.5"),
         ({"tier_seed": "a"}, "tier_seed must be a whole number, got 'a'"),
+        ({"tier_seed": 2**63}, "tier_seed must be a whole number of 64 bits, got 9223372036854775808"),
+        ({"tier_seed": -(2**63) - 1}, "tier_seed must be a whole number of 64 bits"),
         ({"num_tiers": 0}, "num_tiers must be at least 1, got 0"),
         ({"grouping": "best"}, "grouping must be one of .*'best'"),
         ({"advantages": "rank"}, "advantages must be one of .*'rank'"),

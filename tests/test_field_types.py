@@ -25,7 +25,16 @@ class Settings(Base):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"share": 1}, {"names": [1, 2]}, {"names": (1,)}, {"names": range(2)}, {"extras": {}}, {"others": "not ours"}],
+    [
+        {},
+        {"share": 1},
+        {"count": 10**400},
+        {"names": [1, 2]},
+        {"names": (1,)},
+        {"names": range(2)},
+        {"extras": {}},
+        {"others": "not ours"},
+    ],
 )
 def test_what_fits(changes):
     check_field_types(Settings(**changes), Settings)
@@ -38,6 +47,8 @@ def test_what_fits(changes):
         ({"count": True}, "count must be a whole number, got True"),
         ({"count": 1.0}, "count must be a whole number, got 1.0"),
         ({"share": float("nan")}, "share must be a finite number, got nan"),
+        ({"share": -float("inf")}, "share must be a finite number, got -inf"),
+        ({"share": 10**400}, "share must be a finite number, got 1000"),
         ({"share": None}, "share must be a finite number, got None"),
         ({"is_on": 1}, "is_on must be true or false, got 1"),
         ({"names": [1.5]}, r"names must be a string or a list, each a whole number, got \[1.5\]"),

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from ordmoe_peft.errors import OrdMoEDataError
-from ordmoe_peft.texts import check_texts, first_row, row_texts
+from ordmoe_peft.texts import MOST_EMPTY_ROWS, check_texts, checked_stream, first_row, row_texts
 
 
 def says(role, content, **more):
@@ -28,7 +28,11 @@ def test_the_texts_of_a_row(column, value, texts):
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], 3, [says("assistant", None)], [says("user", "a"), says("assistant", None, tool_calls=None)]]
+    "value",
+    [
+        *(None, [], 3, [says("assistant", None)], [says("user", "a"), says("assistant", None, tool_calls=None)]),
+        *(["w30", "w31"], [None], [says("assistant", ["w30"])], [says("assistant", [{"type": "text", "text": 3}])]),
+    ],
 )
 def test_a_row_without_text_is_named(value):
     with pytest.raises(OrdMoEDataError, match=r"Row 7 \(counted from 0\) of the training data set .* in `messages`"):
@@ -42,6 +46,18 @@ def test_only_answers_that_are_all_empty_are_refused():
     with pytest.raises(OrdMoEDataError, match="column `completion` of the training data set is empty in all 2 rows"):
         check_texts(none, ["prompt", "completion"], "training")
     check_texts(none, ["prompt", "completion"], "training", may_be_empty=True)
+
+
+def test_a_stream_whose_first_answers_are_all_empty():
+    def read(*answers, **kwargs):
+        rows = Dataset.from_dict({"prompt": ["why"] * len(answers), "completion": answers}).to_iterable_dataset()
+        return len(list(checked_stream(rows, ["prompt", "completion"], "training", **kwargs)))
+
+    empty = [" "] * MOST_EMPTY_ROWS
+    with pytest.raises(OrdMoEDataError, match="`completion` of the training .* all of the first 1000 rows read"):
+        read(*empty)
+    assert read(*empty, may_be_empty=True) == MOST_EMPTY_ROWS
+    assert read(*empty[1:], "yes", *empty) == 2 * MOST_EMPTY_ROWS
 
 
 def test_rows_are_counted_over_batches_and_as_they_are_selected():

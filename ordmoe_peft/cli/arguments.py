@@ -89,7 +89,9 @@ class AdapterArguments:
 
     def adapter_config(self) -> OrdMoEConfig:
         """The configuration that was asked for."""
-        scope = [str(part) for part in self.layer_scope]
+        # A recipe may give one name or index instead of a list.
+        given = self.layer_scope if isinstance(self.layer_scope, list) else [self.layer_scope]
+        scope = [str(part) for part in given]
         return OrdMoEConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -97,7 +99,7 @@ class AdapterArguments:
             targets=self.targets,
             num_tiers=self.num_tiers,
             grouping=self.grouping,
-            layer_scope=[int(part) for part in scope] if all(part.isdigit() for part in scope) else " ".join(scope),
+            layer_scope=[int(part) for part in scope] if all(part.isdecimal() for part in scope) else " ".join(scope),
             token_scope=self.token_scope,
             tier_weights=self.tier_weights,
             rewards=self.rewards,

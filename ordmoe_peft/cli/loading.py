@@ -86,7 +86,12 @@ def load_split(name: str | None, config: str | None, split: str, streaming: bool
     """A split of a data set (folder or hub id)."""
     if name is None:
         raise OrdMoEDataError("No data set: give --dataset_name, a folder or a hub id.")
-    return load_dataset(name, config, split=split, streaming=streaming)
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except StopIteration as error:  # `datasets` takes the columns from the first row
+        raise OrdMoEDataError(
+            f"The split {split!r} of the data set {name} has no samples: its file is empty."
+        ) from error
 
 
 def load_samples(options: SampleArguments) -> Any:

@@ -1,5 +1,6 @@
 """Arguments of the trainer."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -34,8 +35,9 @@ ACT_ONLY_WITH = {
         *("min_p", "repetition_penalty"),
     ),
 }
-# What only bears on several tiers: of these arguments, and of the adapter's configuration.
+# What only bears on several tiers: of these arguments, on L_ERL alone, and of the adapter's configuration.
 ACT_BETWEEN_TIERS = ("erl_coef", "objective_beta", "scored_by", "share_prompt", "tier_passes", "log_tiers_every")
+ACT_ON_ERL = ("objective", "objective_beta", "lower_tier_floor", "responses", "scored_by")
 CUT_TIERS = ("grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed")
 
 
@@ -159,6 +161,7 @@ class OrdMoETrainingArguments(SFTConfig):
 
     def __post_init__(self):
         check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number
+        self._check_generation_kwargs()
         if self.router_aux_loss_coef:
             raise OrdMoEConfigError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef} would add a second balance loss, over all tiers. "
@@ -177,12 +180,31 @@ class OrdMoETrainingArguments(SFTConfig):
         for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not (self.ntp_coef or self.erl_coef or self.balance_coef):
+            raise OrdMoEConfigError(
+                "ntp_coef, erl_coef and balance_coef are all 0, which leaves nothing to learn from: set one higher."
+            )
         for name in ("max_completion_length", "generation_batch_size", "max_nonfinite_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()
         check_one_response(self.generation_kwargs or {})
+        if self.learning_rate == 0:
+            logger.warning("learning_rate=0: training does not move the weights.")
         self._warn_of_idle_options()
+
+    def _check_generation_kwargs(self) -> None:
+        if not isinstance(self.generation_kwargs, str):
+            return
+        try:
+            read = json.loads(self.generation_kwargs)
+        except json.JSONDecodeError:
+            read = None
+        if not isinstance(read, dict):
+            raise OrdMoEConfigError(
+                f'generation_kwargs must be a JSON object such as {{"num_beams": 2}}, got {self.generation_kwargs!r}.'
+            )
+        self.generation_kwargs = self.generation_kwargs.strip()  # transformers reads what starts with a brace
 
     def _warn_of_idle_options(self) -> None:
         for (name, value), dependents in ACT_ONLY_WITH.items():
@@ -242,6 +264,8 @@ def _idle_settings(
         given = _changed(args, ACT_BETWEEN_TIERS) + _changed(config, CUT_TIERS)
         yield given, "num_tiers=1, which is supervised fine-tuning"
         return
+    if args.erl_coef == 0:
+        yield _changed(args, ACT_ON_ERL) + _changed(config, ("rewards", "advantages")), "erl_coef=0"
     if config.grouping != "random":
         yield _changed(config, ("tier_seed",)), f"grouping={config.grouping!r}, only with 'random'"
     if config.tier_weights == "match" and all(map(_renormalises, layers)):

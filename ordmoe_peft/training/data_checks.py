@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
@@ -32,9 +33,10 @@ def checked_data(dataset: Any, args: Any, name: str) -> Any:
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset  # TRL says what it takes
     columns = _text_columns(dataset, list(first_row(dataset, name)), args.dataset_text_field)
+    may_be_empty = args.responses == "generated" and args.ntp_coef == 0
     if isinstance(dataset, IterableDataset):
-        return checked_stream(dataset, columns, name) if columns else dataset
-    check_texts(dataset, columns, name, may_be_empty=args.responses == "generated" and args.ntp_coef == 0)
+        return checked_stream(dataset, columns, name, may_be_empty) if columns else dataset
+    check_texts(dataset, columns, name, may_be_empty)
     return dataset
 
 
@@ -46,7 +48,14 @@ def _text_columns(dataset: Any, columns: list[str], text_field: str) -> list[str
 
 
 def check_trainable(model: PeftModel) -> None:
-    """Raise [`OrdMoEConfigError`] if no parameter of `model`'s active adapters is trainable."""
+    """Raise [`OrdMoEConfigError`] if `model`'s active adapters are merged, or none of their parameters is trainable."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters} & set(model.active_adapters))
+    if merged:
+        raise OrdMoEConfigError(
+            f"The active adapter {', '.join(map(repr, merged))} is merged into the base's weights, out of "
+            "training's reach. Call model.unmerge_adapter() first."
+        )
     marks = [f".{name}." for name in model.active_adapters]
     if not any(p.requires_grad and any(mark in f"{name}." for mark in marks) for name, p in model.named_parameters()):
         raise OrdMoEConfigError(

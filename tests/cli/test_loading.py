@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ordmoe_peft.cli.arguments import ModelArguments
-from ordmoe_peft.cli.loading import load_base
+from ordmoe_peft.cli.loading import load_base, load_split
+from ordmoe_peft.errors import OrdMoEDataError
 from tests import models
 
 
@@ -20,3 +21,10 @@ def test_4_bit_weights_are_computed_in_the_models_dtype_unless_told_otherwise(op
     model = load_base(ModelArguments(str(tmp_path), load_in_4bit=True, **options), trust_remote_code=False)
     assert model.config.quantization_config.bnb_4bit_compute_dtype == wanted
     assert model.model.language_model.layers[0].mlp.experts.down_proj.quant_state.dtype == wanted
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_file_is_a_split_without_samples(tmp_path, streaming):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(OrdMoEDataError, match=f"The split 'train' of the data set {tmp_path} has no samples"):
+        load_split(str(tmp_path), None, "train", streaming)

@@ -117,6 +117,15 @@ class TestTrainable:
             trainer_for(tmp_path, model).train()
         trainer_for(tmp_path, PeftModel.from_pretrained(models.qwen3_moe(), folder, is_trainable=True)).train()
 
+    def test_a_merged_adapter(self, tmp_path):
+        model = adapted()
+        model.merge_adapter()
+        trainer = trainer_for(tmp_path, model, max_steps=1)
+        with pytest.raises(OrdMoEConfigError, match=r"'default' is merged .* Call model.unmerge_adapter\(\)"):
+            trainer.train()
+        model.unmerge_adapter()
+        trainer.train()
+
     def test_another_adapters_parameters_do_not_count(self, tmp_path, folder):
         model = PeftModel.from_pretrained(models.qwen3_moe(), folder)
         model.load_adapter(folder, "default_2", is_trainable=True)

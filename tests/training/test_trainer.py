@@ -307,6 +307,9 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"router_aux_loss_coef": 0.01}, "second balance loss"),
+            ({"ntp_coef": 0, "erl_coef": 0, "balance_coef": 0}, "are all 0, which leaves nothing to learn from"),
+            ({"generation_kwargs": "3"}, "generation_kwargs must be a JSON object .* got '3'"),
+            ({"generation_kwargs": "{bad"}, "generation_kwargs must be a JSON object .* got '{bad'"),
             ({"erl_coef": -1.0}, "erl_coef must not be negative, got -1.0"),
             ({"objective": "ppo"}, "objective must be one of .*'erl'.*got 'ppo'"),
             ({"responses": "sampled"}, "responses must be one of .*got 'sampled'"),
@@ -367,6 +370,10 @@ class TestWarnings:
         arguments(tmp_path, temperature=0.5, responses="generated", simpo_gamma=1.0, objective="simpo")
         assert warnings == []
 
+    def test_no_learning_rate(self, tmp_path, warnings):
+        arguments(tmp_path, learning_rate=0.0)
+        assert warnings == ["learning_rate=0: training does not move the weights."]
+
     def test_one_tier(self, tmp_path, warnings):
         trainer_for(tmp_path, adapted(num_tiers=1), responses="generated", objective="dpo")
         assert any("responses='generated', objective='dpo' and" in message for message in warnings)
@@ -383,6 +390,16 @@ class TestWarnings:
             ({}, {"share_prompt": False}, "share_prompt=False: no effect with token_scope='sequence', only with"),
             ({"tier_weights": "match"}, {}, "tier_weights='match': no effect with routers whose weights sum"),
             ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
+            (
+                {"rewards": [1, 0, 0]},
+                {"erl_coef": 0, "lower_tier_floor": "uniform", "responses": "generated", "log_tiers_every": 0},
+                "lower_tier_floor='uniform', responses='generated', rewards=[1, 0, 0]: no effect with erl_coef=0.",
+            ),
+            (
+                {},
+                {"erl_coef": 0, "objective": "logistic", "objective_beta": 2.0},
+                "objective='logistic', objective_beta=2",
+            ),
             ({}, {"responses": "generated", "log_tiers_every": 5}, "log_tiers_every=5: no effect with responses="),
             ({}, {"responses": "generated", "temperature": 0, "top_k": 5}, "top_k=5: no effect with temperature=0"),
         ],
