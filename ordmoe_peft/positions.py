@@ -45,3 +45,12 @@ def check_fits(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     if positions is not None and "input_ids" in inputs and inputs["input_ids"].shape[1] > positions:
         mask_BS = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         check_length(int(mask_BS.sum(1).max()), positions, "A sample")
+
+
+def check_room(prompt_length: int, new_tokens: int, positions: int | None) -> None:
+    """Raise [`OrdMoEDataError`] if a prompt and a response of `new_tokens` are more than `positions`."""
+    if positions is not None and prompt_length + new_tokens > positions:
+        raise OrdMoEDataError(
+            f"A prompt has {prompt_length} tokens and its response may get {new_tokens}, and the model has {positions} "
+            "positions (max_position_embeddings). Lower max_completion_length, or shorten or drop such rows."
+        )

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
-from ..positions import check_length
+from ..positions import check_length, check_room
 from ..responses import IGNORED_LABEL
 from ..texts import CONVERSATIONS, check_texts, checked_stream, column_values, first_row
 
@@ -97,6 +97,16 @@ def check_prepared(dataset: Any, args: Any, num_given: int | None, positions: in
     is_in_order = not args.shuffle_dataset and len(dataset) == num_given
     for row, ids in enumerate(column_values(dataset, "input_ids")):
         check_length(len(ids), positions, f"Row {row} (counted from 0)" if is_in_order else "A row")
+
+
+def check_room_to_write(dataset: Any, new_tokens: int, positions: int | None) -> None:
+    """Raise [`OrdMoEDataError`] if a prompt of a prepared data set and `new_tokens` are more than `positions`."""
+    if isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+        check_room(max(map(_prompt_length, column_values(dataset, "labels"))), new_tokens, positions)
+
+
+def _prompt_length(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
 
 
 def _has_response(labels: Sequence[int]) -> bool:

@@ -22,13 +22,13 @@ from ..moe_layers import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
-from ..positions import check_fits, num_positions
+from ..positions import check_fits, check_room, num_positions
 from ..quantization.sharding import keep_packed_when_sharded
 from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
 from ..samples import check_processing_class
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
-from .data_checks import check_prepared, check_trainable, checked_data
+from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
 from .objectives import OBJECTIVES, ObjectiveInputs
 from .pass_schedule import PassSchedule
 from .placement import check_placement, check_precision
@@ -113,6 +113,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
         self._check_settings(config)
+        self._new_tokens = args.sampling.get("max_new_tokens") or 0
+        if self._is_generated:
+            check_room_to_write(self.train_dataset, self._new_tokens, num_positions(self.model.config))
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
         # The losses are made here, so what the model's own forward does with token counts does not matter: models with
@@ -383,6 +386,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     ) -> list[dict[str, Any]]:
         """The batch's prompts with what each of `tiers` writes to them."""
         prompts = left_padded_prompts(inputs, self._pad_token_id)
+        check_room(prompts["input_ids"].shape[1], self._new_tokens, num_positions(self.model.config))
         written = generate_by_tier(
             self.model,
             prompts,

@@ -54,5 +54,7 @@ def test_a_sharded_run_is_resumed(tmp_path):
 
 
 def test_generated_responses_are_refused(tmp_path):
-    said = run_processes(runs.refusal, str(tmp_path), {"responses": "generated"}, environment=FSDP2)
+    said = run_processes(
+        runs.refusal, str(tmp_path), {"responses": "generated", "max_completion_length": 4}, environment=FSDP2
+    )
     assert all("responses='generated' does not work with FSDP2" in message for message in said)

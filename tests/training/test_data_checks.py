@@ -99,6 +99,16 @@ class TestPositions:
             trainer_for(tmp_path, model, dataset=dataset).train()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_responses_to_be_written(self, tmp_path, streaming):
+        model = adapted(lambda: models.qwen3_moe(max_position_embeddings=12))
+        dataset = Dataset.from_dict({"prompt": ["w20 " * 6] * 4, "completion": ["w30"] * 4})
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        changes = {"responses": "generated", "max_steps": 1}
+        with pytest.raises(OrdMoEDataError, match="prompt has 6 tokens and its response may get 7, .* 12 positions"):
+            trainer_for(tmp_path, model, dataset=dataset, max_completion_length=7, **changes).train()
+        trainer_for(tmp_path, model, dataset=dataset, max_completion_length=6, **changes).train()
+
     def test_max_length_cuts_them(self, tmp_path):
         model = adapted(lambda: models.qwen3_moe(max_position_embeddings=12))
         dataset = Dataset.from_dict({"prompt": ["w20"] * 4, "completion": [" w30" * 20] * 4})

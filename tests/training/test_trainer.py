@@ -392,7 +392,7 @@ class TestWarnings:
             ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
             (
                 {"rewards": [1, 0, 0]},
-                {"erl_coef": 0, "lower_tier_floor": "uniform", "responses": "generated", "log_tiers_every": 0},
+                {"erl_coef": 0, "lower_tier_floor": "uniform", "responses": "generated", "max_completion_length": 9},
                 "lower_tier_floor='uniform', responses='generated', rewards=[1, 0, 0]: no effect with erl_coef=0.",
             ),
             (
@@ -400,8 +400,16 @@ class TestWarnings:
                 {"erl_coef": 0, "objective": "logistic", "objective_beta": 2.0},
                 "objective='logistic', objective_beta=2",
             ),
-            ({}, {"responses": "generated", "log_tiers_every": 5}, "log_tiers_every=5: no effect with responses="),
-            ({}, {"responses": "generated", "temperature": 0, "top_k": 5}, "top_k=5: no effect with temperature=0"),
+            (
+                {},
+                {"responses": "generated", "log_tiers_every": 5, "max_completion_length": 9},
+                "log_tiers_every=5: no effect with responses=",
+            ),
+            (
+                {},
+                {"responses": "generated", "temperature": 0, "top_k": 5, "max_completion_length": 9},
+                "top_k=5: no effect with temperature=0",
+            ),
         ],
     )
     def test_settings_that_others_leave_without_effect(self, tmp_path, warnings, adapter, training, message):
