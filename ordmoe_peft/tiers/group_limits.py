@@ -71,6 +71,8 @@ class ScoreHistory:
     def hides_ranks(self, scores_TE: torch.Tensor) -> bool:
         """Whether a step from the first scores to `scores_TE` (`torch.Tensor` of shape `(T, E)`) neither keeps a
         token's ranks nor adds a bias to each expert."""
+        if scores_TE.isnan().any():  # of a broken base, whose ranks mean nothing in any case
+            return False
         first = scores_TE
         for source, _ in self._steps_to(scores_TE, _keeps_ranks):
             first = source
