@@ -7,8 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check
 # Contracts, tiers, life cycle, trainer.
-ON_RANGES := tests/contract tests/tiers tests/layers tests/training tests/test_forward.py tests/test_lifecycle.py \
-	tests/test_attachment.py tests/test_offloading.py tests/test_generation.py tests/test_rollouts.py
+ON_RANGES := tests/contract tests/tiers tests/experts tests/adapter tests/data tests/training tests/test_forward.py
 
 .PHONY: demo test test-newest test-oldest clean
 

@@ -8,13 +8,13 @@ import importlib
 from typing import Any
 
 from . import registration
-from .config import OrdMoEConfig
+from .adapter.config import OrdMoEConfig
+from .adapter.model import OrdMoEModel
+from .adapter.targets import coverage_report
 from .errors import OrdMoEError
-from .model import OrdMoEModel
-from .quantization.census import quantization_census
 from .quantization.config import MoeBitsAndBytesConfig
-from .quantization.in_place import quantize_experts_
-from .targets import coverage_report
+from .quantization.memory_by_role import quantization_census
+from .quantization.quantize_model import quantize_experts_
 from .tiers.routing import tier_routing
 
 
@@ -41,8 +41,8 @@ IMPORTED_ON_USE = {
     "OrdMoETrainer": ".training",
     "OrdMoETrainingArguments": ".training",
     "RouterHealth": ".training",
-    "rollout": ".rollouts",
-    "to_preference_pairs": ".preference_pairs",
+    "rollout": ".data.rollouts",
+    "to_preference_pairs": ".data.preference_pairs",
 }
 
 registration.register()

@@ -7,10 +7,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
 from ._compat import add_peft_type
-from .config import PEFT_METHOD, OrdMoEConfig
-from .layers.experts_forward import experts_forward
-from .model import OrdMoEModel
-from .moe_layers import EXPERTS_IMPLEMENTATION
+from .adapter.config import PEFT_METHOD, OrdMoEConfig
+from .adapter.model import OrdMoEModel
+from .experts.forward import experts_forward
+from .moe_model import EXPERTS_IMPLEMENTATION
 from .quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from .quantization.quantizer import MoeBnb4BitHfQuantizer
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .moe_layers import MoELayer
+from .moe_model import MoELayer
 
 
 # Place of the chosen experts' weights in what transformers' routers return.

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from ordmoe_peft import OrdMoEConfig, forward, tier_routing
 from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.forward import running_forward
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.tiers.routing import install_tier_hooks, remove_tier_hooks
 from tests import models
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.data import load_easy_vqa
 from ordmoe_peft import MoeBitsAndBytesConfig
-from ordmoe_peft.samples import prompt_inputs
+from ordmoe_peft.data.samples import prompt_inputs
 
 
 BASE = str(Path("examples/easy_vqa/base").resolve())

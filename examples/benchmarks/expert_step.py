@@ -21,7 +21,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from ordmoe_peft.cli.tables import print_table
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.quantization.storage import expert_unpacker
 
 from .measuring import by_turns, in_own_process, peak_of, print_cpu, resident_peak_of

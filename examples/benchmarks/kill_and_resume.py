@@ -28,8 +28,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
-from ordmoe_peft.checkpoints import last_checkpoint, unfinished_folder
 from ordmoe_peft.cli.tables import print_table
+from ordmoe_peft.training.checkpoints import last_checkpoint, unfinished_folder
 
 
 STEPS, SAVE_EVERY, VOCABULARY = 12, 2, 64

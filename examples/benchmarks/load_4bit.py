@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfi
 
 from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.tables import print_table
-from ordmoe_peft.quantization.census import in_units
+from ordmoe_peft.quantization.memory_by_role import in_units
 
 from .measuring import in_a_fresh_process, print_cpu, resident_peak_of
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ordmoe_peft.cpu_speed import describe_cpu
+from ordmoe_peft.cli.cpu_speed import describe_cpu
 
 
 # What takes turns in one process shares oneDNN's cache of compiled products. It holds 1,024, and a model of 128 experts

@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.tables import percent, print_table
-from ordmoe_peft.planning.activations import step_inputs
-from ordmoe_peft.planning.plan import PlanSettings, plan_memory
-from ordmoe_peft.planning.weights import model_class
+from ordmoe_peft.tools.plan.activations import step_inputs
+from ordmoe_peft.tools.plan.plan import PlanSettings, plan_memory
+from ordmoe_peft.tools.plan.weights import model_class
 
 from .measuring import in_a_fresh_process, peak_of, print_cpu
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.quantization.storage import pack_experts
 
 

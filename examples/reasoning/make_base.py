@@ -30,7 +30,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from examples.reasoning.data import load_reasoning
-from ordmoe_peft.analysis.evaluation import OVERALL, evaluate_tiers
+from ordmoe_peft.tools.measure.evaluation import OVERALL, evaluate_tiers
 
 
 STOP_AT = 0.55

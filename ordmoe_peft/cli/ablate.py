@@ -9,16 +9,16 @@ from typing import Any
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from ..analysis.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, describe, make_cells
-from ..analysis.ablation_run import data_seed, evaluate_run, train_run
-from ..analysis.ablation_settings import Settings
-from ..analysis.report import ablate_report, require_matplotlib
+from ..data.samples import check_counts, check_samples
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
-from ..moe_layers import find_moe_layers
-from ..monitoring.signatures import ablation_findings
-from ..samples import check_counts, check_samples
+from ..moe_model import find_moe_layers
+from ..monitoring.diagnostics import ablation_findings
 from ..tiers.plan import make_plan
+from ..tools.ablate.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, describe, make_cells
+from ..tools.ablate.run import data_seed, evaluate_run, train_run
+from ..tools.ablate.settings import Settings
+from ..tools.report import ablate_report, require_matplotlib
 from ..training import OrdMoETrainingArguments
 from ..training.data_checks import checked_data
 from .arguments import AdapterArguments, ModelArguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PretrainedConfig
 
-from ..config import OrdMoEConfig
+from ..adapter.config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from ..analysis.evaluation import OVERALL, TierResult, evaluate_tiers
-from ..analysis.quality import TierMeans
+from ..tools.measure.evaluation import OVERALL, TierResult, evaluate_tiers
+from ..tools.measure.quality import TierMeans
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
 from .tables import percent, print_table, write_json

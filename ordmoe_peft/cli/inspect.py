@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from ..analysis.inspection import HealthReport, inspect_model
-from ..analysis.report import inspect_report, require_matplotlib
-from ..analysis.verdict import NEXT_STEP
-from ..monitoring.signatures import health_findings
+from ..monitoring.diagnostics import health_findings
+from ..tools.measure.inspection import HealthReport, inspect_model
+from ..tools.measure.verdict import NEXT_STEP
+from ..tools.report import inspect_report, require_matplotlib
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .loading import load_samples, load_subject, tier_cut
 from .tables import print_findings, print_table, write_json

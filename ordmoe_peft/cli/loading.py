@@ -9,12 +9,12 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ..cpu_speed import WORTH_A_WORD, slowdown
+from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
-from ..quantization.foreign import check_unquantised
-from ..samples import check_processing_class
+from ..quantization.other_quantizers import check_unquantised
 from ..tiers.routing import adapter_config
 from .arguments import DTYPES, ModelArguments, SampleArguments
+from .cpu_speed import WORTH_A_WORD, slowdown
 
 
 logger = logging.get_logger(__name__)

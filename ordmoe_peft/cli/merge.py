@@ -7,7 +7,7 @@ import torch
 from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
-from ..merging.on_disk import merge_checkpoint
+from ..tools.merge_on_disk.merge import merge_checkpoint
 from .arguments import ModelArguments, with_model_first
 from .tables import print_table
 

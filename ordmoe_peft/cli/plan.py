@@ -9,11 +9,13 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import TrlParser
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..planning.card import GIB, Card
-from ..planning.known_models import KNOWN_MODELS, known_config
-from ..planning.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
-from ..planning.optimizers import OPTIMIZERS
-from ..planning.plan import (
+from ..objectives.registry import OBJECTIVES
+from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from ..tools.plan.card import GIB, Card
+from ..tools.plan.known_models import KNOWN_MODELS, known_config
+from ..tools.plan.lm_head import TILE_TOKENS, TILE_VOCABULARY, tile_bytes
+from ..tools.plan.optimizers import OPTIMIZERS
+from ..tools.plan.plan import (
     TIER_PASSES,
     MemoryPlan,
     PlanSettings,
@@ -22,8 +24,6 @@ from ..planning.plan import (
     suggest,
     tokens_at_once,
 )
-from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
-from ..training.objectives import OBJECTIVES
 from .arguments import ModelArguments, weights_dtype, with_model_first
 from .tables import print_table, write_json
 

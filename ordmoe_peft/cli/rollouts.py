@@ -9,11 +9,11 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from trl import TrlParser
 
+from ..data.generation import sampling_arguments
+from ..data.preference_pairs import to_preference_pairs
+from ..data.rollouts import SETTINGS_FILE, rollout
+from ..data.shards import without_inner_bars
 from ..files import whole_file
-from ..generation import sampling_arguments
-from ..preference_pairs import to_preference_pairs
-from ..rollouts import SETTINGS_FILE, rollout
-from ..shards import without_inner_bars
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
 from .tables import percent, print_table

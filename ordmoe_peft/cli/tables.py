@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_whole
-from ..monitoring.signatures import Finding
+from ..monitoring.diagnostics import Finding
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

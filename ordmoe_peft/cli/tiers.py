@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from ..analysis.quality import TierQuality, tier_quality
-from ..analysis.report import require_matplotlib, tiers_report
-from ..monitoring.signatures import quality_findings
+from ..monitoring.diagnostics import quality_findings
+from ..tools.measure.quality import TierQuality, tier_quality
+from ..tools.report import require_matplotlib, tiers_report
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .evaluate import print_results
 from .loading import load_samples, load_subject, tier_cut

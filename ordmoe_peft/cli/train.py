@@ -12,9 +12,9 @@ from peft import get_peft_model
 from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
-from ..analysis.report import require_matplotlib, train_report
-from ..monitoring.signatures import training_findings
-from ..targets import coverage_report
+from ..adapter.targets import coverage_report
+from ..monitoring.diagnostics import training_findings
+from ..tools.report import require_matplotlib, train_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from ..training.data_checks import checked_data
 from ..training.run_record import RunFolder

@@ -20,11 +20,11 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
-from ..layers.param_wrapper import ParamWrapper, check_finite
-from ..moe_layers import without_wrappers
+from ..experts.expert_lora import ParamWrapper, check_finite
+from ..moe_model import without_wrappers
 from ..quantization.dequantization import packed_names, put_dense_
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
-from .survival import RequantizationReport, Survival, SurvivalSum
+from .delta_retention import RequantizationReport, Survival, SurvivalSum
 
 
 def has_packed_weights(model: nn.Module) -> bool:

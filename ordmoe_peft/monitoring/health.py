@@ -1,6 +1,6 @@
 """What a router's choices say of its health: statistics of tokens, and what their sums mean for a layer.
 
-Shape suffixes as in `ops/__init__.py`; C tiers, n columns of statistics.
+Shape suffixes as in `experts/__init__.py`; C tiers, n columns of statistics.
 """
 
 import math

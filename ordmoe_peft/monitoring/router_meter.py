@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, running_forward
-from ..moe_layers import MoELayer, find_moe_layers, text_models
+from ..moe_model import MoELayer, find_moe_layers, text_models
 from ..router_output import read_router_output
 from ..tiers.plan import TierPlan
 from ..tiers.routing import check_router, install_tier_hooks, route
@@ -24,7 +24,7 @@ class _LayerMeter:
     """A layer that is measured, and the sums so far.
 
     Args:
-        layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the layer.
+        layer ([`~ordmoe_peft.moe_model.MoELayer`]): the layer.
         router (`nn.Module`): its router, with PEFT's wrapper where there is one.
         num_tiers (`int`): tiers that are measured; 0 for none.
         has_drift (`bool`): whether an adapter is on the router, and not merged into it.

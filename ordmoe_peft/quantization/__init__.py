@@ -1,7 +1,7 @@
 """4-bit storage of fused expert stacks, and how a checkpoint is loaded into it."""
 
 from .config import MoeBitsAndBytesConfig
-from .in_place import quantize_experts_
+from .quantize_model import quantize_experts_
 
 
 __all__ = ["MoeBitsAndBytesConfig", "quantize_experts_"]

@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout, save_in_original_format, save_in_own_names
 from ..errors import OrdMoEModelError
-from ..moe_layers import EXPERTS_IMPLEMENTATION, check_no_adapter
-from .census import quantization_census
+from ..moe_model import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .config import MoeBitsAndBytesConfig
 from .dequantization import cast_rest_, unpack_
 from .file_pages import release_file_pages
+from .memory_by_role import quantization_census
 from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
 from .storage import Matrices, check_packable, is_packed, pack_experts

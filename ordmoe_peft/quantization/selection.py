@@ -3,9 +3,9 @@
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..adapter.unserved_blocks import unserved_moe_blocks
 from ..errors import OrdMoEModelError
-from ..moe_layers import MoELayer, find_moe_layers, is_fused_experts
-from ..unserved_blocks import unserved_moe_blocks
+from ..moe_model import MoELayer, find_moe_layers, is_fused_experts
 from .storage import BLOCK_SIZE
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import OrdMoEConfigError, OrdMoERuntimeError
-from ..moe_layers import MoELayer
+from ..moe_model import MoELayer
 from .ranking import GROUPINGS, check_tiers_fit
 
 

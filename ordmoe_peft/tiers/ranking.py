@@ -1,6 +1,6 @@
 """From routing scores to ranks to tiers. Pure functions; tiers and ranks count from 1.
 
-Shape suffixes as in `ops/__init__.py`.
+Shape suffixes as in `experts/__init__.py`.
 """
 
 import torch

@@ -16,12 +16,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..config import OrdMoEConfig
+from ..adapter.config import OrdMoEConfig
+from ..adapter.unserved_blocks import check_scope_is_served
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
-from ..moe_layers import MoELayer, find_moe_layers, text_models
+from ..moe_model import MoELayer, find_moe_layers, text_models
 from ..router_output import WEIGHTS, read_router_output
-from ..unserved_blocks import check_scope_is_served
 from .plan import TierPlan, make_plan
 from .selection import RouterSizes, TierSelection
 
@@ -121,7 +121,7 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> 
     Hooks on the router do not run.
 
     Args:
-        layer ([`~ordmoe_peft.moe_layers.MoELayer`]): the router's layer.
+        layer ([`~ordmoe_peft.moe_model.MoELayer`]): the router's layer.
         plan ([`~ordmoe_peft.tiers.plan.TierPlan`], *optional*): the tiers; the router's own choice without.
         args, kwargs: the router's inputs.
     """

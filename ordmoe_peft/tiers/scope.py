@@ -7,7 +7,7 @@ tiers.
 
 import torch
 
-from ..responses import IGNORED_LABEL
+from ..data.responses import IGNORED_LABEL
 
 
 TOKEN_SCOPES = ("sequence", "response")

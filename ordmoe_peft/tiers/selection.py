@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..forward import RunningForward
-from ..moe_layers import MoELayer
+from ..moe_model import MoELayer
 from .group_limits import Limit, ScoreHistory, hides_experts
 from .plan import TierPlan
 from .ranking import first_rank, random_order, rank_experts, ranks_of_tiers

@@ -10,13 +10,13 @@ import torch
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..config import OrdMoEConfig
+from ..adapter.config import OrdMoEConfig
+from ..adapter.field_types import check_field_types
+from ..data.generation import check_one_response, sampling_arguments
 from ..errors import OrdMoEConfigError
-from ..field_types import check_field_types
-from ..generation import check_one_response, sampling_arguments
-from ..moe_layers import MoELayer
+from ..moe_model import MoELayer
+from ..objectives.registry import OBJECTIVES
 from ..router_output import read_router_output
-from .objectives import OBJECTIVES
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +67,7 @@ class OrdMoETrainingArguments(SFTConfig):
         scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
             them or by the `"policy"`, tier 1.
         share_prompt (`bool`, defaults to `True`): with `token_scope="response"`, compute each prompt once for all tiers
-            where the model allows; see [`~ordmoe_peft.training.prompt_sharing.PromptSharing`].
+            where the model allows; see [`~ordmoe_peft.training.row_layout.prompt_sharing.PromptSharing`].
         tier_passes (`str`, defaults to `"auto"`): `"batched"`, one forward for all tiers, or `"sequential"`, a forward
             and backward for each, at the peak memory of supervised fine-tuning. Losses and gradients are the same but
             for rounding. Sequential, objectives other than `erl` take a further forward, without gradient, of each

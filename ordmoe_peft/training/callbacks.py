@@ -3,14 +3,14 @@
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..monitoring.signatures import training_findings
+from ..monitoring.diagnostics import training_findings
 
 
 logger = logging.get_logger(__name__)
 
 
 class FailureWatch(TrainerCallback):
-    """Names each failure signature of [`~ordmoe_peft.monitoring.signatures`] when it first shows in the trainer's log.
+    """Names each failure signature of [`~ordmoe_peft.monitoring.diagnostics`] when it first shows in the trainer's log.
 
     Each is warned about once, by the main process alone.
 

@@ -21,12 +21,12 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..checkpoints import checkpoint_to_resume, discard
-from ..config import OrdMoEConfig
+from ..adapter.config import OrdMoEConfig
+from ..data.shards import flattened
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
-from ..shards import flattened
 from .arguments import OrdMoETrainingArguments
+from .checkpoints import checkpoint_to_resume, discard
 
 
 logger = logging.get_logger(__name__)

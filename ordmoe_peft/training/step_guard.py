@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..checkpoints import last_checkpoint
 from ..errors import OrdMoERuntimeError
+from .checkpoints import last_checkpoint
 from .tier_passes import TierScores
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..responses import IGNORED_LABEL
+from ..data.responses import IGNORED_LABEL
+from ..monitoring.router_records import recorded_router_outputs
 from ..router_output import RouterOutput
-from ..tiers.records import recorded_router_outputs
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
-from .labelled_positions import score_labelled
-from .packed_rows import PackedRows
-from .prompt_sharing import PromptSharing
 from .random_state import RandomState
-from .rows import stack_rows
+from .row_layout.prompt_sharing import PromptSharing
+from .row_layout.separate import stack_rows
+from .row_layout.shared_prompt import PackedRows
+from .score_labels import score_labelled
 
 
 # The place of the batch's own rows where tiers have responses of their own.
@@ -112,8 +112,8 @@ class TierPasses:
         scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
         needs_reference (`bool`): whether the frozen base scores the rows as well.
         records_routing (`bool`): whether tier 1's routing is needed.
-        sharing ([`~ordmoe_peft.training.prompt_sharing.PromptSharing`], *optional*): computes prompts once for all
-            tiers of a forward; without it each tier has rows of its own.
+        sharing (`PromptSharing`, *optional*): computes prompts once for all tiers of a forward; without it each tier
+            has rows of its own.
         step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
         tier_by_tier (`bool`): whether each tier has a forward of its own.
         looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward

@@ -13,28 +13,28 @@ from torch import nn
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .._compat import WholeCheckpoints
-from ..config import OrdMoEConfig
+from ..adapter.config import OrdMoEConfig
+from ..data.generation import generate_by_tier, with_responses
+from ..data.images import encode_images
+from ..data.positions import check_fits, check_room, num_positions
+from ..data.responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError, OrdMoEDataError
-from ..generation import generate_by_tier, with_responses
-from ..images import encode_images
-from ..moe_layers import find_moe_layers
+from ..moe_model import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
-from ..positions import check_fits, check_room, num_positions
-from ..quantization.sharding import keep_packed_when_sharded
-from ..responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
-from ..samples import check_processing_class
+from ..objectives.registry import OBJECTIVES, ObjectiveInputs
+from ..quantization.fsdp import keep_packed_when_sharded
+from ._compat import WholeCheckpoints
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
 from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
-from .objectives import OBJECTIVES, ObjectiveInputs
+from .parallelism_checks import check_placement, check_precision
 from .pass_schedule import PassSchedule
-from .placement import check_placement, check_precision
-from .prompt_sharing import PromptSharing
 from .router_health import RouterHealth
-from .rows import left_padded_prompts
+from .row_layout.prompt_sharing import PromptSharing
+from .row_layout.separate import left_padded_prompts
 from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
 from .step_guard import StepGuard
 from .tier_passes import TierPasses, TierScores

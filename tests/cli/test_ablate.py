@@ -9,9 +9,9 @@ import time
 import pytest
 import yaml
 
-from ordmoe_peft.analysis.ablation_run import train_run
 from ordmoe_peft.cli import ablate
 from ordmoe_peft.cli.main import main
+from ordmoe_peft.tools.ablate.run import train_run
 from tests import models, text
 
 

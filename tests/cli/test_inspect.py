@@ -9,7 +9,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
 from ordmoe_peft.cli.main import main
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from tests import models
 from tests.cli.test_main import base, data, error_of, save_base  # noqa: F401 (fixtures)
 

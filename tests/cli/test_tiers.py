@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.main import main
-from ordmoe_peft.monitoring.signatures import quality_findings
+from ordmoe_peft.monitoring.diagnostics import quality_findings
 from tests import models, text
 
 

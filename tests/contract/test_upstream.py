@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 import ordmoe_peft  # noqa: F401
-from ordmoe_peft.moe_layers import is_fused_experts
+from ordmoe_peft.moe_model import is_fused_experts
 from tests import models
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.quantization.config import MoeBitsAndBytesConfig
 from tests import models, text
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEModelError, OrdMoERuntimeError
-from ordmoe_peft.moe_layers import find_moe_layers, unwrapped
+from ordmoe_peft.moe_model import find_moe_layers, unwrapped
 from ordmoe_peft.quantization.storage import dense_stack, is_packed
 from tests import models, reference
 

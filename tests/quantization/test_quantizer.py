@@ -79,7 +79,7 @@ def test_the_callers_config_is_left_as_it_was(tmp_path):
 
 
 def test_only_experts_that_tokens_hit_are_unpacked(tmp_path, monkeypatch):
-    from ordmoe_peft.layers import experts_forward
+    from ordmoe_peft.experts import forward as experts_forward
 
     unpacked = []
 

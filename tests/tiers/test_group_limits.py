@@ -6,7 +6,7 @@ from torch import nn
 
 from ordmoe_peft import tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.tiers.group_limits import hides_experts
 from ordmoe_peft.tiers.routing import check_router, install_tier_hooks
 from tests import models

@@ -1,7 +1,7 @@
 import pytest
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.tiers.plan import TierPlan, layers_in_scope, make_plan
 from tests import models
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.tiers.routing import adapter_config, install_tier_hooks
 from tests import models, reference
 

@@ -10,9 +10,9 @@ from trl import SFTTrainer
 
 from examples.easy_vqa.data import load_easy_vqa
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, rollout, tier_routing
-from ordmoe_peft.analysis.evaluation import evaluate_tiers
 from ordmoe_peft.cli.main import main
-from ordmoe_peft.samples import scoring_inputs
+from ordmoe_peft.data.samples import scoring_inputs
+from ordmoe_peft.tools.measure.evaluation import evaluate_tiers
 from tests import models
 from tests.training.test_trainer import arguments, trained
 

@@ -7,7 +7,7 @@ from ordmoe_peft import tier_routing
 from ordmoe_peft.objectives import preference
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.tiers.scope import tiers_of_labels
-from ordmoe_peft.training.rows import left_padded_prompts
+from ordmoe_peft.training.row_layout.separate import left_padded_prompts
 from tests import models, text
 from tests.training.test_trainer import adapted, one_batch, trainer_for
 

@@ -8,9 +8,9 @@ from trl import SFTTrainer
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
-from ordmoe_peft.moe_layers import find_moe_layers
+from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.monitoring.router_records import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
-from ordmoe_peft.tiers.records import recorded_router_outputs
 from ordmoe_peft.training import arguments as arguments_module
 from ordmoe_peft.training import trainer as trainer_module
 from tests import models, reference, text

@@ -1,0 +1,130 @@
+"""The adapter's configuration, saved with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils.peft_types import PeftType
+
+from ..errors import OrdMoEConfigError
+from ..objectives.advantages import ADVANTAGES, tier_rewards
+from ..tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
+from ..tiers.ranking import GROUPINGS
+from ..tiers.scope import TOKEN_SCOPES
+from .field_types import check_field_types
+from .lora_fields import check_any_target, check_parameter_targets
+from .saved_weights import find_weights
+
+
+PEFT_METHOD = "ordmoe"
+ROLES = ("router", "experts", "shared_experts", "attention")
+# More than any MoE layer has experts; what a model has room for is checked when the adapter is attached.
+MOST_TIERS = 4096
+
+
+@dataclass
+class OrdMoEConfig(LoraConfig):
+    """Configuration of an OrdMoE adapter: LoRA on a MoE model's routers and experts, and how its tiers are cut.
+
+    All fields of [`~peft.LoraConfig`] apply, or are refused by name: where experts or routers are adapted, those that
+    PEFT cannot apply to parameters (`lora_dropout`, biases, variants such as DoRA, initialisations from the weights
+    such as PiSSA); everywhere, `layer_replication` and what selects among `target_modules` and `target_parameters`,
+    which are filled in from `targets`. `rank_pattern` and `alpha_pattern` may name modules (`mlp.experts`) and
+    parameters.
+
+    Args:
+        targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
+            `"shared_experts"` and `"attention"`.
+        num_tiers (`int`, defaults to 3): C, the number of tiers; 1 is plain supervised fine-tuning.
+        grouping (`str`, defaults to `"uniform"`): how tiers are cut from the ranked experts: `"uniform"`,
+            `"high_only"` or `"random"`.
+        layer_scope (`str` or `list[int]`, defaults to `"all"`): MoE layers held to tiers: `"all"`, `"shallow"`,
+            `"deep"`, or indices.
+        token_scope (`str`, defaults to `"sequence"`): positions of a row that follow its tier: `"sequence"`, all, or
+            `"response"`, those that predict a token of the response, so that the prompt is common to all tiers.
+        tier_weights (`str`, defaults to `"router"`): weights of a tier's experts: `"router"`, the router's own rule on
+            their scores, or `"match"`, the same scaled so that a token's weights sum to what tier 1's would. Routers
+            that do not renormalise (OLMoE, DeepSeek-V2) give low tiers almost none otherwise.
+        rewards (`list[float]`, *optional*): one per tier, descending; evenly spaced from 1 to 0 by default.
+        advantages (`str`, defaults to `"zscore"`): what rewards become: `"zscore"`, `"center"` or `"none"`.
+        tier_seed (`int`, defaults to 0): seed of `"random"` grouping.
+        base_moe (`dict`, *optional*): sizes of the base's MoE layers, filled in when the adapter is attached, so that
+            loading it on another base can say which one was expected.
+        base_quantization (`dict`, *optional*): the base's quantisation in training, as its `config.json` would have
+            it, filled in when the adapter is attached; merging says when it does not follow it.
+
+    Raises:
+        [`OrdMoEConfigError`]: a field has a value that cannot work.
+    """
+
+    targets: list[str] = field(
+        default_factory=lambda: ["router", "experts"],
+        metadata={"help": f"Roles to adapt, out of {ROLES}."},
+    )
+    num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
+    grouping: str = field(default="uniform", metadata={"help": f"How tiers are cut: one of {GROUPINGS}."})
+    layer_scope: str | list[int] = field(
+        default="all", metadata={"help": f"MoE layers held to tiers: one of {LAYER_SCOPES}, or a list of indices."}
+    )
+    token_scope: str = field(
+        default="sequence", metadata={"help": f"Positions of a row that follow its tier: one of {TOKEN_SCOPES}."}
+    )
+    tier_weights: str = field(
+        default="router", metadata={"help": f"Weights of a tier's experts: one of {TIER_WEIGHTS}."}
+    )
+    rewards: list[float] | None = field(
+        default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
+    )
+    advantages: str = field(default="zscore", metadata={"help": f"What rewards become: one of {tuple(ADVANTAGES)}."})
+    tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
+    base_moe: dict | None = field(default=None, metadata={"help": "Sizes of the base's MoE layers; filled in."})
+    base_quantization: dict | None = field(
+        default=None, metadata={"help": "The base's quantisation in training; filled in."}
+    )
+
+    # The file of the saved adapter that this is the configuration of, until it is loaded.
+    weights_file = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """PEFT's; takes a note of the adapter's weights, which are looked at before an adapter is attached to them."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.weights_file = find_weights(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
+
+    def __post_init__(self):
+        self.targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        _check_fields(self)
+        self.targets = list(self.targets)
+        check_parameter_targets(self)
+        super().__post_init__()
+        self.peft_type = PeftType[PEFT_METHOD.upper()]
+        _check_choice("grouping", self.grouping, GROUPINGS)
+        _check_choice("tier_weights", self.tier_weights, TIER_WEIGHTS)
+        _check_choice("token_scope", self.token_scope, TOKEN_SCOPES)
+        _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
+        if isinstance(self.layer_scope, str):
+            _check_choice("layer_scope", self.layer_scope, LAYER_SCOPES)
+        unknown = [role for role in self.targets if role not in ROLES]
+        if unknown or not self.targets:
+            raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
+        tier_rewards(self.rewards, self.num_tiers)
+        check_any_target(self)
+
+
+def _check_fields(config: OrdMoEConfig) -> None:
+    """The types of our own fields, and numbers that a model and a generator can have."""
+    check_field_types(config, OrdMoEConfig)
+    if not 1 <= config.num_tiers <= MOST_TIERS:
+        limit = "at least 1" if config.num_tiers < 1 else f"at most {MOST_TIERS}"
+        raise OrdMoEConfigError(f"num_tiers must be {limit}, got {config.num_tiers}.")
+    if not -(2**63) <= config.tier_seed < 2**63:
+        raise OrdMoEConfigError(f"tier_seed must be a whole number of 64 bits, got {config.tier_seed}.")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OrdMoEConfigError(f"{name} must be one of {tuple(choices)}, got {value!r}.")

@@ -1,0 +1,166 @@
+"""Which modules and parameters a role stands for in a model, and how many of them an adapter covers."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import OrdMoEModelError
+from ..moe_model import MoELayer, find_moe_layers, without_wrappers
+from ..quantization.storage import logical_shape
+from .unserved_blocks import check_all_served, unserved_moe_blocks
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that LoRA can be put on.
+
+    Args:
+        role (`str`): one of [`~ordmoe_peft.adapter.config.ROLES`].
+        kind (`str`): what it is within the role: `router`, `gate_up`, `up`, `down`, `shared_experts`, `attention`.
+        name (`str`): full name in the unwrapped model.
+        is_parameter (`bool`): goes to `target_parameters` rather than to `target_modules`.
+        layer (`int`): place of its decoder layer.
+    """
+
+    role: str
+    kind: str
+    name: str
+    is_parameter: bool
+    layer: int
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """All targets of all roles in `model`, wrapped by PEFT or not."""
+    layers = find_moe_layers(model)
+    found = []
+    for layer in layers:
+        if layer.router is not None:
+            is_parameter = not isinstance(layer.router, nn.Linear)
+            name = f"{layer.router_name}.weight" if is_parameter else layer.router_name
+            found.append(Target("router", "router", name, is_parameter, layer.decoder_layer))
+        for projection in layer.projections:
+            kind = projection.removesuffix("_proj")
+            name = f"{layer.experts_name}.{projection}"
+            found.append(Target("experts", kind, name, True, layer.decoder_layer))
+        for name in _linears(model, layer.block_name, "shared"):
+            found.append(Target("shared_experts", "shared_experts", name, False, layer.decoder_layer))
+    for index, decoder_layer in _decoder_layers(model, layers):
+        for name in _linears(model, decoder_layer, "attn", "attention"):
+            found.append(Target("attention", "attention", name, False, index))
+    return found
+
+
+def _decoder_layers(model: nn.Module, layers: list[MoELayer]) -> list[tuple[int, str]]:
+    lists = dict.fromkeys(layer.decoder_layers_name for layer in layers)
+    return [(index, f"{name}.{index}") for name in lists for index in range(len(model.get_submodule(name)))]
+
+
+def _linears(model: nn.Module, parent_name: str, *words: str) -> list[str]:
+    """Names of the linear layers with more than one output in the children of `parent_name` named by one of `words`."""
+    return [
+        without_wrappers(f"{parent_name}.{child_name}.{name}".removesuffix("."))
+        for child_name, child in model.get_submodule(parent_name).named_children()
+        if any(word in child_name for word in words)
+        for name, module in child.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and module.out_features > 1
+    ]
+
+
+def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
+    """The targets of `roles`.
+
+    Raises:
+        [`OrdMoEModelError`]: a role matches nothing, or only part of the layers that should have it.
+    """
+    found = find_targets(model)
+    layers = find_moe_layers(model)
+    if set(roles) - {"attention"}:
+        check_all_served(model, f"targets={roles}")
+    moe_layers = {layer.decoder_layer for layer in layers}
+    decoder_layers = {index for index, _ in _decoder_layers(model, layers)}
+    for role in roles:
+        covered = {target.layer for target in found if target.role == role}
+        if not covered:
+            available = sorted({target.role for target in found})
+            raise OrdMoEModelError(
+                f"targets has {role!r}, but {type(model).__name__} has nothing of that role. It has {available}."
+            )
+        missing = sorted((decoder_layers if role == "attention" else moe_layers) - covered)
+        if missing:
+            raise OrdMoEModelError(
+                f"targets has {role!r}, but it was found in {len(covered)} layers only; nothing in the decoder layers "
+                f"{missing}. Drop the role, or name the modules in a plain LoraConfig."
+            )
+    return [target for target in found if target.role in roles]
+
+
+def base_quantization(model: nn.Module) -> dict | None:
+    """How `model` is quantised, as plain data."""
+    recipe = getattr(getattr(model, "config", None), "quantization_config", None)
+    return recipe.to_dict() if hasattr(recipe, "to_dict") else recipe
+
+
+def base_moe(model: nn.Module) -> dict:
+    """The sizes that an adapter of `model` depends on, as plain data."""
+    layers = find_moe_layers(model)
+    experts = layers[0].experts
+    sides = logical_shape(experts.down_proj)[1:]
+    expert_width, hidden_size = sides if experts.is_transposed else reversed(sides)
+    return {
+        "moe_layers": len(layers),
+        "num_experts": experts.num_experts,
+        "top_k": layers[0].top_k,
+        "hidden_size": hidden_size,
+        "expert_width": expert_width,
+        "experts_class": type(experts).__name__,
+    }
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model an adapter covers; prints as a table.
+
+    Args:
+        rows (`list` of `(kind, found, adapted, trainable parameters)`): one row per kind of target.
+        unserved (`list[str]`): MoE blocks whose experts cannot be adapted, held to tiers or packed.
+    """
+
+    rows: list[tuple[str, int, int, int]]
+    unserved: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'target':<16}{'found':>8}{'adapted':>9}{'trainable parameters':>22}"]
+        lines += [f"{kind:<16}{found:>8}{adapted:>9}{count:>22,}" for kind, found, adapted, count in self.rows]
+        lines += [f"{name}: its experts are not of transformers' experts interface" for name in self.unserved]
+        return "\n".join(lines)
+
+
+def coverage_report(model: nn.Module) -> Coverage:
+    """Count, by kind, the targets that `model` has, those that LoRA is on, and their trainable parameters.
+
+    Args:
+        model (`nn.Module`): a [`~peft.PeftModel`] or any MoE model.
+    """
+    trainable: dict[str, int] = {}
+    adapted: set[str] = set()
+    for wrapped_name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        parameter_name = getattr(module, "parameter_name", None)
+        name = without_wrappers(wrapped_name) + (f".{parameter_name}" if parameter_name else "")
+        adapted.add(name)
+        factors = [*module.lora_A.parameters(), *module.lora_B.parameters()]
+        trainable[name] = sum(factor.numel() for factor in factors if factor.requires_grad)
+    rows = []
+    found = find_targets(model)
+    for kind in dict.fromkeys(target.kind for target in found):
+        names = [target.name for target in found if target.kind == kind]
+        rows.append(
+            (
+                kind,
+                len(names),
+                sum(name in adapted for name in names),
+                sum(trainable.get(name, 0) for name in names),
+            )
+        )
+    return Coverage(rows, unserved_moe_blocks(model))

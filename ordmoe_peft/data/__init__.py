@@ -1,0 +1,1 @@
+"""Samples, their images and responses, generation by tier, rollouts and preference pairs."""

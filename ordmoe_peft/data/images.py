@@ -1,0 +1,109 @@
+"""Run the vision encoder once for a batch's images, however many rows show them.
+
+transformers' models take what their encoder made of images in place of pixel values, as `mm_encoder_outputs`, and
+`generate` prepares it in the same way (`generation/utils.py`).
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import ModelOutput, logging
+
+from ..moe_model import find_moe_layers, text_models
+
+
+logger = logging.get_logger(__name__)
+
+ENCODED = "mm_encoder_outputs"
+MODALITIES = ("image", "video")
+# What transformers' encoders are given pixels as.
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+# What models read of encoded images: lists of tensors, one per image, or tensors whose first dimension is images.
+POOLED, DEEPSTACK = "pooler_output", "deepstack_features"
+
+
+def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Model inputs with their images encoded, without gradient: `mm_encoder_outputs` in place of pixel values.
+
+    Inputs without pixel values come back as they are. So do those of models that take no encoded images, whose
+    encoder is trained, or whose weights are split over processes; a warning says so once.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        inputs (`dict`): its inputs.
+    """
+    if not any(name in inputs for name in PIXELS):
+        return inputs
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    reason = _reason_for_pixels(model)
+    if reason is not None:
+        logger.warning_once(f"The vision encoder runs once for each tier, not once for each image: {reason}.")
+        return inputs
+    encoded, read = {}, set()
+    for modality in MODALITIES:
+        encoder = getattr(model.base_model, f"get_{modality}_features", None)
+        names = [name for name in inspect.signature(encoder).parameters if name in inputs] if encoder else []
+        if any(name in PIXELS for name in names):
+            with torch.no_grad():
+                encoded[modality] = encoder(**{name: inputs[name] for name in names}, return_dict=True)
+            read.update(names)
+    if not encoded or any(getattr(output, POOLED, None) is None for output in encoded.values()):
+        logger.warning_once(
+            f"The vision encoder runs once for each tier, not once for each image: {type(model).__name__} does not say "
+            "what it makes of them."
+        )
+        return inputs
+    read -= {*_position_inputs(model)}
+    return {name: value for name, value in inputs.items() if name not in read} | {ENCODED: encoded}
+
+
+def concatenated_images(encoded: list[dict[str, ModelOutput]]) -> dict[str, ModelOutput]:
+    """The encoded images of several batches of rows after one another."""
+    return {modality: _concatenated_outputs([one[modality] for one in encoded]) for modality in encoded[0]}
+
+
+def row_positions(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The positions that `model` gives the tokens of whole rows: `(B, S)`, or `(3, B, S)` for images (mRoPE)."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = _position_inputs(model)
+    position_ids = model.base_model.compute_3d_position_ids(**{n: inputs.get(n) for n in names}) if names else None
+    if position_ids is None:
+        ids = inputs["input_ids"]
+        return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return position_ids
+
+
+def _position_inputs(model: nn.Module) -> list[str]:
+    """What the model computes the positions of image tokens from; nothing where they are counted like text."""
+    compute = getattr(model.base_model, "compute_3d_position_ids", None)
+    return list(inspect.signature(compute).parameters) if compute else []
+
+
+def _reason_for_pixels(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if ENCODED not in inspect.signature(model.forward).parameters:
+        return f"{name} takes no encoded images"
+    decoder = {parameter for part in text_models(model, find_moe_layers(model)) for parameter in part.parameters()}
+    around = [parameter for parameter in model.base_model.parameters() if parameter not in decoder]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in around):
+        return f"weights of {name} outside its text model are trained"
+    if any(isinstance(parameter, DTensor) or parameter.numel() == 0 for parameter in around):
+        return f"the weights of {name} are split over processes"
+    return None
+
+
+def _concatenated_outputs(outputs: list[ModelOutput]) -> ModelOutput:
+    parts = {POOLED: _concatenated([output[POOLED] for output in outputs])}
+    layers = [output.get(DEEPSTACK) for output in outputs]
+    if layers[0] is not None:
+        parts[DEEPSTACK] = [_concatenated(list(features)) for features in zip(*layers, strict=True)]
+    return type(outputs[0])(**parts)
+
+
+def _concatenated(features: list[Any]) -> Any:
+    if isinstance(features[0], torch.Tensor):
+        return torch.cat(features)
+    return [image for images in features for image in images]

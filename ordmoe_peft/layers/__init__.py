@@ -1,1 +1,0 @@
-"""LoRA on fused experts and routers, and the experts forward that applies it."""

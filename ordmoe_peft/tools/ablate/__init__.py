@@ -1,0 +1,1 @@
+"""Runs over a grid of settings and seeds, and what they differ in."""

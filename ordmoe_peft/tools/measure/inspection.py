@@ -1,0 +1,123 @@
+"""Can a model's routing be cut into tiers? Run it on data and see."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...adapter.unserved_blocks import unserved_moe_blocks
+from ...data.generation import evaluation_mode
+from ...data.positions import check_fits
+from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
+from ...data.texts import check_texts
+from ...errors import OrdMoEConfigError, OrdMoEDataError
+from ...monitoring.health import LayerHealth
+from ...monitoring.router_meter import RouterMeter
+from ...tiers.ranking import GROUPINGS
+from ...tiers.routing import adapter_config
+from .verdict import reasons_against
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """What inspection found.
+
+    Args:
+        model (`str`): name of the model.
+        num_tokens (`int`): tokens that were counted, padding apart.
+        num_tiers (`int`): C that was asked for.
+        grouping (`str`): how tiers were cut.
+        is_fit (`bool`): whether the routing can be cut into C tiers that differ, as far as was measured. It does not
+            say that ranks carry a signal: see [`~ordmoe_peft.tools.measure.quality.tier_quality`].
+        reasons (`list[str]`): what does, a sentence each.
+        layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
+            fit a layer, its tiers are those of the largest C that does.
+    """
+
+    model: str
+    num_tokens: int
+    num_tiers: int
+    grouping: str
+    is_fit: bool
+    reasons: list[str]
+    layers: list[LayerHealth]
+
+    to_dict = asdict
+
+
+def inspect_model(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    *,
+    num_tiers: int = 3,
+    grouping: str = "uniform",
+    batch_size: int = 32,
+    seed: int = 0,
+) -> HealthReport:
+    """Run `model` over samples and judge how its routers spread and rank their experts.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        processing_class: its tokenizer or processor.
+        dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format.
+        num_tiers (`int`, defaults to 3): C that is asked about.
+        grouping (`str`, defaults to `"uniform"`): how tiers are cut.
+        batch_size (`int`, defaults to 32): samples at a time.
+        seed (`int`, defaults to 0): what `random` grouping draws from.
+
+    Raises:
+        [`OrdMoEConfigError`]: an unknown grouping, or a number below 1.
+        [`OrdMoEDataError`]: the data set has no `prompt`, or no samples.
+        [`OrdMoEModelError`]: the model has no MoE layers.
+    """
+    if grouping not in GROUPINGS:
+        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
+    check_counts(num_tiers=num_tiers, batch_size=batch_size)
+    if "prompt" not in dataset.column_names or len(dataset) == 0:
+        raise OrdMoEDataError(
+            f"Inspection needs samples with a `prompt`; the data set has {len(dataset)} samples with the columns "
+            f"{sorted(dataset.column_names)}. Use TRL's prompt-completion format."
+        )
+    columns = [name for name in ("prompt", "completion") if name in dataset.column_names]
+    check_texts(dataset, columns, "inspection", may_be_empty=True)
+    meter = RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed)
+    with meter:
+        _run(model, processing_class, dataset, batch_size)
+    layers = meter.report()
+    tier_weights = adapter_config(model).tier_weights
+    reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
+    reasons += [
+        f"{name}: its experts are not of transformers' experts interface." for name in unserved_moe_blocks(model)
+    ]
+    return HealthReport(
+        model=model.name_or_path,
+        num_tokens=max((layer.num_tokens for layer in layers), default=0),
+        num_tiers=num_tiers,
+        grouping=grouping,
+        is_fit=not reasons,
+        reasons=reasons,
+        layers=layers,
+    )
+
+
+def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batch_size: int) -> None:
+    """Forward every sample through the model without its head, whose logits would be the largest tensor by far."""
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    with evaluation_mode(model), tqdm(total=len(dataset), desc="Inspecting", unit="sample") as bar:
+        for samples in sample_batches(dataset, batch_size):
+            inputs = _inputs(samples, processing_class).to(model.device)
+            check_fits(model, inputs)
+            backbone(**inputs, use_cache=False)
+            bar.update(len(samples))
+
+
+def _inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Any:
+    """Prompts with their answers where there are such, else prompts alone."""
+    if "completion" not in samples[0]:
+        return prompt_inputs(samples, processing_class)
+    inputs = scoring_inputs(samples, processing_class)
+    inputs.pop("labels")
+    return inputs

@@ -1,0 +1,181 @@
+"""A pass over data under one tier that watches routers and experts.
+
+Shape suffixes as in `experts/__init__.py`; n counts samples, L MoE layers.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...data.generation import evaluation_mode
+from ...data.responses import IGNORED_LABEL
+from ...data.samples import ProcessingClass, sample_batches, scoring_inputs
+from ...errors import OrdMoEModelError
+from ...moe_model import MoELayer, find_moe_layers
+from ...monitoring.router_records import recorded_router_outputs
+from ...tiers.routing import adapter_config, tier_routing
+from ...tiers.scope import tiers_of_labels
+from .correlation import routing_score
+
+
+@dataclass
+class ExpertTokens:
+    """Some tokens at one layer's experts.
+
+    Args:
+        hidden_states_NH (`torch.Tensor` of shape `(N, H)`): what goes into the experts.
+        top_k_index_NK (`torch.Tensor` of shape `(N, K)`): each token's experts.
+    """
+
+    hidden_states_NH: torch.Tensor
+    top_k_index_NK: torch.Tensor
+
+
+@dataclass
+class ExpertCall:
+    """What a layer's experts were called with in one forward.
+
+    Args:
+        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the experts of all tokens.
+        kept (`ExpertTokens`): some of the tokens.
+    """
+
+    top_k_index_TK: torch.Tensor
+    kept: ExpertTokens
+
+
+@dataclass
+class TierObservation:
+    """What routers and experts did with a data set under one tier.
+
+    Args:
+        routing_scores_nL (`torch.Tensor` of shape `(n, L)`): see
+            [`~ordmoe_peft.tools.measure.correlation.routing_score`].
+        expert_tokens (`list[ExpertTokens]`): one per MoE layer, of tokens spread evenly over the data.
+    """
+
+    routing_scores_nL: torch.Tensor
+    expert_tokens: list[ExpertTokens]
+
+
+def outer_experts(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """The experts of `layer` as their block calls them, with whatever LoRA wraps them."""
+    return getattr(model.get_submodule(layer.block_name), layer.experts_name.rpartition(".")[2])
+
+
+@contextmanager
+def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[list[ExpertCall]]:
+    """Within the block, append the inputs of each MoE layer's experts to the list given, layer by layer.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        token_N (`torch.Tensor` of shape `(N,)`): places of the tokens whose hidden states are kept: those of all
+            tokens in all layers would be most of a forward's memory.
+    """
+    calls: list[ExpertCall] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # The experts interface fixes both the order and the names of these arguments.
+        names = ("hidden_states", "top_k_index")
+        hidden_states, index = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        kept_N = token_N.to(index.device)
+        calls.append(ExpertCall(index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
+
+    experts = [outer_experts(model, layer) for layer in find_moe_layers(model)]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in experts]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe_tier(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    tier: int,
+    *,
+    batch_size: int = 32,
+    num_tokens: int = 256,
+    **routing: Any,
+) -> TierObservation:
+    """Read every sample's prompt and reference answer under `tier` and note what routers and experts do.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        processing_class: its tokenizer or processor.
+        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        tier (`int`): the tier, from 1.
+        batch_size (`int`, defaults to 32): samples at a time.
+        num_tokens (`int`, defaults to 256): tokens whose inputs to the experts are kept, out of those on the tier:
+            all but padding, or with the adapter's `token_scope="response"` those that predict a response token.
+        routing: settings for [`~ordmoe_peft.tier_routing`].
+
+    Raises:
+        [`OrdMoEModelError`]: experts or routers were not called once per layer with a row per token.
+    """
+    per_batch = math.ceil(num_tokens / math.ceil(len(dataset) / batch_size))
+    token_scope = adapter_config(model).token_scope
+    scores, kept = [], []
+    with evaluation_mode(model), tqdm(total=len(dataset), desc=f"Watching tier {tier}", unit="sample") as bar:
+        for samples in sample_batches(dataset, batch_size):
+            inputs = scoring_inputs(samples, processing_class).to(model.device)
+            labels_BS = inputs.pop("labels")
+            # A position's routing makes the token after it.
+            predicts_BS = nn.functional.pad(labels_BS[:, 1:] != IGNORED_LABEL, (0, 1))
+            watched_BS = predicts_BS if token_scope == "response" else inputs["attention_mask"]
+            token_N = spread(watched_BS.reshape(-1).nonzero()[:, 0], per_batch)
+            tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, token_scope)
+            with (
+                tier_routing(model, tiers, **routing),
+                recorded_router_outputs(model) as outputs,
+                recorded_expert_calls(model, token_N) as calls,
+            ):
+                model(**inputs)
+            logits = [output.logits_TE for output in outputs]
+            _check_calls(model, logits, calls, labels_BS.numel())
+            scores.append(_routing_scores(logits, calls, predicts_BS))
+            kept.append([call.kept for call in calls])
+            bar.update(len(samples))
+    expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
+    return TierObservation(torch.cat(scores), expert_tokens)
+
+
+def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], predicts_BS: torch.Tensor) -> torch.Tensor:
+    """Each sample's routing score in each layer (`torch.Tensor` of shape `(B, L)`)."""
+    layers = zip(logits, calls, strict=True)
+    return torch.stack(
+        [routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu() for logits_TE, call in layers], dim=1
+    )
+
+
+def spread(values_N: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the values, evenly spaced."""
+    if count >= len(values_N):
+        return values_N
+    return values_N[torch.arange(count, device=values_N.device) * len(values_N) // count]
+
+
+def _joined(parts: tuple[ExpertTokens, ...], num_tokens: int) -> ExpertTokens:
+    return ExpertTokens(
+        torch.cat([part.hidden_states_NH for part in parts])[:num_tokens],
+        torch.cat([part.top_k_index_NK for part in parts])[:num_tokens],
+    )
+
+
+def _check_calls(model: nn.Module, logits: list[torch.Tensor], calls: list[ExpertCall], num_tokens: int) -> None:
+    num_layers = len(find_moe_layers(model))
+    rows = {len(tensor) for tensor in (*logits, *(call.top_k_index_TK for call in calls))}
+    if len(logits) != num_layers or len(calls) != num_layers or rows != {num_tokens}:
+        raise OrdMoEModelError(
+            f"{type(model).__name__} called its {num_layers} routers {len(logits)} times and their experts "
+            f"{len(calls)} times in one forward of {num_tokens} tokens, with {sorted(rows)} rows each: its routing "
+            "cannot be told apart by sample."
+        )

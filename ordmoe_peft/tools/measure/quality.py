@@ -1,0 +1,331 @@
+"""Are tiers ordered by quality? Likelihood, answers, order, routing scores and expert diversity, tier by tier."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...data.generation import evaluation_mode
+from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
+from ...errors import OrdMoEConfigError, OrdMoEDataError
+from ...moe_model import find_moe_layers
+from .correlation import RankCorrelation, rank_correlation
+from .diversity import expert_outputs, mean_pairwise_cosine
+from .evaluation import TierResult, evaluate_tiers, score_answers
+from .observation import TierObservation, observe_tier, outer_experts
+
+
+@dataclass
+class TierMeans:
+    """A tier's means over the data; see [`~ordmoe_peft.tools.measure.evaluation.TierResult`]."""
+
+    tier: int
+    log_likelihood: float
+    log_likelihood_no_eos: float
+    accuracy: dict[str, float]
+    samples: dict[str, int]
+
+
+@dataclass
+class OrderShare:
+    """How often an order of likelihoods holds.
+
+    Args:
+        share (`float`): of samples; ties do not count as ordered.
+        stderr (`float`): its binomial standard error.
+        chance (`float`): the share that tiers without any order would give.
+        random (`float`, *optional*): the share with `random` grouping. Its tier 1 is still the model's own top K, so
+            it says what order *below* the top K is worth, and how often the top K beat any other K.
+        random_stderr (`float`, *optional*): its standard error.
+    """
+
+    share: float
+    stderr: float
+    chance: float
+    random: float | None = None
+    random_stderr: float | None = None
+
+
+@dataclass
+class QualityCorrelation:
+    """Spearman's ρ between routing scores and quality; see [`~ordmoe_peft.tools.measure.correlation.routing_score`].
+
+    Args:
+        within_top (`RankCorrelation`): over samples, under tier 1.
+        pooled (`RankCorrelation`): over pairs of sample and tier, quality and routing score of the same tier. Lower
+            tiers have lower routing scores by construction, so this mostly restates their order.
+        quality (`str`): what quality was.
+        note (`str`, *optional*): why it was that, or why a value is missing.
+    """
+
+    within_top: RankCorrelation
+    pooled: RankCorrelation
+    quality: str
+    note: str | None
+
+
+@dataclass
+class TierTexts:
+    """A sample's answers side by side, from tier 1 to tier C."""
+
+    prompt: str
+    reference: str
+    answers: list[str]
+
+
+@dataclass
+class TierQuality:
+    """What the tiers of a model are worth on a data set. `to_dict()` gives plain data for JSON.
+
+    Args:
+        model (`str`): which model.
+        num_samples (`int`), num_tiers (`int`), grouping (`str`): over what.
+        tiers (`list[TierMeans]`): likelihood and exact match per tier.
+        order (`dict[str, OrderShare]`): `"full"` (L̄_1 > … > L̄_C) and `"ends"` (L̄_1 > L̄_C), and both without
+            end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`).
+        spearman (`QualityCorrelation`): routing scores against quality.
+        diversity (list of list of `float` or `None`): per MoE layer and tier, the mean pairwise cosine between the
+            outputs of the tier's experts for the same token; `None` where K = 1.
+        texts (`list[TierTexts]`): the first samples' answers.
+    """
+
+    model: str
+    num_samples: int
+    num_tiers: int
+    grouping: str
+    tiers: list[TierMeans]
+    order: dict[str, OrderShare]
+    spearman: QualityCorrelation
+    diversity: list[list[float | None]]
+    texts: list[TierTexts]
+
+    to_dict = asdict
+
+
+def tier_quality(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    *,
+    num_tiers: int = 3,
+    grouping: str = "uniform",
+    group_by: str | None = None,
+    rating_column: str | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    random_control: bool = True,
+    diversity_tokens: int = 256,
+    show: int = 5,
+    seed: int = 0,
+    name: str | None = None,
+) -> TierQuality:
+    """Measure what the tiers of `model` are worth on held-out samples.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        processing_class: its tokenizer or processor.
+        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        num_tiers (`int`, defaults to 3): C, at least 2.
+        grouping (`str`, defaults to `"uniform"`): how tiers are cut.
+        group_by (`str`, *optional*): a column whose values get an accuracy of their own.
+        rating_column (`str`, *optional*): a column of numbers that rates each sample's response, as the quality that
+            routing scores are compared with; exact match by default, or the mean log-likelihood where all or none of
+            tier 1's answers match.
+        batch_size (`int`, defaults to 32): samples at a time.
+        max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
+        random_control (`bool`, defaults to `True`): whether to measure the order of random groups, too.
+        diversity_tokens (`int`, defaults to 256): tokens that expert outputs are compared on.
+        show (`int`, defaults to 5): samples whose answers are kept side by side.
+        seed (`int`, defaults to 0): what random groups are drawn from.
+        name (`str`, *optional*): what to call the model; its checkpoint's name by default.
+
+    Raises:
+        [`OrdMoEConfigError`]: `num_tiers` below 2 or too many for the model, or a size that is not positive.
+        [`OrdMoEDataError`]: no samples, a missing column, or ratings that are not numbers.
+    """
+    if num_tiers < 2:
+        raise OrdMoEConfigError(f"num_tiers must be at least 2 to compare tiers, got {num_tiers}.")
+    check_counts(diversity_tokens=diversity_tokens)
+    ratings_n = None if rating_column is None else sample_ratings(dataset, rating_column)
+    routing = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
+    tiers = range(1, num_tiers + 1)
+    results = evaluate_tiers(
+        model,
+        processing_class,
+        dataset,
+        tiers,
+        group_by=group_by,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        **routing,
+    )
+    random = None
+    if random_control:
+        random = _random_likelihoods(model, processing_class, dataset, results[0], num_tiers, batch_size, seed)
+    routing_scores, cosines_CL = [], []
+    for tier in tiers:
+        watched = observe_tier(
+            model, processing_class, dataset, tier, batch_size=batch_size, num_tokens=diversity_tokens, **routing
+        )
+        routing_scores.append(watched.routing_scores_nL)
+        cosines_CL.append(_cosines(model, watched))
+    return TierQuality(
+        model=name or model.config.name_or_path or type(model).__name__,
+        num_samples=len(dataset),
+        num_tiers=num_tiers,
+        grouping=grouping,
+        tiers=[TierMeans(r.tier, r.log_likelihood, r.log_likelihood_no_eos, r.accuracy, r.samples) for r in results],
+        order=_order_shares(_likelihoods(results), random),
+        spearman=quality_correlation(results, routing_scores, ratings_n),
+        diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
+        texts=_texts(dataset, results, show),
+    )
+
+
+def sample_ratings(dataset: Any, column: str) -> torch.Tensor:
+    """The numbers in `column` (`torch.Tensor` of shape `(n,)`, float64).
+
+    Raises:
+        [`OrdMoEDataError`]: there is no such column, or something else than finite numbers in it.
+    """
+    if column not in dataset.column_names:
+        raise OrdMoEDataError(f"rating_column={column!r} is not a column; there are {sorted(dataset.column_names)}.")
+    ratings = list(dataset[column])
+    for row, rating in enumerate(ratings):
+        if not isinstance(rating, int | float) or not math.isfinite(rating):
+            raise OrdMoEDataError(
+                f"rating_column={column!r} needs a finite number in each row; row {row} has {rating!r}."
+            )
+    return torch.tensor(ratings, dtype=torch.float64)
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None = None) -> OrderShare:
+    """How often the likelihoods of a sample fall strictly from the first row to the last.
+
+    Args:
+        log_likelihood_Cn (`torch.Tensor` of shape `(C, n)`): of each sample under each tier.
+        random_Cn (`torch.Tensor` of shape `(C, n)`, *optional*): the same under random groups.
+    """
+    share, stderr = _share_in_order(log_likelihood_Cn)
+    random = (None, None) if random_Cn is None else _share_in_order(random_Cn)
+    return OrderShare(share, stderr, 1 / math.factorial(len(log_likelihood_Cn)), *random)
+
+
+def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float, float]:
+    falls_n = (log_likelihood_Cn[:-1] > log_likelihood_Cn[1:]).all(0)
+    share = falls_n.double().mean().item()
+    return share, math.sqrt(share * (1 - share) / len(falls_n))
+
+
+def _order_shares(
+    tiers: tuple[torch.Tensor, torch.Tensor], random: tuple[torch.Tensor, torch.Tensor] | None
+) -> dict[str, OrderShare]:
+    shares = {}
+    for suffix, whole_Cn, random_Cn in zip(("", "_no_eos"), tiers, random or (None, None), strict=True):
+        ends = [0, -1]
+        shares[f"full{suffix}"] = order_share(whole_Cn, random_Cn)
+        shares[f"ends{suffix}"] = order_share(whole_Cn[ends], None if random_Cn is None else random_Cn[ends])
+    return shares
+
+
+def _likelihoods(results: list[TierResult]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(C, n)` each)."""
+    return (
+        torch.tensor([result.items.log_likelihood for result in results]),
+        torch.tensor([result.items.log_likelihood_no_eos for result in results]),
+    )
+
+
+def _random_likelihoods(
+    model: nn.Module,
+    processing_class: ProcessingClass,
+    dataset: Any,
+    top: TierResult,
+    num_tiers: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`_likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
+    parts: list[torch.Tensor] = []
+    with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
+        for step, samples in enumerate(sample_batches(dataset, batch_size)):
+            of_tiers = []
+            for tier in range(2, num_tiers + 1):
+                # Another step for each batch: rows at the same place would share their draws.
+                groups = {"num_tiers": num_tiers, "grouping": "random", "seed": seed, "step": step}
+                of_tiers.append(torch.stack(score_answers(model, processing_class, samples, tier, **groups)).cpu())
+            parts.append(torch.stack(of_tiers))
+            bar.update(len(samples))
+    lower = torch.cat(parts, dim=-1)
+    whole, no_eos = _likelihoods([top])
+    return torch.cat([whole, lower[:, 0]]), torch.cat([no_eos, lower[:, 1]])
+
+
+# ------------------------------------------------------------------------------------------------- correlation, texts
+def quality_correlation(
+    results: list[TierResult], routing_scores: list[torch.Tensor], ratings_n: torch.Tensor | None
+) -> QualityCorrelation:
+    """Compare routing scores with the quality of what came out.
+
+    Args:
+        results (`list[TierResult]`): from tier 1 to tier C.
+        routing_scores (list of `torch.Tensor` of shape `(n, L)`): of the same tiers.
+        ratings_n (`torch.Tensor` of shape `(n,)`, *optional*): ratings that stand in for exact match.
+    """
+    quality, notes = "exact match", []
+    quality_Cn = torch.tensor([result.items.is_right for result in results]).double()
+    if ratings_n is not None:
+        quality, quality_Cn = "rating", ratings_n.unsqueeze(0)
+        notes.append("A rating belongs to one response per sample, so tiers are not pooled.")
+    elif is_constant(quality_Cn[0]):
+        quality, answers = "mean log-likelihood", "All" if quality_Cn[0, 0] else "None"
+        notes.append(f"{answers} of tier 1's answers match, so quality is the likelihood of the reference.")
+        quality_Cn = _likelihoods(results)[0]
+    if is_constant(quality_Cn[0]):
+        notes.append(f"The {quality} is {quality_Cn[0, 0]:g} for every sample, so nothing can go with it.")
+    flat = [layer for layer, scores_n in enumerate(routing_scores[0].T) if is_constant(scores_n)]
+    if flat:
+        notes.append(f"Routing scores are the same for every sample in MoE layers {flat}.")
+    within_top = rank_correlation(routing_scores[0], quality_Cn[0])
+    pooled = RankCorrelation(None, [None] * len(within_top.layers), None)
+    if ratings_n is None:
+        pooled = rank_correlation(torch.cat(routing_scores), quality_Cn.reshape(-1))
+        # Pairs of one sample are not independent, so no standard error applies.
+        pooled.stderr = None
+    return QualityCorrelation(within_top, pooled, quality, " ".join(notes) or None)
+
+
+def is_constant(values_n: torch.Tensor) -> bool:
+    return bool((values_n == values_n[0]).all())
+
+
+def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:
+    """Per MoE layer, how alike the outputs of the tier's experts are."""
+    layers = find_moe_layers(model)
+    with evaluation_mode(model):
+        return [
+            mean_pairwise_cosine(
+                expert_outputs(outer_experts(model, layer), tokens.hidden_states_NH, tokens.top_k_index_NK)
+            )
+            for layer, tokens in zip(layers, watched.expert_tokens, strict=True)
+        ]
+
+
+def _texts(dataset: Any, results: list[TierResult], show: int) -> list[TierTexts]:
+    return [
+        TierTexts(prompt_text(dataset[row]), answer_text(dataset[row]), [r.items.answers[row] for r in results])
+        for row in range(min(show, len(dataset)))
+    ]
+
+
+def prompt_text(sample: dict[str, Any]) -> str:
+    """The text of a sample's prompt, without roles, template and images."""
+    if isinstance(sample["prompt"], str):
+        return sample["prompt"].strip()
+    contents = [message["content"] for message in sample["prompt"]]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "\n".join(text for message in parts for part in message if (text := part.get("text")))

@@ -1,0 +1,264 @@
+"""What PEFT's users know of an adapter's life, for each family."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from ordmoe_peft import OrdMoEConfig, coverage_report
+from ordmoe_peft.adapter.export import export_plain_lora
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from tests import models
+
+
+EVERYTHING = ["router", "experts", "attention"]
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def adapted(model, seed=3, **settings) -> PeftModel:
+    """r = 6 and alpha = 4, so that no scaling is a power of two."""
+    tuned = get_peft_model(model, OrdMoEConfig(**({"r": 6, "lora_alpha": 4, "targets": EVERYTHING} | settings)))
+    models.randomize_adapter(tuned, seed)
+    return tuned.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_initialisation_logits_are_the_bases(model, batch, dtype):
+    base = logits(model.to(dtype), batch)
+    got = logits(get_peft_model(model, OrdMoEConfig(targets=EVERYTHING)), batch)
+    if dtype == torch.bfloat16:
+        assert torch.equal(got, base)
+    else:  # few rows take another product than the base's
+        torch.testing.assert_close(got, base, rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_computes_what_plain_peft_computes(family, model, batch):
+    """PEFT's own wrapper adds the delta to the weights; ours applies the factors to activations."""
+    mine = adapted(model)
+    config = mine.peft_config["default"]
+    plain = get_peft_model(
+        models.FAMILIES[family](),
+        LoraConfig(r=6, lora_alpha=4, target_modules=config.target_modules, target_parameters=config.target_parameters),
+    ).eval()
+    models.randomize_adapter(plain)
+    state = {name: value for name, value in mine.state_dict().items() if "lora_" in name}
+    missing = plain.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    torch.testing.assert_close(logits(mine, batch), logits(plain, batch), rtol=1e-4, atol=1e-5)
+
+    for tuned in (mine, plain):
+        tuned.train()
+        tuned(**batch).logits.pow(2).mean().backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    assert gradients.keys() == {name for name, p in mine.named_parameters() if p.requires_grad}
+    for name, parameter in mine.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_save_and_load_give_the_same_bits(family, model, batch, tmp_path):
+    tuned = adapted(model, num_tiers=4, grouping="high_only", layer_scope=[0, 2])
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.FAMILIES[family](), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(tuned, batch))
+    config = loaded.peft_config["default"]
+    assert isinstance(config, OrdMoEConfig)
+    assert (config.num_tiers, config.grouping, config.layer_scope) == (4, "high_only", [0, 2])
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    again = PeftModel.from_pretrained(models.FAMILIES[family](), tmp_path, is_trainable=True)
+    assert all(parameter.requires_grad for name, parameter in again.named_parameters() if "lora_" in name)
+
+
+def test_an_adapter_of_so_many_modules_that_peft_shortens_their_names(tmp_path):
+    build, batch = lambda: models.qwen3_moe(num_hidden_layers=6), models.text_batch()
+    tuned = adapted(build())
+    tuned.save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == 4
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(tuned, batch))
+
+
+def test_a_new_process_with_plain_peft_loads_the_exported_adapter(family, model, batch, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    tuned = adapted(model)
+    tuned.save_pretrained(tmp_path / "adapter")
+    export_plain_lora(tmp_path / "adapter", tmp_path / "plain")
+    torch.save((batch, logits(tuned, batch)), tmp_path / "expected.pt")
+    script = f"""
+        import sys, torch, transformers
+        from peft import PeftModel
+        base = transformers.{type(model).__name__}.from_pretrained({str(tmp_path / "base")!r}).eval()
+        loaded = PeftModel.from_pretrained(base, {str(tmp_path / "plain")!r})
+        assert "ordmoe_peft" not in sys.modules
+        assert type(loaded.peft_config["default"]).__name__ == "LoraConfig"
+        batch, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=False)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_adapter_file_has_pefts_keys_shapes_and_order(tmp_path):
+    from safetensors.torch import load_file
+
+    adapted(models.qwen3_moe()).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.0.mlp"
+    E, H, F, r = models.NUM_EXPERTS, models.HIDDEN_SIZE, models.EXPERT_WIDTH, 6
+    shapes = {name: tuple(value.shape) for name, value in state.items() if name.startswith(layer)}
+    assert shapes == {
+        f"{layer}.experts.base_layer.lora_A.weight": (E * r, H),
+        f"{layer}.experts.base_layer.lora_B.weight": (2 * F, r * E),
+        f"{layer}.experts.lora_A.weight": (E * r, F),
+        f"{layer}.experts.lora_B.weight": (H, r * E),
+        f"{layer}.gate.lora_A.weight": (r, H),
+        f"{layer}.gate.lora_B.weight": (E, r),
+    }
+
+
+def test_disable_adapter(model, batch):
+    base = logits(model, batch)
+    tuned = adapted(model)
+    assert not torch.allclose(logits(tuned, batch), base, atol=1e-3)
+    with tuned.disable_adapter():
+        assert torch.equal(logits(tuned, batch), base)
+
+
+def test_several_adapters(model, batch):
+    base = logits(model, batch)
+    tuned = adapted(model)
+    first = logits(tuned, batch)
+    tuned.add_adapter("second", OrdMoEConfig(r=3, lora_alpha=4, targets=EVERYTHING))
+    assert torch.equal(logits(tuned, batch), first), "an added adapter is not active"
+    tuned.set_adapter("second")
+    torch.testing.assert_close(logits(tuned, batch), base, rtol=1e-4, atol=1e-5, msg="and begins at nothing")
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B.second" in name:
+                parameter.normal_(std=0.1)
+    assert not torch.allclose(logits(tuned, batch), first, atol=1e-3)
+    tuned.set_adapter("default")
+    assert torch.equal(logits(tuned, batch), first)
+    tuned.delete_adapter("second")
+    assert list(tuned.peft_config) == ["default"]
+    assert not any(".second." in name for name, _ in tuned.named_parameters())
+    assert torch.equal(logits(tuned, batch), first)
+
+
+def test_unload_gives_the_base_back(model, batch):
+    base, implementation = logits(model, batch), model.config._experts_implementation
+    names = [name for name, _ in model.named_modules()]
+    unloaded = adapted(model).unload()
+    assert torch.equal(logits(unloaded, batch), base)
+    assert [name for name, _ in unloaded.named_modules()] == names
+    assert unloaded.config._experts_implementation == implementation
+    assert not any(hasattr(module, "tier_hook_handles") for module in unloaded.modules())
+
+
+def test_merge_and_unload(model, batch):
+    tuned = adapted(model)
+    wanted = logits(tuned, batch)
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), wanted, rtol=1e-4, atol=1e-5)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+
+
+def test_merge_and_unmerge_adapter(model, batch):
+    tuned = adapted(model)
+    wanted = logits(tuned, batch)
+    tuned.merge_adapter()
+    torch.testing.assert_close(logits(tuned, batch), wanted, rtol=1e-4, atol=1e-5)
+    tuned.unmerge_adapter()
+    torch.testing.assert_close(logits(tuned, batch), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_trainable_parameters_and_coverage(model, capsys):
+    tuned = get_peft_model(model, OrdMoEConfig(r=4, targets=["router", "experts"]))
+    E, H, F, L = models.NUM_EXPERTS, models.HIDDEN_SIZE, models.EXPERT_WIDTH, models.NUM_LAYERS
+    router, gate_up, down = 4 * (H + E) * L, E * 4 * (H + 2 * F) * L, E * 4 * (F + H) * L
+    assert coverage_report(tuned).rows == [
+        ("router", L, L, router),
+        ("gate_up", L, L, gate_up),
+        ("down", L, L, down),
+        ("attention", 4 * L, 0, 0),
+    ]
+    assert tuned.get_nb_trainable_parameters()[0] == router + gate_up + down
+    tuned.print_trainable_parameters()
+    assert f"trainable params: {router + gate_up + down:,}" in capsys.readouterr().out
+    assert "gate_up" in str(coverage_report(tuned))
+
+
+def test_shared_experts_are_a_role_of_their_own():
+    tuned = get_peft_model(models.qwen2_moe(), OrdMoEConfig(r=4, targets=["shared_experts"]))
+    rows = {kind: (found, adapted) for kind, found, adapted, _ in coverage_report(tuned).rows}
+    assert rows["shared_experts"] == (3 * models.NUM_LAYERS, 3 * models.NUM_LAYERS)
+    assert rows["router"] == (models.NUM_LAYERS, 0)
+
+
+class TestRefusals:
+    def test_a_role_that_matches_nothing(self, model):
+        with pytest.raises(OrdMoEModelError, match=r"'shared_experts', but .* has nothing of that role.*attention"):
+            get_peft_model(model, OrdMoEConfig(targets=["experts", "shared_experts"]))
+        assert not any("lora_" in name for name, _ in model.named_parameters())
+
+    def test_a_role_that_matches_part_of_the_layers(self):
+        model = models.qwen3_moe()
+        model.model.layers[1].self_attn = torch.nn.Identity()
+        with pytest.raises(OrdMoEModelError, match=r"'attention'.*in 2 layers only.*\[1\]"):
+            get_peft_model(model, OrdMoEConfig(targets=["attention"]))
+
+    def test_too_many_tiers(self, model):
+        with pytest.raises(OrdMoEConfigError, match=r"num_tiers=5.*K=2.*E=8.*fits is 4"):
+            get_peft_model(model, OrdMoEConfig(num_tiers=5))
+        assert not any("lora_" in name for name, _ in model.named_parameters())
+        assert not any(hasattr(module, "tier_hook_handles") for module in model.modules())
+
+    def test_a_refused_configuration_is_left_as_it_was(self):
+        config = OrdMoEConfig(targets=["experts", "shared_experts"])
+        with pytest.raises(OrdMoEModelError, match="nothing of that role"):
+            get_peft_model(models.qwen3_moe(), config)
+        assert (config.base_moe, config.target_modules, config.target_parameters) == (None, None, None)
+
+    def test_an_adapter_of_another_base(self, tmp_path):
+        adapted(models.qwen3_moe()).save_pretrained(tmp_path)
+        for change, message in (
+            ({"hidden_size": 128}, r"hidden_size 64 \(this model: 128\)"),
+            ({"moe_intermediate_size": 32}, r"expert_width 24 \(this model: 32\)"),
+            ({"num_experts": 16}, r"num_experts 8 \(this model: 16\)"),
+        ):
+            other = models.qwen3_moe(**change)
+            with pytest.raises(OrdMoEModelError, match=f"made for another base.*{message}"):
+                PeftModel.from_pretrained(other, tmp_path)
+            assert not any("lora_" in name for name, _ in other.named_parameters())
+
+    def test_names_that_contradict_the_roles(self, model):
+        with pytest.raises(OrdMoEConfigError, match="Set `targets` alone"):
+            get_peft_model(model, OrdMoEConfig(target_modules=["q_proj"]))
+
+    def test_a_second_adapter_with_other_expert_targets_leaves_the_first(self, model, batch):
+        tuned = adapted(model)
+        wanted = logits(tuned, batch)
+        with pytest.raises(ValueError, match="same set of parameters"):
+            tuned.add_adapter("second", OrdMoEConfig(r=4, targets=["experts"]))
+        assert list(tuned.peft_config) == ["default"]
+        assert torch.equal(logits(tuned, batch), wanted)
+
+    def test_exporting_what_is_no_ordmoe_adapter(self, tmp_path):
+        with pytest.raises(OrdMoEConfigError, match="not a saved adapter"):
+            export_plain_lora(tmp_path, tmp_path / "out")
+        adapted(models.qwen3_moe()).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(OrdMoEConfigError, match="own folder"):
+            export_plain_lora(tmp_path / "adapter", tmp_path / "adapter")
+        export_plain_lora(tmp_path / "adapter", tmp_path / "plain")
+        with pytest.raises(OrdMoEConfigError, match="LORA adapter, not an OrdMoE one"):
+            export_plain_lora(tmp_path / "plain", tmp_path / "again")
+        assert "num_tiers" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())

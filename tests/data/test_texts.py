@@ -1,0 +1,72 @@
+"""Texts of data sets: rows without any are named, and answers that are all empty."""
+
+import pytest
+from datasets import Dataset
+
+from ordmoe_peft.data.texts import MOST_EMPTY_ROWS, check_texts, checked_stream, first_row, row_texts
+from ordmoe_peft.errors import OrdMoEDataError
+
+
+def says(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "texts"),
+    [
+        ("completion", "yes", ["yes"]),
+        ("completion", [says("assistant", "yes")], ["yes"]),
+        ("completion", [says("assistant", [{"type": "text", "text": "yes"}, {"type": "image"}])], ["yes"]),
+        ("messages", [says("user", "why"), says("assistant", "so")], ["so"]),
+        ("messages", [says("user", "why")], ["why"]),
+        ("conversations", [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}], ["so"]),
+        ("messages", [says("assistant", None, tool_calls="add")], ["['add']"]),
+    ],
+)
+def test_the_texts_of_a_row(column, value, texts):
+    assert row_texts(value, column, 0, "training") == texts
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, [], 3, [says("assistant", None)], [says("user", "a"), says("assistant", None, tool_calls=None)]),
+        *(["w30", "w31"], [None], [says("assistant", ["w30"])], [says("assistant", [{"type": "text", "text": 3}])]),
+    ],
+)
+def test_a_row_without_text_is_named(value):
+    with pytest.raises(OrdMoEDataError, match=r"Row 7 \(counted from 0\) of the training data set .* in `messages`"):
+        row_texts(value, "messages", 7, "training")
+
+
+def test_only_answers_that_are_all_empty_are_refused():
+    some = Dataset.from_dict({"prompt": ["", ""], "completion": ["", "yes"]})
+    check_texts(some, ["prompt", "completion"], "training")
+    none = Dataset.from_dict({"prompt": ["why", "how"], "completion": ["", " \n"]})
+    with pytest.raises(OrdMoEDataError, match="column `completion` of the training data set is empty in all 2 rows"):
+        check_texts(none, ["prompt", "completion"], "training")
+    check_texts(none, ["prompt", "completion"], "training", may_be_empty=True)
+
+
+def test_a_stream_whose_first_answers_are_all_empty():
+    def read(*answers, **kwargs):
+        rows = Dataset.from_dict({"prompt": ["why"] * len(answers), "completion": answers}).to_iterable_dataset()
+        return len(list(checked_stream(rows, ["prompt", "completion"], "training", **kwargs)))
+
+    empty = [" "] * MOST_EMPTY_ROWS
+    with pytest.raises(OrdMoEDataError, match="`completion` of the training .* all of the first 1000 rows read"):
+        read(*empty)
+    assert read(*empty, may_be_empty=True) == MOST_EMPTY_ROWS
+    assert read(*empty[1:], "yes", *empty) == 2 * MOST_EMPTY_ROWS
+
+
+def test_rows_are_counted_over_batches_and_as_they_are_selected():
+    rows = Dataset.from_dict({"completion": ["yes"] * 1500 + [None] + ["no"]})
+    for chosen, row in ((rows, 1500), (rows.select([3, 1500]), 1)):
+        with pytest.raises(OrdMoEDataError, match=rf"Row {row} .* None in `completion`"):
+            check_texts(chosen, ["completion"], "training")
+
+
+def test_no_rows():
+    with pytest.raises(OrdMoEDataError, match="The evaluation data set has no samples"):
+        first_row(Dataset.from_dict({"prompt": []}), "evaluation")

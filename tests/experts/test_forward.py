@@ -1,0 +1,309 @@
+"""The experts function against one token and one expert at a time: every layout, dense and in 4 bits, with LoRA."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
+
+from ordmoe_peft.experts import forward as forward_of_experts
+from ordmoe_peft.experts.forward import ExpertLora
+from ordmoe_peft.experts.frozen import LowRank
+from ordmoe_peft.quantization.storage import dense_stack, expert_unpacker, pack_experts
+from tests import reference
+
+
+NUM_EXPERTS, HIDDEN, WIDTH, R = 5, 16, 24, 3
+
+
+def experts_forward(module, x, index, weights, expert_lora=None):
+    """The experts function, given factors as their wrappers hand them over."""
+    handed = None if expert_lora is None else ExpertLora(expert_lora)
+    output = forward_of_experts.experts_forward(module, x, index, weights, handed)
+    assert handed is None or handed.is_taken
+    return output
+
+
+LAYOUTS = {
+    "gated": {},
+    "transposed": {"is_transposed": True},
+    "biased": {"has_bias": True},
+    "transposed and biased": {"is_transposed": True, "has_bias": True},
+    "not gated": {"has_gate": False},
+    "normed": {"has_post_expert_norm": True},
+}
+ROUTINGS = {
+    "one expert with most tokens": [[1, e] for e in (0, 2, 3, 4)] + [[1, 0]] * 20,
+    "mixed, one expert empty": [[2, 0], [0, 3], [2, 3], [1, 0]],
+    "all tokens on one expert": [[3], [3], [3]],
+    "one token": [[1, 4]],
+    "one row": [[4]],
+}
+
+
+class Config:
+    _experts_implementation = "eager"
+
+
+def build_experts(**flags) -> nn.Module:
+    has_gate = flags.get("has_gate", True)
+
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            # Not zero at zero, as sigmoid: what stands in gaps of the layout must not count.
+            self.num_experts, self.act_fn = NUM_EXPERTS, nn.SiLU() if has_gate else nn.Sigmoid()
+            self.post_expert_norm = nn.RMSNorm(HIDDEN).requires_grad_(False)
+
+    module = use_experts_implementation(Experts, **flags)(Config())
+    up_name, up_features = ("gate_up_proj", 2 * WIDTH) if has_gate else ("up_proj", WIDTH)
+    for name, out_features, in_features in ((up_name, up_features, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
+        shape = (in_features, out_features) if flags.get("is_transposed") else (out_features, in_features)
+        setattr(module, name, nn.Parameter(torch.randn(NUM_EXPERTS, *shape) * 0.3, requires_grad=False))
+        if flags.get("has_bias"):
+            setattr(module, f"{name}_bias", nn.Parameter(torch.randn(NUM_EXPERTS, out_features), requires_grad=False))
+    return module
+
+
+def build_lora(module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """PEFT's weights of both projections: A `(E·r, I)`, B `(O, r·E)`."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_features = (2 if module.has_gate else 1) * WIDTH
+    return {
+        name: (
+            torch.randn(NUM_EXPERTS * R, in_features, requires_grad=True),
+            torch.randn(out_features, R * NUM_EXPERTS, requires_grad=True),
+        )
+        for name, out_features, in_features in ((up_name, up_features, HIDDEN), ("down_proj", HIDDEN, WIDTH))
+    }
+
+
+def factors(A, B, scaling=0.5) -> list[LowRank]:
+    return [LowRank(A, B, NUM_EXPERTS, scaling)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_values_and_gradients(flags, routing, packed):
+    module = build_experts(**flags)
+    lora = build_lora(module)
+    index = torch.tensor(routing)
+    x = torch.randn(len(index), HIDDEN, requires_grad=True)
+    weights = torch.rand(index.shape, requires_grad=True)
+    if packed:
+        for name in lora:
+            setattr(module, name, pack_experts(getattr(module, name).data, name))
+
+    def with_delta(name, A, B):
+        weight = getattr(module, name)
+        dense = torch.stack([expert_unpacker(weight)(e) for e in range(NUM_EXPERTS)]) if packed else weight
+        delta = reference.expert_deltas(A, B, NUM_EXPERTS, 0.5)
+        return dense + (delta.transpose(1, 2) if module.is_transposed else delta)
+
+    got = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    wanted = reference.experts(module, x, index, weights, {name: with_delta(name, *ab) for name, ab in lora.items()})
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    inputs = [x, weights, *(tensor for ab in lora.values() for tensor in ab)]
+    direction = torch.randn_like(wanted)
+    for mine, true in zip(
+        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_few_rows_of_a_forward_without_gradients(flags, routing, packed, monkeypatch):
+    module = build_experts(**flags).eval()
+    updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    dense = {name: getattr(module, name) for name in updates}
+    if packed:
+        for name, weight in dense.items():
+            setattr(module, name, pack_experts(weight.data, name))
+            dense[name] = dense_stack(getattr(module, name), torch.float32)
+    index = torch.tensor(routing)
+    x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
+    deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
+    stacks = {
+        name: dense[name] + (delta.transpose(1, 2) if module.is_transposed else delta) for name, delta in deltas.items()
+    }
+    monkeypatch.setattr(forward_of_experts, "FEW_ROWS", index.numel())
+    monkeypatch.setattr(forward_of_experts, "run_frozen_experts", None)  # not this way
+    with torch.no_grad():
+        got = experts_forward(module, x, index, weights, expert_lora=updates)
+        wanted = reference.experts(module, x, index, weights, stacks)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_experts_that_are_trained_themselves(flags):
+    """Through `grouped_mm` and autograd, which is also the way of dense experts on other devices."""
+    module = build_experts(**flags)
+    module.requires_grad_(True)
+    lora = build_lora(module)
+    index = torch.tensor(ROUTINGS["mixed, one expert empty"])
+    x, weights = torch.randn(len(index), HIDDEN, requires_grad=True), torch.rand(index.shape, requires_grad=True)
+
+    def with_delta(name, A, B):
+        delta = reference.expert_deltas(A, B, NUM_EXPERTS, 0.5)
+        return getattr(module, name) + (delta.transpose(1, 2) if module.is_transposed else delta)
+
+    got = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    wanted = reference.experts(module, x, index, weights, {name: with_delta(name, *ab) for name, ab in lora.items()})
+    used = [p for name, p in module.named_parameters() if "norm" not in name or module.has_post_expert_norm]
+    inputs = [x, weights, *used, *(tensor for ab in lora.values() for tensor in ab)]
+    direction = torch.randn_like(wanted)
+    for mine, true in zip(
+        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_without_an_adapter_the_bits_are_those_of_grouped_mm(tokens, dtype):
+    module = build_experts().to(dtype)
+    index = torch.rand(tokens, NUM_EXPERTS).topk(2).indices
+    x, weights = torch.randn(tokens, HIDDEN, dtype=dtype), torch.rand(tokens, 2, dtype=dtype)
+    wanted = grouped_mm_experts_forward(module, x, index, weights)
+    assert torch.equal(experts_forward(module, x, index, weights), wanted)
+
+
+def test_unpacked_scales_are_not_kept_between_forward_and_backward():
+    module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    for name in lora:
+        setattr(module, name, pack_experts(getattr(module, name).data, name, use_double_quant=True))
+    num_scales = {getattr(module, name).quant_state.absmax.numel() for name in lora}
+
+    def unpacked_scales() -> list[torch.Tensor]:
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return [tensor for tensor in tensors if tensor.dtype == torch.float32 and tensor.numel() in num_scales]
+
+    before = len(unpacked_scales())
+    unpack = expert_unpacker(module.down_proj)
+    assert len(unpacked_scales()) > before, "this is how one sees them"
+    del unpack
+    x = torch.randn(3, HIDDEN, requires_grad=True)
+    output = experts_forward(module, x, torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2), expert_lora=lora)
+    assert len(unpacked_scales()) == before
+    output.sum().backward()
+    assert x.grad.any()
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero():
+    module = build_experts()
+    lora = build_lora(module)
+    x, weights = torch.empty(0, HIDDEN, requires_grad=True), torch.empty(0, 2, requires_grad=True)
+    index = torch.empty(0, 2, dtype=torch.long)
+    output = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
+    assert output.shape == (0, HIDDEN)
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not tensor.grad.any() for ab in lora.values() for tensor in ab)
+
+
+def test_only_gradients_that_are_asked_for_are_computed():
+    module = build_experts()
+    index, weights = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2)
+    x = torch.randn(3, HIDDEN)
+    everything = dict(zip(("A", "B"), build_lora(module)["gate_up_proj"], strict=True))
+
+    def gradients(asked: str) -> dict[str, torch.Tensor]:
+        leaves = {name: value.detach().requires_grad_(name in asked) for name, value in (everything | {"x": x}).items()}
+        lora = {"gate_up_proj": factors(leaves["A"], leaves["B"])}
+        output = experts_forward(module, leaves["x"], index, weights, expert_lora=lora)
+        output.pow(2).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    whole = gradients("ABx")
+    for asked in ("A", "B", "x", "Ax"):
+        for name, gradient in gradients(asked).items():
+            if name in asked:
+                torch.testing.assert_close(gradient, whole[name])
+            else:
+                assert gradient is None
+
+
+def test_a_second_derivative_is_refused():
+    module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    x = torch.randn(1, HIDDEN, requires_grad=True)
+    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2), expert_lora=lora)
+    (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_leaves_the_dtype_of_the_weights():
+    module = build_experts()
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    index, weights, x = torch.tensor([[0, 1]]), torch.rand(1, 2), torch.randn(1, HIDDEN, requires_grad=True)
+    wanted = experts_forward(module, x, index, weights, expert_lora=lora)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = experts_forward(module, x, index, weights, expert_lora=lora)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(reentrant):
+    module, index = build_experts(), torch.tensor([[0, 1], [1, 2], [2, 3]])
+    lora, x, weights = build_lora(module), torch.randn(3, HIDDEN, requires_grad=True), torch.rand(3, 2)
+
+    def run(x):
+        return experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()})
+
+    inputs = [x, *(tensor for ab in lora.values() for tensor in ab)]
+    results = []
+    for output in (run(x), checkpoint(run, x, use_reentrant=reentrant)):
+        for tensor in inputs:
+            tensor.grad = None
+        output.pow(2).sum().backward()
+        results.append([tensor.grad for tensor in inputs])
+    assert all(map(torch.equal, *results))
+
+
+def test_compiled_experts_compute_the_same():
+    module, index = build_experts(), torch.tensor([[0, 1], [1, 2], [2, 3]])
+    lora, x, weights = build_lora(module), torch.randn(3, HIDDEN, requires_grad=True), torch.rand(3, 2)
+
+    def run(x):
+        return experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()}) * 2
+
+    compiled = torch.compile(run, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), run(x))
+    gradients = [torch.autograd.grad(function(x).pow(2).sum(), x)[0] for function in (compiled, run)]
+    torch.testing.assert_close(*gradients)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="lays rows out by expert on the host"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+
+
+def test_two_adapters_add_up():
+    module = build_experts()
+    one, two = build_lora(module), build_lora(module)
+    index, x, weights = torch.tensor([[0, 1]]), torch.randn(1, HIDDEN), torch.rand(1, 2)
+    both = {name: factors(*one[name]) + factors(*two[name], scaling=2.0) for name in one}
+    summed = {
+        name: getattr(module, name)
+        + reference.expert_deltas(*one[name], NUM_EXPERTS, 0.5)
+        + reference.expert_deltas(*two[name], NUM_EXPERTS, 2.0)
+        for name in one
+    }
+    got = experts_forward(module, x, index, weights, expert_lora=both)
+    torch.testing.assert_close(got, reference.experts(module, x, index, weights, summed), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_keeps_the_dtype_of_the_activations():
+    module = build_experts().to(torch.bfloat16)
+    x = torch.randn(4, HIDDEN, dtype=torch.bfloat16)
+    index, weights = torch.tensor([[0, 1], [1, 2], [3, 4], [0, 4]]), torch.rand(4, 2, dtype=torch.bfloat16)
+    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
+    got = experts_forward(module, x, index, weights, expert_lora=lora)
+    assert got.dtype == torch.bfloat16
+    exact = experts_forward(module.float(), x.float(), index, weights.float(), expert_lora=lora)
+    torch.testing.assert_close(got.float(), exact, rtol=0.05, atol=0.05 * exact.abs().max().item())

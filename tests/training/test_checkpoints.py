@@ -1,0 +1,214 @@
+"""Checkpoints are there whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.training import checkpoints
+from ordmoe_peft.training.checkpoints import (
+    STATE_NAME,
+    checkpoint_to_resume,
+    discard,
+    discard_oldest,
+    last_checkpoint,
+    move_to_place,
+    unfinished_folder,
+)
+from tests import text
+from tests.distributed.runs import tiny_trainer
+
+
+FILES = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_NAME}
+
+
+def write_checkpoint(folder: Path, step: int, whole: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_model.safetensors").touch()
+    if whole:
+        (checkpoint / STATE_NAME).touch()
+    return checkpoint
+
+
+def best_of_three(folder: Path, **changes):
+    """A trainer whose metric grows with every step, so that the first of its three checkpoints is the best."""
+    settings = TestTrainer.SETTINGS | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "num_tokens", "greater_is_better": False}
+    return tiny_trainer(folder, evaluated=text.conversations(4), **settings | changes)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class TestFolders:
+    def test_a_checkpoint_gets_its_name_when_it_is_moved(self, tmp_path):
+        write_checkpoint(unfinished_folder(tmp_path), 4)
+        assert last_checkpoint(tmp_path) is None
+        move_to_place(tmp_path, "checkpoint-4")
+        move_to_place(tmp_path, "checkpoint-4")  # another machine that shares the folder
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+    def test_a_deletion_that_is_cut_off_leaves_no_part_under_the_name(self, tmp_path, monkeypatch):
+        checkpoint = write_checkpoint(tmp_path, 4)
+        removed = []
+
+        def cut_off(folder, **kwargs):
+            removed.append(folder)
+            if Path(folder).exists():
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            discard(checkpoint)
+        assert names(tmp_path) == {"_unfinished"}
+        monkeypatch.undo()
+        discard(write_checkpoint(tmp_path, 6))  # what was left is in nobody's way
+        assert names(tmp_path) == set()
+
+    def test_a_deletion_that_fails_is_in_nobodys_way(self, tmp_path, monkeypatch):
+        """As where an upload still reads a file, on disks that keep open ones."""
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda folder, **kwargs: None)
+        for step in (2, 2, 4):
+            discard(write_checkpoint(tmp_path, step))
+        assert names(tmp_path) == {"_unfinished"}
+        monkeypatch.undo()
+        discard(write_checkpoint(tmp_path, 6))
+        assert names(tmp_path) == set()
+
+    def test_the_best_is_known_under_any_spelling(self, tmp_path, monkeypatch):
+        for step in (2, 4, 6):
+            write_checkpoint(tmp_path, step)
+        monkeypatch.chdir(tmp_path)
+        discard_oldest(tmp_path, 1, "./checkpoint-2")
+        assert names(tmp_path) == {"checkpoint-2", "checkpoint-6"}
+
+    @pytest.mark.parametrize(
+        ("limit", "best", "kept"),
+        [
+            *((None, None, {2, 4, 6, 8}), (0, None, {2, 4, 6, 8}), (9, None, {2, 4, 6, 8})),
+            *((2, None, {6, 8}), (1, None, {8}), (1, 2, {2, 8}), (2, 4, {4, 8})),
+        ],
+    )
+    def test_the_oldest_go(self, tmp_path, limit, best, kept):
+        for step in (2, 4, 6, 8):
+            write_checkpoint(tmp_path, step)
+        discard_oldest(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+        assert names(tmp_path) == {f"checkpoint-{step}" for step in kept}
+
+
+class TestResuming:
+    def test_the_last_complete_one(self, tmp_path):
+        write_checkpoint(tmp_path, 4)
+        write_checkpoint(tmp_path, 10)
+        write_checkpoint(tmp_path, 12, whole=False)
+        for wish in (True, "true", "auto"):
+            assert checkpoint_to_resume(wish, tmp_path) == str(tmp_path / "checkpoint-10")
+        for wish in (None, False, "false"):
+            assert checkpoint_to_resume(wish, tmp_path) is None
+        named = str(tmp_path / "checkpoint-4")
+        assert checkpoint_to_resume(named, tmp_path) == named
+
+    def test_none_is_there(self, tmp_path):
+        assert checkpoint_to_resume("auto", tmp_path / "nothing") is None
+        with pytest.raises(OrdMoEConfigError, match="no complete checkpoint in .*Give 'auto'"):
+            checkpoint_to_resume(True, tmp_path)
+
+    def test_the_one_named_is_incomplete(self, tmp_path):
+        half = write_checkpoint(tmp_path, 4, whole=False)
+        with pytest.raises(OrdMoEConfigError, match="checkpoint-4: no checkpoint, or one that was not written"):
+            checkpoint_to_resume(str(half), tmp_path)
+
+    def test_weights_alone_do_not_go_on_as_before(self, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+        (write_checkpoint(tmp_path, 2) / "rng_state.pth").touch()
+        checkpoint_to_resume("auto", tmp_path)
+        assert not said
+        write_checkpoint(tmp_path, 4)
+        checkpoint_to_resume("auto", tmp_path)
+        assert len(said) == 1 and "checkpoint-4 holds the weights alone" in said[0]
+
+
+class TestTrainer:
+    SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+    def test_a_save_that_fails_leaves_nothing_of_itself_and_is_resumed_from_the_one_before(self, tmp_path, monkeypatch):
+        trainer = tiny_trainer(tmp_path, **self.SETTINGS)
+        save = trainer._save_rng_state
+
+        def full(folder):
+            save(folder)
+            if trainer.state.global_step == 4:
+                assert names(unfinished_folder(tmp_path)) == {"checkpoint-4"}
+                raise OSError("No space left on device")
+
+        monkeypatch.setattr(trainer, "_save_rng_state", full)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train()
+        assert {"checkpoint-2", "checkpoint-4", "_unfinished"} & names(tmp_path) == {"checkpoint-2"}
+        write_checkpoint(unfinished_folder(tmp_path), 4, whole=False)  # as a process that is killed would leave it
+
+        resumed = tiny_trainer(tmp_path, **self.SETTINGS)
+        resumed.train(resume_from_checkpoint=True)
+        assert {"checkpoint-2", "checkpoint-4", "checkpoint-6"} <= names(tmp_path)
+        assert "_unfinished" not in names(tmp_path)
+        assert names(tmp_path / "checkpoint-6") >= FILES
+        whole = tiny_trainer(tmp_path / "whole", **self.SETTINGS)
+        whole.train()
+        losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)]
+        assert len(losses[0]) == 6
+        assert losses[0] == losses[1]
+
+    def test_a_run_that_was_at_its_end_is_not_trained_further(self, tmp_path):
+        weights = []
+        for _ in range(2):
+            trainer = tiny_trainer(tmp_path, **self.SETTINGS)
+            trainer.train(resume_from_checkpoint="auto")
+            assert trainer.state.global_step == 6
+            weights.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+        assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+    def test_a_checkpoint_of_an_earlier_run_is_replaced_whole(self, tmp_path):
+        (write_checkpoint(tmp_path, 2) / "of_the_earlier_run").touch()
+        trainer = tiny_trainer(tmp_path, overwrite_output_dir=True, **self.SETTINGS | {"max_steps": 2})
+        trainer.train()
+        assert names(tmp_path / "checkpoint-2") >= FILES
+        assert "of_the_earlier_run" not in names(tmp_path / "checkpoint-2")
+
+    def test_the_best_checkpoint_is_known_by_its_place_and_kept(self, tmp_path):
+        trainer = best_of_three(tmp_path, save_total_limit=1)
+        trainer.train()
+        best = trainer.state.best_model_checkpoint
+        assert best == str(tmp_path / "checkpoint-2")
+        assert {name for name in names(tmp_path) if "checkpoint" in name} == {"checkpoint-2"}
+        assert f'"best_model_checkpoint": "{best}"' in Path(best, STATE_NAME).read_text()
+
+    def test_the_best_checkpoint_moves_along_with_its_folder(self, tmp_path, monkeypatch):
+        (tmp_path / "first").mkdir()
+        best_of_three(tmp_path / "first", max_steps=4).train()
+        (tmp_path / "first").rename(tmp_path / "second")
+        monkeypatch.chdir(tmp_path)
+        moved = best_of_three("second", save_total_limit=1)
+        moved.train(resume_from_checkpoint="auto")
+        assert moved.state.best_model_checkpoint == "second/checkpoint-2"
+        again = best_of_three(tmp_path / "second", save_total_limit=1)  # which is at its end
+        again.train(resume_from_checkpoint="auto")
+        assert {name for name in names(tmp_path / "second") if "checkpoint" in name} == {"checkpoint-2"}
+
+    def test_uploads_begin_when_the_checkpoint_is_in_its_place(self, tmp_path, monkeypatch):
+        pushed = []
+        trainer = tiny_trainer(tmp_path, **self.SETTINGS | {"max_steps": 2})
+        trainer.train()
+        trainer.args.push_to_hub = True
+        monkeypatch.setattr(
+            type(trainer).__mro__[2],
+            "_push_from_checkpoint",
+            lambda self, folder: pushed.append((folder, names(Path(folder)))),
+        )
+        trainer._save_checkpoint(trainer.model, None)
+        ((folder, files),) = pushed
+        assert folder == str(tmp_path / "checkpoint-2")
+        assert STATE_NAME in files

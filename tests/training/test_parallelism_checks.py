@@ -1,0 +1,54 @@
+"""What is refused on models that are shared out over processes. Tests on processes: `tests/distributed`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.training.parallelism_checks import check_placement, check_precision
+from tests import models
+
+
+def accelerator(kind: str, version: int | None = None, stage: int | None = None) -> SimpleNamespace:
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=version),
+        "deepspeed_plugin": SimpleNamespace(zero_stage=stage),
+    }
+    return SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType(kind), **plugins))
+
+
+def test_responses_are_not_generated_where_weights_are_sharded():
+    with pytest.raises(OrdMoEConfigError, match="responses='generated' does not work with FSDP2"):
+        check_placement(accelerator("FSDP", version=2), 1, writes_responses=True)
+    with pytest.raises(OrdMoEConfigError, match="does not work with DeepSpeed ZeRO-3"):
+        check_placement(accelerator("DEEPSPEED", stage=3), 1, writes_responses=True)
+
+
+def test_fsdp1_is_refused():
+    with pytest.raises(OrdMoEConfigError, match="set fsdp_version: 2"):
+        check_placement(accelerator("FSDP", version=1), 1, writes_responses=False)
+
+
+def test_the_others_are_not():
+    for shared in (accelerator("FSDP", version=2), accelerator("DEEPSPEED", stage=3)):
+        check_placement(shared, 1, writes_responses=False)
+    for whole in (accelerator("NO"), accelerator("MULTI_GPU"), accelerator("DEEPSPEED", stage=2)):
+        check_placement(whole, 1, writes_responses=True)
+
+
+def test_several_devices_of_one_process_are_refused():
+    with pytest.raises(OrdMoEConfigError, match=r"sees 2 GPUs.*accelerate launch --num_processes 2"):
+        check_placement(accelerator("NO"), 2, writes_responses=False)
+
+
+@pytest.mark.parametrize(("weights", "mixed"), [(torch.float16, "bf16"), (torch.bfloat16, "fp16")])
+def test_4_bits_of_one_16_bit_dtype_are_not_trained_under_the_other(weights, mixed):
+    model = quantize_experts_(models.qwen3_moe().to(weights), MoeBitsAndBytesConfig())
+    args = SimpleNamespace(**({"bf16": False, "fp16": False} | {mixed: True}))
+    with pytest.raises(OrdMoEConfigError, match=rf"4 bits of {weights} weights.*Set {mixed}=False"):
+        check_precision(model, args)
+    check_precision(model, SimpleNamespace(bf16=weights == torch.bfloat16, fp16=weights == torch.float16))
+    check_precision(models.qwen3_moe().to(weights), args)
