@@ -17,7 +17,7 @@ from ..experts import router_lora as router_wrapper
 from ..merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from ..moe_model import (
     EXPERTS_IMPLEMENTATION,
-    find_moe_layers,
+    MoEModel,
     is_fused_experts,
     unwrapped,
     without_wrappers,
@@ -31,7 +31,6 @@ from .lora_fields import changes_base_weights, check_modules_to_save, check_whol
 from .offloading import bring_offloaded_routers, check_offloading
 from .saved_weights import check_fits, saved_shapes
 from .targets import Target, base_moe, base_quantization, coverage_report, resolve_targets
-from .unserved_blocks import check_scope_is_served
 
 
 logger = logging.get_logger(__name__)
@@ -63,10 +62,11 @@ class OrdMoEModel(LoraModel):
         saved = saved_shapes(file) if is_loaded and file else None
         check_whole_model(config, model)
         check_expert_storage(model)
-        layers = find_moe_layers(model)
+        moe = MoEModel.of(model)
+        layers = moe.layers
         check_base(config, model)
         if config.num_tiers > 1:
-            check_scope_is_served(model, config.layer_scope)
+            moe.check_scope_is_served(config.layer_scope)
         make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
         targets = check_targets(config, model)
         check_offloading(model, targets)

@@ -17,10 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapter.config import OrdMoEConfig
-from ..adapter.unserved_blocks import check_scope_is_served
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
-from ..moe_model import MoELayer, find_moe_layers, text_models
+from ..moe_model import MoELayer, MoEModel
 from ..router_output import WEIGHTS, read_router_output
 from .plan import TierPlan, make_plan
 from .selection import RouterSizes, TierSelection
@@ -85,12 +84,12 @@ def tier_routing(
         [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
             are unknown, or a router did not run.
     """
-    layers = install_tier_hooks(model)
+    moe = install_tier_hooks(model)
     config = adapter_config(model)
     scope = config.layer_scope if layer_scope is None else layer_scope
-    check_scope_is_served(model, scope)
+    moe.check_scope_is_served(scope)
     plan = make_plan(
-        layers,
+        moe.layers,
         tier,
         num_tiers=config.num_tiers if num_tiers is None else num_tiers,
         grouping=config.grouping if grouping is None else grouping,
@@ -104,8 +103,8 @@ def tier_routing(
     )
     if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
-            check_weights(layers[index])
-    with tiers_requested({owner: plan.of_layers(own) for owner, own in text_models(model, layers).items()}):
+            check_weights(moe.layers[index])
+    with tiers_requested({owner: plan.of_layers(own) for owner, own in moe.text_models.items()}):
         yield
 
 
@@ -126,7 +125,7 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> 
         args, kwargs: the router's inputs.
     """
     with nullcontext() if plan is None else TierSelection(RouterSizes.of(layer), layer.index, plan, running_forward()):
-        return layer.router.forward(*args, **kwargs)
+        return layer.known_router.forward(*args, **kwargs)
 
 
 def adapter_config(model: nn.Module) -> OrdMoEConfig:
@@ -135,7 +134,7 @@ def adapter_config(model: nn.Module) -> OrdMoEConfig:
     Of a part of an adapted model, as `get_base_model()` or a text model, it is the model's.
     """
     noted = (vars(module)[CONFIGS] for module in model.modules() if CONFIGS in vars(module))
-    configs = getattr(model, "peft_config", None) or next(noted, {})
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", None) or next(noted, {})
     adapted = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     active = [configs.get(name) for name in adapted.active_adapters] if adapted is not None else []
     ours = [config for config in (*active, *configs.values()) if isinstance(config, OrdMoEConfig)]
@@ -144,28 +143,29 @@ def adapter_config(model: nn.Module) -> OrdMoEConfig:
 
 def note_adapter_configs(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
     """Let the text models of `model` know the configurations of its adapters, for when a part is asked alone."""
-    for owner in text_models(model, find_moe_layers(model)):
+    for owner in MoEModel.of(model).text_models:
         setattr(owner, CONFIGS, configs)
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks
-def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
-    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its MoE layers.
+def install_tier_hooks(model: nn.Module) -> MoEModel:
+    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its view.
 
     Raises:
         [`OrdMoEModelError`]: a layer has no router of a known kind, or one whose choice cannot be intercepted.
     """
-    layers = find_moe_layers(model)
-    missing = [layer for layer in layers if layer.router is None or not hasattr(layer.router, "tier_hook_handles")]
+    moe = MoEModel.of(model)
+    missing = [layer for layer in moe.layers if not hasattr(layer.known_router, "tier_hook_handles")]
     sizes = [check_router(layer) for layer in missing]
     for layer, size in zip(missing, sizes, strict=True):
-        layer.router.tier_hook_handles = [
-            layer.router.register_forward_pre_hook(_RouterEntry(size)),
-            layer.router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
+        router = layer.known_router
+        router.tier_hook_handles = [
+            router.register_forward_pre_hook(_RouterEntry(size)),
+            router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
         ]
-    for owner in text_models(model, layers):
+    for owner in moe.text_models:
         install_forward_hooks(owner)
-    return layers
+    return moe
 
 
 def remove_tier_hooks(model: nn.Module) -> None:
@@ -183,22 +183,18 @@ def check_router(layer: MoELayer) -> RouterSizes:
     Raises:
         [`OrdMoEModelError`]: it does not, or it leaves experts out in a way that is not recognised.
     """
-    if layer.router is None:
-        raise OrdMoEModelError(
-            f"{layer.block_name} has experts but no router that has one row of weights per expert; its tiers are "
-            "unknown."
-        )
-    named = f"{layer.router_name} ({type(layer.router).__name__})"
+    router = layer.known_router
+    named = f"{layer.router_name} ({type(router).__name__})"
     probe = TierSelection(RouterSizes.of(layer), layer.index, _everything_on_top())
-    with align_module_device(layer.router):  # brings weights that accelerate offloaded
-        weight = layer.router.weight
+    with align_module_device(router):  # brings weights that accelerate offloaded
+        weight = router.weight
         if weight.device.type == "meta":
             return RouterSizes.of(layer)
         noise_TH = torch.arange(PROBE_TOKENS * weight.shape[1], device=weight.device).view(PROBE_TOKENS, -1)
         noise_TH = (1e3 * noise_TH.sin()).cos().to(weight.dtype)  # so that tokens keep different groups
         try:
             with torch.no_grad(), probe:
-                layer.router(noise_TH)
+                router(noise_TH)
         except TypeError as error:
             raise OrdMoEModelError(f"{named}: {error}") from error
     if probe.selections != 1:
@@ -224,12 +220,13 @@ def check_weights(layer: MoELayer) -> None:
     Raises:
         [`OrdMoEModelError`]: it does not.
     """
-    with align_module_device(layer.router):
-        weight = layer.router.weight
+    router = layer.known_router
+    with align_module_device(router):
+        weight = router.weight
         if weight.device.type == "meta":
             return
         with torch.no_grad():
-            output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
+            output = router.forward(weight.new_zeros(2, weight.shape[1]))
     weights_TK = read_router_output(layer, output).weights_TK
     if weights_TK is None or len(weights_TK) != 2:
         raise OrdMoEModelError(
@@ -247,16 +244,19 @@ class _RouterEntry:
     def __call__(self, module: nn.Module, args: tuple) -> None:
         forward = running_forward()
         # Several text models may run inside one another; the router belongs to one of them.
-        while forward is not None and (forward.plan is None or id(module) not in forward.plan.index_of_router):
+        while forward is not None:
+            plan = forward.plan
+            if plan is not None and id(module) in plan.index_of_router:
+                self._answer_by_tier(id(module), plan, forward)
+                return
             forward = forward.outer
-        if forward is None:
-            return
-        forward.routed.add(id(module))
-        index = forward.plan.index_of_router[id(module)]
-        if index not in forward.plan.layers:
-            return
-        _running.selection = TierSelection(self.router, index, forward.plan, forward)
-        _running.selection.__enter__()
+
+    def _answer_by_tier(self, router: int, plan: TierPlan, forward: RunningForward) -> None:
+        forward.routed.add(router)
+        index = plan.index_of_router[router]
+        if index in plan.layers:
+            _running.selection = TierSelection(self.router, index, plan, forward)
+            _running.selection.__enter__()
 
 
 def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -285,6 +285,6 @@ def _matched(output: tuple, top_weights_TK: torch.Tensor, selection: TierSelecti
     scale_T1 = top_weights_TK.sum(-1, keepdim=True) / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
     matched_TK = weights_TK * scale_T1
     if only_tier is None:
-        is_top_T = selection.forward.tier_of_token(weights_TK.device) == 1
+        is_top_T = selection.running.tier_of_token(weights_TK.device) == 1
         matched_TK = torch.where(is_top_T.unsqueeze(1), weights_TK, matched_TK)
     return (*output[:WEIGHTS], matched_TK, *output[WEIGHTS + 1 :])
