@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, coverage_report
-from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from ordmoe_peft.errors import OrdMoEModelError
 from tests import models
 
 
@@ -43,8 +43,3 @@ def test_a_role_that_matches_part_of_the_layers():
     model.model.layers[1].self_attn = torch.nn.Identity()
     with pytest.raises(OrdMoEModelError, match=r"'attention'.*in 2 layers only.*\[1\]"):
         get_peft_model(model, OrdMoEConfig(targets=["attention"]))
-
-
-def test_names_that_contradict_the_roles(model):
-    with pytest.raises(OrdMoEConfigError, match="Set `targets` alone"):
-        get_peft_model(model, OrdMoEConfig(target_modules=["q_proj"]))
