@@ -8,7 +8,7 @@ from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_model import MoEModel, without_wrappers
 from ..quantization.other_quantizers import check_expert_storage
 from ..tiers.plan import make_plan
-from ..tiers.routing import check_router, check_weights
+from ..tiers.routing import check_router, check_weights, settings_of
 from .config import OrdMoEConfig
 from .lora_fields import check_modules_to_save, check_whole_model, resolve_patterns
 from .offloading import check_offloading
@@ -27,7 +27,7 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
     check_base(config, model)
     if config.num_tiers > 1:
         moe.check_scope_is_served(config.layer_scope)
-    make_plan(moe.layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
+    make_plan(moe.layers, 1, settings_of(config))
     targets = check_targets(config, model)
     check_offloading(model, targets)
     check_modules_to_save(config, model, [layer.block_name for layer in moe.layers])

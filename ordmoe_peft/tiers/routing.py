@@ -6,6 +6,7 @@ hooks return at once.
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,7 +22,7 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
 from ..moe_model import MoELayer, MoEModel
 from ..router_output import WEIGHTS, read_router_output
-from .plan import TierPlan, make_plan
+from .plan import RandomDraw, TierPlan, TierSettings, make_plan
 from .selection import RouterSizes, TierSelection
 
 
@@ -48,12 +49,10 @@ def tier_routing(
     num_tiers: int | None = None,
     grouping: str | None = None,
     layer_scope: str | Sequence[int] | None = None,
-    seed: int | None = None,
-    step: int = 0,
-    num_samples: int | None = None,
     tier_weights: str | None = None,
-    places: torch.Tensor | None = None,
-    first_sample: int = 0,
+    seed: int | None = None,
+    draw: RandomDraw | None = None,
+    **renamed: Any,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -70,13 +69,12 @@ def tier_routing(
         num_tiers (`int`, *optional*): C.
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
-        seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from. It draws for a row's
-            place in the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each
-            prompt, and with one prompt `num_samples=1`: repetitions then draw the same.
-        num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
-            [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
-        places (`torch.Tensor` of shape `(B, S)`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+        seed (`int`, *optional*): what `random` grouping draws from.
+        draw ([`~ordmoe_peft.tiers.plan.RandomDraw`], *optional*): which of its draws. A row's is that of its place in
+            the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each prompt, and
+            with one prompt `RandomDraw(num_samples=1)`: repetitions then draw the same.
+        renamed: `step`, `num_samples`, `first_sample` and `places`, which are fields of `draw` now.
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
@@ -86,26 +84,39 @@ def tier_routing(
     """
     moe = install_tier_hooks(model)
     config = adapter_config(model)
-    scope = config.layer_scope if layer_scope is None else layer_scope
-    moe.check_scope_is_served(scope)
-    plan = make_plan(
-        moe.layers,
-        tier,
-        num_tiers=config.num_tiers if num_tiers is None else num_tiers,
-        grouping=config.grouping if grouping is None else grouping,
-        layer_scope=scope,
-        seed=config.tier_seed if seed is None else seed,
-        step=step,
-        num_samples=num_samples,
-        tier_weights=config.tier_weights if tier_weights is None else tier_weights,
-        first_sample=first_sample,
-        places=places,
+    settings = settings_of(
+        config, num_tiers=num_tiers, grouping=grouping, layer_scope=layer_scope, tier_weights=tier_weights, seed=seed
     )
-    if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
+    moe.check_scope_is_served(settings.layer_scope)
+    plan = make_plan(moe.layers, tier, settings, _draw_of(draw, renamed))
+    if settings.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(moe.layers[index])
     with tiers_requested({owner: plan.of_layers(own) for owner, own in moe.text_models.items()}):
         yield
+
+
+def settings_of(config: OrdMoEConfig, **given: Any) -> TierSettings:
+    """The tier settings of a configuration, but for those that are given."""
+    own = {name: getattr(config, name) for name in ("num_tiers", "grouping", "layer_scope", "tier_weights")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return TierSettings(**(own | {"seed": config.tier_seed} | changes))
+
+
+def _draw_of(draw: RandomDraw | None, renamed: dict[str, Any]) -> RandomDraw:
+    """The draw that was asked for, also by the names of its fields before 0.1. Remove these with 0.2."""
+    if not renamed:
+        return draw or RandomDraw()
+    unknown = set(renamed) - {"step", "num_samples", "first_sample", "places"}
+    if unknown or draw is not None:
+        raise TypeError(f"tier_routing() got unexpected arguments {sorted(renamed)}: give draw=RandomDraw(...) alone.")
+    warnings.warn(
+        f"{sorted(renamed)} of tier_routing are fields of its `draw` now: RandomDraw(step=…, num_samples=…, "
+        "first_sample=…, positions=…).",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return RandomDraw(**{{"places": "positions"}.get(name, name): value for name, value in renamed.items()})
 
 
 def running_tiers() -> RunningForward | None:
@@ -211,7 +222,7 @@ def check_router(layer: MoELayer) -> RouterSizes:
 
 
 def _everything_on_top() -> TierPlan:
-    return TierPlan(torch.ones(1, dtype=torch.long), 1, "uniform", frozenset(), seed=0, step=0)
+    return TierPlan(torch.ones(1, dtype=torch.long), TierSettings(num_tiers=1), frozenset())
 
 
 def check_weights(layer: MoELayer) -> None:
@@ -271,7 +282,7 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
             f"{selection.router.name} chose experts {selection.selections} times in one forward; its tiers would be "
             "wrong."
         )
-    if selection.plan.tier_weights == "router":
+    if selection.plan.settings.tier_weights == "router":
         return None
     return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection)
 

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.tiers.routing import adapter_config, install_tier_hooks
 from tests import models, reference
 
@@ -270,6 +271,17 @@ class TestBlocks:
         copied = copy.deepcopy(model)
         with tier_routing(copied, 2):
             assert torch.equal(logits(copied, batch), wanted)
+
+
+def test_fields_of_the_draw_by_their_old_names(model, batch):
+    with tier_routing(model, 2, grouping="random", draw=RandomDraw(step=3, num_samples=1)):
+        wanted = logits(model, batch)
+    with pytest.warns(FutureWarning, match="fields of its `draw`"):
+        block = tier_routing(model, 2, grouping="random", step=3, num_samples=1)
+        with block:
+            assert torch.equal(logits(model, batch), wanted)
+    with pytest.raises(TypeError, match="stage"), tier_routing(model, 2, stage=1):
+        pass
 
 
 class TestAdapters:

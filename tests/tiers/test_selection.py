@@ -3,6 +3,7 @@
 import torch
 
 from ordmoe_peft import tier_routing
+from ordmoe_peft.tiers.plan import RandomDraw
 from tests import models
 from tests.tiers.test_routing import logits, watched_routing
 
@@ -19,8 +20,9 @@ def test_mixed_rows_on_tier_1_choose_what_the_router_chose(model, batch):
 
 
 class TestRandom:
-    def routing(self, model, batch, tier, **settings):
-        with watched_routing(model) as seen, tier_routing(model, tier, grouping="random", **settings):
+    def routing(self, model, batch, tier, num_tiers=None, seed=None, **draw):
+        settings = {"grouping": "random", "num_tiers": num_tiers, "seed": seed, "draw": RandomDraw(**draw)}
+        with watched_routing(model) as seen, tier_routing(model, tier, **settings):
             logits(model, batch)
         return [record["index"] for record in seen]
 
