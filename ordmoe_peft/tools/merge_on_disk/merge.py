@@ -22,6 +22,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import convert_file_size_to_int
 
@@ -30,13 +31,12 @@ from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...files import whole_folder
 from ...merging.delta_retention import RequantizationReport
 from ...quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
 from .checkpoint import ShardWriter, checkpoint_folder, files_beside, open_checkpoint
-from .parameter_sources import PackedSource, Source, check_source, find_sources
-from .requantization import Packing
-from .tensor_merge import TensorMerge
-from .units import plan_work
-from .weightless_model import Host, empty_model
+from .parameter_sources import find_sources
+from .units import UnitMerger, plan_units
+from .weightless_model import WeightlessModel, meta_model
 
 
 logger = logging.get_logger(__name__)
@@ -64,27 +64,11 @@ class MergeSummary:
     report: RequantizationReport | None
 
 
-def merge_checkpoint(
-    adapter: str | Path,
-    output: str | Path,
-    base: str | Path | None = None,
-    revision: str | None = None,
-    quantization_config: MoeBitsAndBytesConfig | None = None,
-    requantize: bool = False,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
-    trust_remote_code: bool = False,
-    progressbar: bool = False,
-) -> MergeSummary:
-    """Write the base with the adapter merged into it to `output`, which `from_pretrained` loads.
-
-    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
-    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
-    for NaN and infinity. The base is only read, and `output` appears when it is complete.
+@dataclass(frozen=True)
+class MergeOptions:
+    """How [`merge_checkpoint`] merges.
 
     Args:
-        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
-        output (`str` or `Path`): folder to write to; must not exist, or be empty.
         base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by us; the one that
             the adapter names, by default.
         revision (`str`, *optional*): branch, tag or commit of the base on the hub.
@@ -98,82 +82,127 @@ def merge_checkpoint(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
         trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
         progressbar (`bool`, defaults to `False`): show one bar for the tensors.
+    """
+
+    base: str | Path | None = None
+    revision: str | None = None
+    quantization_config: MoeBitsAndBytesConfig | None = None
+    requantize: bool = False
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str = "5GB"
+    trust_remote_code: bool = False
+    progressbar: bool = False
+
+
+def merge_checkpoint(adapter: str | Path, output: str | Path, options: MergeOptions | None = None) -> MergeSummary:
+    """Write the base with the adapter merged into it to `output`, which `from_pretrained` loads.
+
+    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
+    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
+    for NaN and infinity. The base is only read, and `output` appears when it is complete.
+
+    Args:
+        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
+        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        options ([`MergeOptions`], *optional*): into which base, and how.
 
     Raises:
         [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, `output` is taken, or `requantize` has no recipe.
         [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised by others, or is
             stored in a form that cannot be written back; or a merged weight is not finite.
     """
-    output = Path(output)
+    output, options = Path(output), options or MergeOptions()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
-    shard_size = _shard_size(max_shard_size)
-    adapter_config = _adapter_config(adapter)
-    base = base or adapter_config.base_model_name_or_path
+    shard_size = _shard_size(options.max_shard_size)
+    config = _adapter_config(adapter)
+    base = options.base or config.base_model_name_or_path
     if not base:
         raise OrdMoEConfigError(f"{adapter} does not name its base: give `base` (`--model_name_or_path`).")
-    checkpoint = open_checkpoint(checkpoint_folder(base, revision))
-    recipe = stored_recipe(checkpoint.folder)
-    if recipe is not None and quantization_config is not None:
-        raise OrdMoEConfigError(
-            f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
-        )
-    if requantize and recipe is None and quantization_config is None:
-        raise OrdMoEConfigError(
-            f"requantize needs the recipe: {base} is stored dense, so give `quantization_config` (`load_in_4bit`)."
-        )
-    if adapter_config.base_quantization is not None and recipe is None and quantization_config is None:
-        logger.warning(
-            f"{adapter} was trained on its base quantised by {_in_short(adapter_config.base_quantization)}, and is now "
-            "merged into the weights as they are stored. Give the recipe (`load_in_4bit` and its fields) to merge into "
-            "what training saw."
-        )
-    host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
-    skeleton = empty_model(checkpoint.folder, trust_remote_code)
-    sources = find_sources(skeleton, checkpoint.files, recipe)
-    parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
-    packing = None
-    if quantization_config is not None:
-        packing = Packing(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
-    works = plan_work(checkpoint, host, parameters, _also_changed(sources, parameters, packing, requantize))
-    report = RequantizationReport() if requantize else None
-    merge = TensorMerge(
+    checkpoint = open_checkpoint(checkpoint_folder(base, options.revision))
+    stored = stored_recipe(checkpoint.folder)
+    _check_recipes(str(adapter), config, str(base), stored, options)
+    model = WeightlessModel(meta_model(checkpoint.folder, options.trust_remote_code), adapter)
+    skeleton = meta_model(checkpoint.folder, options.trust_remote_code)
+    quantizer = _prepared_quantizer(skeleton, stored, options.quantization_config)
+    sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
+    also_changed = _changed_by_rounding(sources, skeleton, quantizer, options.requantize)
+    units = plan_units(checkpoint, model, sources, also_changed)
+    report = RequantizationReport() if options.requantize else None
+    merger = UnitMerger(
         checkpoint,
-        host,
-        packing,
-        dtype,
-        packed={name for source in sources if isinstance(source, PackedSource) for name in source.names},
-        packed_dtype=dtype or skeleton.config.dtype or torch.bfloat16,
+        model,
+        quantizer=None if stored else quantizer,
+        dtype=options.dtype,
+        stored_packed={name for source in sources.values() if source.is_packed for name in source.names},
+        unpacked_dtype=options.dtype or skeleton.config.dtype or torch.bfloat16,
         report=report,
     )
-
-    with whole_folder(output) as unfinished, tqdm(works, disable=not progressbar, desc="Merging") as bar:
+    with whole_folder(output) as unfinished:
         writer = ShardWriter(unfinished, shard_size)
-        for work in bar:
-            writer.add(merge.finished(work))
+        for unit in tqdm(units, disable=not options.progressbar, desc="Merging"):
+            writer.add(merger.merged(unit))
         writer.close()
-        stored_as = (packing.config if packing else recipe) if requantize else None
-        _copy_files_beside(checkpoint.folder, unfinished, dtype, stored_as)
-        card = model_card(str(base), str(adapter), adapter_config, quantization_config, report)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        stored_as = quantizer.quantization_config if quantizer is not None and options.requantize else None
+        _copy_files_beside(checkpoint.folder, unfinished, options.dtype, stored_as)
+        card = model_card(str(base), str(adapter), config, options.quantization_config, report)
+        card.save(unfinished / "README.md")
     return MergeSummary(
         base=str(base),
-        merged=sum(len(work.layers) for work in works),
-        rounded=len(packing.names) if packing else 0,
-        copied=sum(len(work.names) for work in works if not work.sources),
+        merged=len(model.adapted),
+        rounded=len(quantizer.packed_names(skeleton)) if options.quantization_config and quantizer else 0,
+        copied=sum(len(unit.names) for unit in units if not unit.sources),
         shards=len(writer.shards),
         num_bytes=writer.total_size,
         report=report,
     )
 
 
-def _also_changed(
-    sources: list[Source], parameters: Iterable[str], packing: Packing | None, requantize: bool
-) -> set[str]:
+def _check_recipes(
+    adapter: str, config: OrdMoEConfig, base: str, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
+) -> None:
+    """See that at most one recipe is there, and one where it is needed; warn where training had one that is not."""
+    if stored is not None and options.quantization_config is not None:
+        raise OrdMoEConfigError(
+            f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
+        )
+    if stored is not None or options.quantization_config is not None:
+        return
+    if options.requantize:
+        raise OrdMoEConfigError(
+            f"requantize needs the recipe: {base} is stored dense, so give `quantization_config` (`load_in_4bit`)."
+        )
+    if config.base_quantization is not None:
+        kinds = (config.base_quantization.get(name) for name in ("quant_method", "bnb_4bit_quant_type"))
+        in_short = ", ".join(str(kind) for kind in kinds if kind is not None)
+        logger.warning(
+            f"{adapter} was trained on its base quantised by {in_short}, and is now merged into the weights as they "
+            "are stored. Give the recipe (`load_in_4bit` and its fields) to merge into what training saw."
+        )
+
+
+def _prepared_quantizer(
+    skeleton: PreTrainedModel, stored: MoeBitsAndBytesConfig | None, asked_for: MoeBitsAndBytesConfig | None
+) -> MoeBnb4BitHfQuantizer | None:
+    """What reads or rounds the base in 4 bits, if it is; `skeleton` is given the layers that loading would give it."""
+    recipe = stored or asked_for
+    if recipe is None:
+        return None
+    quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=stored is not None)
+    quantizer.preprocess_model(model=skeleton, device_map=None)
+    return quantizer
+
+
+def _changed_by_rounding(
+    sources: Iterable[str], skeleton: PreTrainedModel, quantizer: MoeBnb4BitHfQuantizer | None, requantize: bool
+) -> Iterable[str]:
     """The parameters that do not stay as they are stored, beside those that the adapter changes."""
-    if requantize:
-        return set() if packing is None else set(parameters)  # which take the model's own names
-    return packing.names if packing else {source.target for source in sources if isinstance(source, PackedSource)}
+    if quantizer is None:
+        return []
+    if not requantize:
+        return quantizer.packed_names(skeleton)
+    # A checkpoint in 4 bits has the model's own names, which all parameters of a dense one take.
+    return [] if quantizer.pre_quantized else sources
 
 
 def _shard_size(size: int | str) -> int:
@@ -181,11 +210,6 @@ def _shard_size(size: int | str) -> int:
         return convert_file_size_to_int(size)
     except ValueError as error:
         raise OrdMoEConfigError(f"max_shard_size={size!r} is not a size: give bytes, or such as '5GB'.") from error
-
-
-def _in_short(recipe: dict[str, Any]) -> str:
-    kinds = (recipe.get("quant_method"), recipe.get("bnb_4bit_quant_type"))
-    return ", ".join(str(kind) for kind in kinds if kind is not None)
 
 
 def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
