@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,12 +37,11 @@ class Checkpoint:
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors by name. They are pages of their files, mapped for as long as the tensors live."""
-        with ExitStack() as stack:
-            opened = {
-                file: stack.enter_context(safe_open(self.folder / file, framework="pt"))
-                for file in dict.fromkeys(self.files[name] for name in names)
-            }
-            return {name: opened[self.files[name]].get_tensor(name) for name in names}
+        tensors: dict[str, torch.Tensor] = {}
+        for file in {self.files[name] for name in names}:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names if self.files[name] == file}
+        return tensors
 
 
 def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> Path:

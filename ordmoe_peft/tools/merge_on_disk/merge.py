@@ -13,16 +13,13 @@ merged model computes what was trained. `requantize` packs the merged weights ag
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import convert_file_size_to_int
 
@@ -33,7 +30,7 @@ from ...merging.delta_retention import RequantizationReport
 from ...quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
-from .checkpoint import ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
 from .parameter_sources import find_sources
 from .units import UnitMerger, plan_units
 from .weightless_model import WeightlessModel, meta_model
@@ -48,8 +45,7 @@ class MergeSummary:
 
     Args:
         base (`str`): the base.
-        merged (`int`): parameters that the adapter changed.
-        rounded (`int`): parameters that were rounded through the 4-bit recipe.
+        merged (`int`), rounded (`int`): parameters that the adapter changed, that were rounded to 4 bits first.
         copied (`int`): tensors that were copied.
         shards (`int`), num_bytes (`int`): what was written.
         report ([`RequantizationReport`], *optional*): with `requantize`, what that left of each delta.
@@ -122,39 +118,51 @@ def merge_checkpoint(adapter: str | Path, output: str | Path, options: MergeOpti
     checkpoint = open_checkpoint(checkpoint_folder(base, options.revision))
     stored = stored_recipe(checkpoint.folder)
     _check_recipes(str(adapter), config, str(base), stored, options)
-    model = WeightlessModel(meta_model(checkpoint.folder, options.trust_remote_code), adapter)
-    skeleton = meta_model(checkpoint.folder, options.trust_remote_code)
-    quantizer = _prepared_quantizer(skeleton, stored, options.quantization_config)
-    sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
-    also_changed = _changed_by_rounding(sources, skeleton, quantizer, options.requantize)
-    units = plan_units(checkpoint, model, sources, also_changed)
-    report = RequantizationReport() if options.requantize else None
-    merger = UnitMerger(
-        checkpoint,
-        model,
-        quantizer=None if stored else quantizer,
-        dtype=options.dtype,
-        stored_packed={name for source in sources.values() if source.is_packed for name in source.names},
-        unpacked_dtype=options.dtype or skeleton.config.dtype or torch.bfloat16,
-        report=report,
-    )
+    merger = _prepared(checkpoint, adapter, stored, options)
     with whole_folder(output) as unfinished:
         writer = ShardWriter(unfinished, shard_size)
-        for unit in tqdm(units, disable=not options.progressbar, desc="Merging"):
+        for unit in tqdm(merger.units, disable=not options.progressbar, desc="Merging"):
             writer.add(merger.merged(unit))
         writer.close()
-        stored_as = quantizer.quantization_config if quantizer is not None and options.requantize else None
-        _copy_files_beside(checkpoint.folder, unfinished, options.dtype, stored_as)
-        card = model_card(str(base), str(adapter), config, options.quantization_config, report)
+        quantizer = merger.quantizer if options.requantize else None
+        _copy_files_beside(checkpoint.folder, unfinished, options.dtype, quantizer)
+        card = model_card(str(base), str(adapter), config, options.quantization_config, merger.report)
         card.save(unfinished / "README.md")
     return MergeSummary(
         base=str(base),
-        merged=len(model.adapted),
-        rounded=len(quantizer.packed_names(skeleton)) if options.quantization_config and quantizer else 0,
-        copied=sum(len(unit.names) for unit in units if not unit.sources),
+        merged=len(merger.model.adapted),
+        rounded=len(merger.rounded),
+        copied=sum(len(unit.names) for unit in merger.units if not unit.sources),
         shards=len(writer.shards),
         num_bytes=writer.total_size,
-        report=report,
+        report=merger.report,
+    )
+
+
+def _prepared(
+    checkpoint: Checkpoint, adapter: str | Path, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
+) -> UnitMerger:
+    """All that is settled from names and shapes alone, before the first weight is read."""
+    model = WeightlessModel(meta_model(checkpoint.folder, options.trust_remote_code), adapter)
+    skeleton = meta_model(checkpoint.folder, options.trust_remote_code)
+    recipe, quantizer = stored or options.quantization_config, None
+    if recipe is not None:
+        quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=stored is not None)
+        quantizer.preprocess_model(model=skeleton, device_map=None)
+    in_4_bits = set() if quantizer is None else set(quantizer.packed_names(skeleton))
+    sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
+    # A base in 4 bits is stored under the model's own names; when one becomes so, all its tensors take these.
+    renamed = set() if stored or not options.requantize else set(sources)
+    unpacked = set() if options.requantize else in_4_bits
+    return UnitMerger(
+        checkpoint,
+        model,
+        plan_units(checkpoint, model, sources, renamed | unpacked),
+        quantizer,
+        rounded=set() if stored else in_4_bits,
+        stored_packed={name for source in sources.values() if source.is_packed for name in source.names},
+        dtype=options.dtype,
+        report=RequantizationReport() if options.requantize else None,
     )
 
 
@@ -179,30 +187,6 @@ def _check_recipes(
             f"{adapter} was trained on its base quantised by {in_short}, and is now merged into the weights as they "
             "are stored. Give the recipe (`load_in_4bit` and its fields) to merge into what training saw."
         )
-
-
-def _prepared_quantizer(
-    skeleton: PreTrainedModel, stored: MoeBitsAndBytesConfig | None, asked_for: MoeBitsAndBytesConfig | None
-) -> MoeBnb4BitHfQuantizer | None:
-    """What reads or rounds the base in 4 bits, if it is; `skeleton` is given the layers that loading would give it."""
-    recipe = stored or asked_for
-    if recipe is None:
-        return None
-    quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=stored is not None)
-    quantizer.preprocess_model(model=skeleton, device_map=None)
-    return quantizer
-
-
-def _changed_by_rounding(
-    sources: Iterable[str], skeleton: PreTrainedModel, quantizer: MoeBnb4BitHfQuantizer | None, requantize: bool
-) -> Iterable[str]:
-    """The parameters that do not stay as they are stored, beside those that the adapter changes."""
-    if quantizer is None:
-        return []
-    if not requantize:
-        return quantizer.packed_names(skeleton)
-    # A checkpoint in 4 bits has the model's own names, which all parameters of a dense one take.
-    return [] if quantizer.pre_quantized else sources
 
 
 def _shard_size(size: int | str) -> int:
@@ -245,25 +229,20 @@ def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
 
 
 def _copy_files_beside(
-    folder: Path, output: Path, dtype: torch.dtype | None, stored_as: MoeBitsAndBytesConfig | None
+    folder: Path, output: Path, dtype: torch.dtype | None, quantizer: MoeBnb4BitHfQuantizer | None
 ) -> None:
-    """Copy all but weights; the configuration says what the merged model is: a dense one, or `stored_as`."""
+    """Copy all but weights; the configuration says that the merged model is dense, or packed by `quantizer`."""
     for path in files_beside(folder):
         shutil.copyfile(path, output / path.name)
-    config = json.loads((output / CONFIG_NAME).read_text())
-    changed = {name: value for name, value in config.items() if name != "quantization_config"}
-    if dtype is not None:
-        changed = _with_dtype(changed, str(dtype).removeprefix("torch."))
-    if stored_as is not None:
-        changed["quantization_config"] = stored_as.to_dict()
-    if changed != config:
-        (output / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
 
+    def with_dtype(part: dict) -> dict:
+        return part | dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, str(dtype).removeprefix("torch."))
 
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """A configuration, and those inside it, with another dtype."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype) for key, value in config.items()
-    }
+    text = (output / CONFIG_NAME).read_text()
+    # The hook sees the configurations inside this one, too.
+    config = json.loads(text, object_hook=None if dtype is None else with_dtype)
+    config.pop("quantization_config", None)
+    if quantizer is not None:
+        config["quantization_config"] = quantizer.quantization_config.to_dict()
+    if config != json.loads(text):
+        (output / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")

@@ -95,11 +95,7 @@ class ParameterSource:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-        """See that the tensors make parameters that the model has, and that the way back is known.
-
-        Args:
-            tensors (`Mapping`): the checkpoint's tensors by name, on the meta device.
-            expected (`Mapping`): the model's.
+        """Note the parameters; see that the model has them (`expected`), and that they make the same tensors again.
 
         Raises:
             [`OrdMoEModelError`]: the shapes are another model's, or the converted parameters cannot be written back.

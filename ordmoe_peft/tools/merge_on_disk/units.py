@@ -73,19 +73,21 @@ class UnitMerger:
     Args:
         checkpoint ([`Checkpoint`]): where the tensors are.
         model ([`WeightlessModel`]): what merges into them.
-        quantizer ([`MoeBnb4BitHfQuantizer`], *optional*): rounds the weights of a dense base first.
-        dtype (`torch.dtype`, *optional*): of floating-point tensors that are written; each one's own by default.
+        units (`list` of [`MergeUnit`]): all of them.
+        quantizer ([`MoeBnb4BitHfQuantizer`], *optional*): packs weights.
+        rounded (`set[str]`): the parameters that it packs before anything is merged into them.
         stored_packed (`set[str]`): the tensors that are parts of weights in 4 bits.
-        unpacked_dtype (`torch.dtype`): of the dense weights that these become.
+        dtype (`torch.dtype`, *optional*): of floating-point tensors that are written; each one's own by default.
         report ([`RequantizationReport`], *optional*): with one, to which it adds, packed weights stay packed.
     """
 
     checkpoint: Checkpoint
     model: WeightlessModel
+    units: list[MergeUnit]
     quantizer: MoeBnb4BitHfQuantizer | None
-    dtype: torch.dtype | None
+    rounded: set[str]
     stored_packed: set[str]
-    unpacked_dtype: torch.dtype
+    dtype: torch.dtype | None
     report: RequantizationReport | None
 
     @torch.no_grad()
@@ -111,8 +113,9 @@ class UnitMerger:
         tensors.clear()
         for name in source.parameters:
             value = parameters.pop(name)
-            dtypes[name] = self.unpacked_dtype if source.is_packed else value.dtype
-            if self.quantizer is not None and self.quantizer.param_needs_quantization(source.skeleton, name):
+            stored_dtype = self.dtype or self.model.model.config.dtype or torch.bfloat16
+            dtypes[name] = stored_dtype if source.is_packed else value.dtype
+            if self.quantizer is not None and name in self.rounded:
                 value = self.quantizer.get_quantize_ops().convert({name: value}, model=source.skeleton)[name]
             elif len(source.names) == 1:  # then it may still be pages of the file, which are not ours to write to
                 value = value.clone()
