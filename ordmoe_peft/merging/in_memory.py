@@ -1,8 +1,8 @@
 """Merging an adapter into a base that is packed in 4 bits, in memory.
 
 The result is dense by default: every packed weight of the model, adapted or not, becomes an ordinary parameter, one
-weight at a time, each freeing its bytes. Sums are in float32 and rounded once, to the dtype of the input embeddings,
-which is what the hidden states of the model are in; a dense linear layer of another dtype could not run on them.
+weight at a time, and its bytes are freed. Sums are in float32 and rounded once, to the dtype of the input embeddings:
+the hidden states have that dtype, and a linear layer of another could not run on them.
 """
 
 from collections.abc import Iterator
@@ -205,7 +205,7 @@ def _check_factors_finite(model: nn.Module, layers: list[BaseTunerLayer], adapte
 def merge_packed_weight(
     model: nn.Module, weight: BaseWeight, dtype: torch.dtype, report: RequantizationReport | None
 ) -> None:
-    """Make a packed weight dense, with its adapters in it; with a report, pack it again and add what is left there."""
+    """Merge a packed weight's adapters into it: it becomes dense, or, with a report to add to, is packed again."""
     if report is None:
         dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
         for name in weight.wrapped_names:

@@ -104,16 +104,17 @@ class ShardWriter:
     def __init__(self, folder: Path, max_shard_size: int):
         self.folder = folder
         self.max_shard_size = max_shard_size
-        self.total_size = 0
+        self.total_size = self.shard_size = 0
         self.shards: list[list[str]] = []
         self.shard: dict[str, torch.Tensor] = {}
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put tensors into one shard, this or, where they do not fit, the next."""
-        size = _num_bytes(tensors)
-        if self.shard and _num_bytes(self.shard) + size > self.max_shard_size:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self.shard and self.shard_size + size > self.max_shard_size:
             self._write()
         self.shard |= tensors
+        self.shard_size += size
         self.total_size += size
 
     def close(self) -> None:
@@ -133,11 +134,7 @@ class ShardWriter:
     def _write(self) -> None:
         self.shards.append(list(self.shard))
         save_file(self.shard, self.folder / f"{len(self.shards)}.part", metadata={"format": "pt"})
-        self.shard = {}
-
-
-def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+        self.shard, self.shard_size = {}, 0
 
 
 def files_beside(folder: Path) -> Iterator[Path]:

@@ -2,8 +2,8 @@
 
 The adapter is attached to a model without weights. Then, stack by stack, the tensors of the checkpoint become the
 parameter that they make, PEFT's layers merge into it, and it goes back to the names and layout that it was read under.
-What the adapter does not touch is copied as it is, even tensors that transformers does not know. A base that we saved
-in 4 bits becomes dense, all of it, under the names of the model's parameters.
+Tensors that the adapter does not change are copied, even those that transformers does not know. A base that this
+package saved in 4 bits becomes dense as a whole, under the names of the model's parameters.
 
 By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
 other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
@@ -65,8 +65,8 @@ class MergeOptions:
     """How [`merge_checkpoint`] merges.
 
     Args:
-        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by us; the one that
-            the adapter names, by default.
+        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by this package; the
+            one that the adapter names, by default.
         revision (`str`, *optional*): branch, tag or commit of the base on the hub.
         quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
             the deltas are added, as loading with it would; the output is dense unless `requantize` is set. The weights
@@ -151,7 +151,7 @@ def _prepared(
         quantizer.preprocess_model(model=skeleton, device_map=None)
     in_4_bits = set() if quantizer is None else set(quantizer.packed_names(skeleton))
     sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
-    # A base in 4 bits is stored under the model's own names; when one becomes so, all its tensors take these.
+    # A model in 4 bits is stored under its own names; a dense base that becomes one changes the names of all tensors.
     renamed = set() if stored or not options.requantize else set(sources)
     unpacked = set() if options.requantize else in_4_bits
     return UnitMerger(

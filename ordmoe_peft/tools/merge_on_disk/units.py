@@ -1,4 +1,9 @@
-"""What is done to each tensor of a checkpoint: it is copied, or made part of a weight that is merged into."""
+"""What is done to each tensor of a checkpoint: it is copied, or part of a weight that the adapter is merged into.
+
+checkpoint ─ read ─▶ tensors ─ to_parameters ─▶ parameters ─ put ─▶ ┌─────────────────┐
+                        │                                           │ WeightlessModel │ merge
+shard  ◀────────────────┴────── to_tensors ◀─── parameters ◀─ take ─└─────────────────┘
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,7 +52,7 @@ def plan_units(
         missing = [name for name in names if name not in sources]
         if missing:
             raise OrdMoEModelError(f"The adapter changes {missing[0]}, for which {checkpoint.folder} has no tensor.")
-        # These, and what shares a source with one of them.
+        # These parameters, and those that share a source with one of them.
         group = [other for name in names for other in together.get(sources[name], [sources[name]])]
         group = list(dict.fromkeys(group))
         together.update(dict.fromkeys(group, group))
@@ -113,8 +118,9 @@ class UnitMerger:
         tensors.clear()
         for name in source.parameters:
             value = parameters.pop(name)
-            stored_dtype = self.dtype or self.model.model.config.dtype or torch.bfloat16
-            dtypes[name] = stored_dtype if source.is_packed else value.dtype
+            dtypes[name] = value.dtype
+            if source.is_packed:
+                dtypes[name] = self.dtype or self.model.model.config.dtype or torch.bfloat16
             if self.quantizer is not None and name in self.rounded:
                 value = self.quantizer.get_quantize_ops().convert({name: value}, model=source.skeleton)[name]
             elif len(source.names) == 1:  # then it may still be pages of the file, which are not ours to write to

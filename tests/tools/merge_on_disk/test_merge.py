@@ -307,8 +307,6 @@ class TestRefusals:
     def test_what_is_no_ordmoe_adapter(self, folder, capsys):
         output = ("--output", folder / "merged")
         assert "not a saved adapter" in error_of(capsys, folder / "base", *output)
-        assert "No --adapter" in error_of(capsys, *output)
-        assert "No --output" in error_of(capsys, folder / "adapter")
         export_plain_lora(folder / "adapter", folder / "other")
         assert "holds a PeftType.LORA adapter" in error_of(capsys, folder / "other", *output)
 
