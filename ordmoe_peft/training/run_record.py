@@ -26,7 +26,7 @@ from ..data.shards import flattened
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
 from .arguments import OrdMoETrainingArguments
-from .checkpoints import checkpoint_to_resume, discard
+from .checkpoints import checkpoint_to_resume, discard, is_complete
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ class RunFolder:
     @property
     def results(self) -> list[Path]:
         """What a run has left that another would overwrite."""
-        checkpoints = map(Path, sort_checkpoints(str(self.folder)))
+        checkpoints = map(Path, filter(is_complete, sort_checkpoints(str(self.folder))))
         return [*checkpoints, *(path for name in RESULT_NAMES if (path := self.folder / name).is_file())]
 
     def check_free(self, wish: str | bool | None, overwrite: bool) -> None:
