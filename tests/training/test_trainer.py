@@ -9,7 +9,7 @@ from trl import SFTTrainer
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from ordmoe_peft.moe_model import find_moe_layers
-from ordmoe_peft.monitoring.router_records import recorded_router_outputs
+from ordmoe_peft.monitoring.recording import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.training import arguments as arguments_module
