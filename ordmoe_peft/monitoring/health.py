@@ -23,7 +23,7 @@ class LayerHealth:
     Entropies are in units of ln E, so 1 is uniform and 0 a single expert.
 
     Args:
-        layer (`int`): place among the model's MoE layers, from 0.
+        layer (`int`): index among the model's MoE layers, from 0.
         name (`str`): the module that holds router and experts.
         num_experts (`int`): E.
         top_k (`int`): K.
