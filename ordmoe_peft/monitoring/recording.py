@@ -28,8 +28,9 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
 
-    def argument(self, place: int, name: str) -> Any:
-        return self.args[place] if place < len(self.args) else self.kwargs[name]
+    def argument(self, position: int, name: str) -> Any:
+        """One of the arguments, given by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs[name]
 
     @property
     def routing(self) -> RouterOutput:

@@ -6,8 +6,14 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
+from trl import SFTConfig
 
 from .checkpoints import discard, discard_oldest, is_same
+
+
+# Names of arguments that may be given as JSON in a string. transformers looks for them in this attribute, which each
+# of TRL's configurations extends.
+JSON_ARGUMENTS = tuple(SFTConfig._VALID_DICT_FIELDS)
 
 
 class WholeCheckpoints(Trainer):

@@ -17,6 +17,7 @@ from ..errors import OrdMoEConfigError
 from ..moe_model import MoELayer
 from ..objectives.registry import OBJECTIVES
 from ..router_output import read_router_output
+from ._compat import JSON_ARGUMENTS
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +146,7 @@ class OrdMoETrainingArguments(SFTConfig):
         "such a run is refused.",
     )
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*JSON_ARGUMENTS, "generation_kwargs"]
 
     def __post_init__(self):
         check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number

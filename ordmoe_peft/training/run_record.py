@@ -1,7 +1,8 @@
-"""What a run was begun with, in a file beside its results: a run goes on with its own alone, and overwrites no other's.
+"""Records what a run was begun with in a file beside its results.
 
-The record holds the base, the adapter's configuration, the data and the settings that decide what is learnt. Settings
-that only decide how long, how fast or how watched a run is may change when it is resumed.
+So a run is resumed with its own data and settings alone, and does not overwrite the results of another. The record
+holds the base, the adapter's configuration, the data and the settings that decide what is learnt. Settings that only
+decide how long, how fast or how watched a run is may change when it is resumed.
 """
 
 import hashlib
