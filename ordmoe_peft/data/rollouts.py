@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_model import MoELayer, find_moe_layers, unwrapped
-from ..monitoring.gate_mass import recorded_gate_mass
+from ..monitoring.recording import recorded_routing_weight_sums
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ..tiers.plan import RandomDraw, layers_in_scope
 from ..tiers.routing import adapter_config, tier_routing
@@ -319,7 +319,7 @@ class _TierWriter:
         full_inputs = {name: value for name, value in full_inputs.items() if name != "labels"}
         with (
             tier_routing(self.model, tiers, **with_samples(routing, batch_size)),
-            recorded_gate_mass(in_scope) as masses,
+            recorded_routing_weight_sums(self.model, in_scope) as masses,
         ):
             logits = self.model(**full_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
         log_probs_BS = label_log_probs(logits, ids_BS)

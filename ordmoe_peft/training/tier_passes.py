@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data.responses import IGNORED_LABEL
-from ..monitoring.router_records import recorded_router_outputs
+from ..monitoring.recording import recorded_router_outputs
 from ..router_output import RouterOutput
 from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing

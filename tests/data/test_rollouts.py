@@ -10,7 +10,7 @@ from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.data.rollouts import ROLLOUT_FEATURES, rollout
 from ordmoe_peft.data.samples import prompt_inputs
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
-from ordmoe_peft.monitoring.router_records import recorded_router_outputs
+from ordmoe_peft.monitoring.recording import recorded_router_outputs
 from ordmoe_peft.tiers.plan import RandomDraw
 from tests import models, text
 
