@@ -48,9 +48,10 @@ def routing_score(
 
 def average_ranks(values_n: torch.Tensor) -> torch.Tensor:
     """Ranks from 1, equal values sharing the mean of theirs (`torch.Tensor` of shape `(n,)`, float64)."""
-    _, place_n, counts_u = torch.unique(values_n, return_inverse=True, return_counts=True)
+    # u counts distinct values, in rising order. Equal values take the ranks up to the sum of the counts so far.
+    _, distinct_n, counts_u = torch.unique(values_n, return_inverse=True, return_counts=True)
     mean_rank_u = counts_u.cumsum(0) - (counts_u.double() - 1) / 2
-    return mean_rank_u[place_n]
+    return mean_rank_u[distinct_n]
 
 
 def spearman(x_n: torch.Tensor, y_n: torch.Tensor) -> float | None:
