@@ -22,6 +22,7 @@ from ...monitoring.router_records import recorded_router_outputs
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import tiers_of_labels
 from .correlation import routing_score
+from .evaluation import model_inputs
 
 
 @dataclass
@@ -39,12 +40,7 @@ class ExpertTokens:
 
 @dataclass
 class ExpertCall:
-    """What a layer's experts were called with in one forward.
-
-    Args:
-        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the experts of all tokens.
-        kept (`ExpertTokens`): some of the tokens.
-    """
+    """What a layer's experts were called with: the experts of all tokens, and some of the tokens in full."""
 
     top_k_index_TK: torch.Tensor
     kept: ExpertTokens
@@ -75,7 +71,7 @@ def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[l
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        token_N (`torch.Tensor` of shape `(N,)`): places of the tokens whose hidden states are kept: those of all
+        token_N (`torch.Tensor` of shape `(N,)`): positions of the tokens whose hidden states are kept: those of all
             tokens in all layers would be most of a forward's memory.
     """
     calls: list[ExpertCall] = []
@@ -126,7 +122,7 @@ def observe_tier(
     scores, kept = [], []
     with evaluation_mode(model), tqdm(total=len(dataset), desc=f"Watching tier {tier}", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
-            inputs = scoring_inputs(samples, processing_class).to(model.device)
+            inputs = model_inputs(scoring_inputs, samples, processing_class, model)
             labels_BS = inputs.pop("labels")
             # A position's routing makes the token after it.
             predicts_BS = nn.functional.pad(labels_BS[:, 1:] != IGNORED_LABEL, (0, 1))
@@ -139,21 +135,17 @@ def observe_tier(
                 recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
-            logits = [output.logits_TE for output in outputs]
+            logits = [output.logits_TE for output in outputs if output.logits_TE is not None]
             _check_calls(model, logits, calls, labels_BS.numel())
-            scores.append(_routing_scores(logits, calls, predicts_BS))
+            of_layers = [
+                routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu()
+                for logits_TE, call in zip(logits, calls, strict=True)
+            ]
+            scores.append(torch.stack(of_layers, dim=1))
             kept.append([call.kept for call in calls])
             bar.update(len(samples))
     expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
     return TierObservation(torch.cat(scores), expert_tokens)
-
-
-def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], predicts_BS: torch.Tensor) -> torch.Tensor:
-    """Each sample's routing score in each layer (`torch.Tensor` of shape `(B, L)`)."""
-    layers = zip(logits, calls, strict=True)
-    return torch.stack(
-        [routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu() for logits_TE, call in layers], dim=1
-    )
 
 
 def spread(values_N: torch.Tensor, count: int) -> torch.Tensor:

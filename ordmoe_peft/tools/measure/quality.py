@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,21 +13,20 @@ from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
 from ...errors import OrdMoEConfigError, OrdMoEDataError
 from ...moe_model import find_moe_layers
+from ..tables import Table, number, percent, signed
 from .correlation import RankCorrelation, rank_correlation
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierResult, evaluate_tiers, score_answers
+from .evaluation import TierMeans, TierResult, evaluate_tiers, score_answers, tier_table
 from .observation import TierObservation, observe_tier, outer_experts
 
 
-@dataclass
-class TierMeans:
-    """A tier's means over the data; see [`~ordmoe_peft.tools.measure.evaluation.TierResult`]."""
-
-    tier: int
-    log_likelihood: float
-    log_likelihood_no_eos: float
-    accuracy: dict[str, float]
-    samples: dict[str, int]
+# Key in [`TierQuality`]'s `order` → which order of likelihoods it is.
+ORDERS = {
+    "full": "all tiers in order",
+    "full_no_eos": "all in order, without end tokens",
+    "ends": "first over last tier",
+    "ends_no_eos": "first over last, without end tokens",
+}
 
 
 @dataclass
@@ -104,6 +104,42 @@ class TierQuality:
 
     to_dict = asdict
 
+    def tables(self) -> list[Table]:
+        """Likelihood and accuracy by tier, order, correlation and diversity by layer, and the texts, if there are."""
+        tables = [tier_table(self.tiers), self._order_table(), self._layer_table()]
+        return [*tables, self._text_table()] if self.texts else tables
+
+    def _order_table(self) -> Table:
+        shares = [self.order[key] for key in ORDERS]
+        frame = pd.DataFrame(shares)[["share", "stderr", "random", "random_stderr", "chance"]]
+        frame.columns = ["samples", "s.e.", "random groups", "s.e. of random", "chance"]
+        formats = dict.fromkeys(frame.columns, percent)
+        frame.insert(0, "likelihood falls from", list(ORDERS.values()))
+        return Table("Share of samples in order", frame, formats)
+
+    def _layer_table(self) -> Table:
+        within, pooled = self.spearman.within_top, self.spearman.pooled
+        columns = zip(within.layers, pooled.layers, self.diversity, strict=True)
+        rows = [[str(layer), rho, rho_pooled, *cosines] for layer, (rho, rho_pooled, cosines) in enumerate(columns)]
+        rows.append(["overall", within.overall, pooled.overall, *[None] * self.num_tiers])
+        rhos = ["rho within tier 1", "rho over tiers"]
+        cosines = [f"cosine tier {tier.tier}" for tier in self.tiers]
+        notes = [self.spearman.note] if self.spearman.note else []
+        if within.stderr is not None:
+            notes.insert(0, f"Standard error of rho within tier 1, where it is 0: {within.stderr:.3f}.")
+        return Table(
+            f"Spearman's rho of routing scores with {self.spearman.quality}; cosine between the outputs of a tier's "
+            "experts",
+            pd.DataFrame(rows, columns=["MoE layer", *rhos, *cosines]),
+            {**dict.fromkeys(rhos, signed), **dict.fromkeys(cosines, number)},
+            "\n".join(notes),
+        )
+
+    def _text_table(self) -> Table:
+        rows = [(text.prompt, text.reference, *text.answers) for text in self.texts]
+        columns = ["prompt", "reference", *(f"tier {tier.tier}" for tier in self.tiers)]
+        return Table("Answers side by side", pd.DataFrame(rows, columns=columns))
+
 
 def tier_quality(
     model: nn.Module,
@@ -150,26 +186,16 @@ def tier_quality(
         raise OrdMoEConfigError(f"num_tiers must be at least 2 to compare tiers, got {num_tiers}.")
     check_counts(diversity_tokens=diversity_tokens)
     ratings_n = None if rating_column is None else sample_ratings(dataset, rating_column)
-    routing = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
+    routing: dict[str, Any] = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
+    subject = (model, processing_class, dataset)
     tiers = range(1, num_tiers + 1)
     results = evaluate_tiers(
-        model,
-        processing_class,
-        dataset,
-        tiers,
-        group_by=group_by,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        **routing,
+        *subject, tiers, group_by=group_by, batch_size=batch_size, max_new_tokens=max_new_tokens, **routing
     )
-    random = None
-    if random_control:
-        random = _random_likelihoods(model, processing_class, dataset, results[0], num_tiers, batch_size, seed)
+    random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, seed) if random_control else None
     routing_scores, cosines_CL = [], []
     for tier in tiers:
-        watched = observe_tier(
-            model, processing_class, dataset, tier, batch_size=batch_size, num_tokens=diversity_tokens, **routing
-        )
+        watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=diversity_tokens, **routing)
         routing_scores.append(watched.routing_scores_nL)
         cosines_CL.append(_cosines(model, watched))
     return TierQuality(
@@ -177,7 +203,7 @@ def tier_quality(
         num_samples=len(dataset),
         num_tiers=num_tiers,
         grouping=grouping,
-        tiers=[TierMeans(r.tier, r.log_likelihood, r.log_likelihood_no_eos, r.accuracy, r.samples) for r in results],
+        tiers=[TierMeans(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos) for r in results],
         order=_order_shares(_likelihoods(results), random),
         spearman=quality_correlation(results, routing_scores, ratings_n),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
@@ -251,18 +277,19 @@ def _random_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`_likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
     parts: list[torch.Tensor] = []
+    groups: dict[str, Any] = {"num_tiers": num_tiers, "grouping": "random", "seed": seed}
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
         for step, samples in enumerate(sample_batches(dataset, batch_size)):
-            of_tiers = []
-            for tier in range(2, num_tiers + 1):
-                # Another step for each batch: rows at the same place would share their draws.
-                groups = {"num_tiers": num_tiers, "grouping": "random", "seed": seed, "step": step}
-                of_tiers.append(torch.stack(score_answers(model, processing_class, samples, tier, **groups)).cpu())
-            parts.append(torch.stack(of_tiers))
+            # Another step for each batch: rows at the same position would share their draws.
+            of_tiers = [
+                torch.stack(score_answers(model, processing_class, samples, tier, step=step, **groups)).cpu()
+                for tier in range(2, num_tiers + 1)
+            ]
+            parts.append(torch.stack(of_tiers, dim=1))
             bar.update(len(samples))
-    lower = torch.cat(parts, dim=-1)
-    whole, no_eos = _likelihoods([top])
-    return torch.cat([whole, lower[:, 0]]), torch.cat([no_eos, lower[:, 1]])
+    whole_Cn, no_eos_Cn = torch.cat(parts, dim=-1)
+    top_whole, top_no_eos = _likelihoods([top])
+    return torch.cat([top_whole, whole_Cn]), torch.cat([top_no_eos, no_eos_Cn])
 
 
 # ------------------------------------------------------------------------------------------------- correlation, texts
