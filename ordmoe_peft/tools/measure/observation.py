@@ -38,12 +38,8 @@ class ExpertTokens:
     top_k_index_NK: torch.Tensor
 
 
-@dataclass
-class ExpertCall:
-    """What a layer's experts were called with: the experts of all tokens, and some of the tokens in full."""
-
-    top_k_index_TK: torch.Tensor
-    kept: ExpertTokens
+# The experts of all tokens of a forward (`(T, K)`), and some of the tokens in full.
+ExpertCall = tuple[torch.Tensor, ExpertTokens]
 
 
 @dataclass
@@ -81,7 +77,7 @@ def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[l
         names = ("hidden_states", "top_k_index")
         hidden_states, index = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         kept_N = token_N.to(index.device)
-        calls.append(ExpertCall(index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
+        calls.append((index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
 
     experts = [outer_experts(model, layer) for layer in find_moe_layers(model)]
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in experts]
@@ -138,11 +134,11 @@ def observe_tier(
             logits = [output.logits_TE for output in outputs if output.logits_TE is not None]
             _check_calls(model, logits, calls, labels_BS.numel())
             of_layers = [
-                routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu()
-                for logits_TE, call in zip(logits, calls, strict=True)
+                routing_score(logits_TE, index_TK, predicts_BS).cpu()
+                for logits_TE, (index_TK, _) in zip(logits, calls, strict=True)
             ]
             scores.append(torch.stack(of_layers, dim=1))
-            kept.append([call.kept for call in calls])
+            kept.append([tokens for _, tokens in calls])
             bar.update(len(samples))
     expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
     return TierObservation(torch.cat(scores), expert_tokens)
@@ -164,7 +160,7 @@ def _joined(parts: tuple[ExpertTokens, ...], num_tokens: int) -> ExpertTokens:
 
 def _check_calls(model: nn.Module, logits: list[torch.Tensor], calls: list[ExpertCall], num_tokens: int) -> None:
     num_layers = len(find_moe_layers(model))
-    rows = {len(tensor) for tensor in (*logits, *(call.top_k_index_TK for call in calls))}
+    rows = {len(tensor) for tensor in (*logits, *(index_TK for index_TK, _ in calls))}
     if len(logits) != num_layers or len(calls) != num_layers or rows != {num_tokens}:
         raise OrdMoEModelError(
             f"{type(model).__name__} called its {num_layers} routers {len(logits)} times and their experts "

@@ -247,23 +247,20 @@ def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / len(falls_n))
 
 
-def _order_shares(
-    tiers: tuple[torch.Tensor, torch.Tensor], random: tuple[torch.Tensor, torch.Tensor] | None
-) -> dict[str, OrderShare]:
+def _order_shares(likelihoods_2Cn: torch.Tensor, random_2Cn: torch.Tensor | None) -> dict[str, OrderShare]:
+    """Shares by key of [`ORDERS`], from [`_likelihoods`] of tiers and of random groups."""
     shares = {}
-    for suffix, whole_Cn, random_Cn in zip(("", "_no_eos"), tiers, random or (None, None), strict=True):
-        ends = [0, -1]
-        shares[f"full{suffix}"] = order_share(whole_Cn, random_Cn)
-        shares[f"ends{suffix}"] = order_share(whole_Cn[ends], None if random_Cn is None else random_Cn[ends])
+    for index, suffix in enumerate(("", "_no_eos")):
+        for key, rows in (("full", slice(None)), ("ends", [0, -1])):
+            random_Cn = None if random_2Cn is None else random_2Cn[index][rows]
+            shares[f"{key}{suffix}"] = order_share(likelihoods_2Cn[index][rows], random_Cn)
     return shares
 
 
-def _likelihoods(results: list[TierResult]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(C, n)` each)."""
-    return (
-        torch.tensor([result.items.log_likelihood for result in results]),
-        torch.tensor([result.items.log_likelihood_no_eos for result in results]),
-    )
+def _likelihoods(results: list[TierResult]) -> torch.Tensor:
+    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(2, C, n)`)."""
+    items = [result.items for result in results]
+    return torch.tensor([[one.log_likelihood for one in items], [one.log_likelihood_no_eos for one in items]])
 
 
 def _random_likelihoods(
@@ -274,9 +271,9 @@ def _random_likelihoods(
     num_tiers: int,
     batch_size: int,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """[`_likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
-    parts: list[torch.Tensor] = []
+    parts = []
     groups: dict[str, Any] = {"num_tiers": num_tiers, "grouping": "random", "seed": seed}
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
         for step, samples in enumerate(sample_batches(dataset, batch_size)):
@@ -287,9 +284,7 @@ def _random_likelihoods(
             ]
             parts.append(torch.stack(of_tiers, dim=1))
             bar.update(len(samples))
-    whole_Cn, no_eos_Cn = torch.cat(parts, dim=-1)
-    top_whole, top_no_eos = _likelihoods([top])
-    return torch.cat([top_whole, whole_Cn]), torch.cat([top_no_eos, no_eos_Cn])
+    return torch.cat([_likelihoods([top]), torch.cat(parts, dim=2)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------- correlation, texts

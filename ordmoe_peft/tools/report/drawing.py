@@ -190,15 +190,14 @@ def legend(figure: Any, axes: Any, is_needed: bool = False) -> None:
 
     A single entry is left out, unless it `is_needed`.
     """
-    _, labels = axes.get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     if len(labels) < 2 and not is_needed:
         return
-    widest = max(map(len, labels))
     # A letter is about 0.085 inches at this size, a line sample with its gaps 0.75.
-    fitting = max(1, int(figure.get_figwidth() / (0.085 * widest + 0.75)))
+    fitting = max(1, int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.75)))
     rows = math.ceil(len(labels) / fitting)
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.22 * rows)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=math.ceil(len(labels) / rows))
+    figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows))
 
 
 def wrap(text: str, width: int) -> str:

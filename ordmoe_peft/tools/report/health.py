@@ -14,6 +14,19 @@ from .drawing import GREY, Plot, by_tier, line_plot
 from .page import Findings, Section, write_page
 
 
+# How to read each figure.
+UTILISATION = (
+    "How often each expert was chosen, relative to its fair share K / E: white is fair, purple less, orange more. A "
+    f"white cross marks a dead expert (below {DEAD_SHARE:.0%} of its share); grey stands where a layer has no such "
+    "expert."
+)
+ENTROPY = "Low over all tokens: few experts get all the work. Low per token: the router is sure of each choice."
+GATE_MASS = "The weights that a tier's experts get under the router's own rule. A tier near 0 adds almost nothing."
+PROBABILITY = "How much of the router's softmax lies on the experts of a tier."
+DEVIATION = "Standard deviation of a token's routing scores over the experts. Near 0, the ranks mean nothing."
+DRIFT = "How far the adapted routers moved from the base's on the same tokens."
+
+
 def inspect_report(health: HealthReport, directory: str | Path, findings: Findings = None) -> Path:
     """Write the report of a router inspection: the verdict, expert utilisation, entropies, gate mass, drift.
 
@@ -42,46 +55,19 @@ def inspect_report(health: HealthReport, directory: str | Path, findings: Findin
 def _plots(layers: Sequence[LayerHealth]) -> list[Plot | None]:
     fields = pd.DataFrame(layers, columns=[field.name for field in dataclasses.fields(LayerHealth)]).set_index("layer")
     entropies = {"over all tokens": fields["marginal_entropy"], "per token": fields["token_entropy"]}
+    masses = {"sum of a token's gate weights": by_tier(fields["gate_mass"])}
+    probabilities = {"share of the probability": by_tier(fields["tier_probability"])}
+    deviations = {"standard deviation (score units)": fields[["score_std"]]}
     drift = {
         "top-k shared\nwith the base (share)": fields[["drift_overlap"]],
         "KL from the base\n(nats per token)": fields[["drift_kl"]],
     }
     return [
-        line_plot(
-            "entropy",
-            "Routing entropy",
-            {"entropy (share of ln E)": entropies},
-            "layer",
-            "Low over all tokens: few experts get all the work. Low per token: the router is sure of each choice.",
-        ),
-        line_plot(
-            "gate_mass",
-            "Gate mass of each tier",
-            {"sum of a token's gate weights": by_tier(fields["gate_mass"])},
-            "layer",
-            "The weights that a tier's experts get under the router's own rule. A tier near 0 adds almost nothing.",
-        ),
-        line_plot(
-            "tier_probability",
-            "Router probability of each tier",
-            {"share of the probability": by_tier(fields["tier_probability"])},
-            "layer",
-            "How much of the router's softmax lies on the experts of a tier.",
-        ),
-        line_plot(
-            "score_std",
-            "Spread of routing scores",
-            {"standard deviation (score units)": fields[["score_std"]]},
-            "layer",
-            "Standard deviation of a token's routing scores over the experts. Near 0, the ranks mean nothing.",
-        ),
-        line_plot(
-            "drift",
-            "Drift from the base",
-            drift,
-            "layer",
-            "How far the adapted routers moved from the base's on the same tokens.",
-        ),
+        line_plot("entropy", "Routing entropy", {"entropy (share of ln E)": entropies}, "layer", ENTROPY),
+        line_plot("gate_mass", "Gate mass of each tier", masses, "layer", GATE_MASS),
+        line_plot("tier_probability", "Router probability of each tier", probabilities, "layer", PROBABILITY),
+        line_plot("score_std", "Spread of routing scores", deviations, "layer", DEVIATION),
+        line_plot("drift", "Drift from the base", drift, "layer", DRIFT),
     ]
 
 
@@ -89,13 +75,8 @@ def _utilisation(layers: Sequence[LayerHealth]) -> Plot | None:
     if not layers:
         return None
     num_experts = max(layer.num_experts for layer in layers)
-    caption = (
-        "How often each expert was chosen, relative to its fair share K / E: white is fair, purple less, orange more. "
-        f"A white cross marks a dead expert (below {DEAD_SHARE:.0%} of its share); grey stands where a layer has no "
-        "such expert."
-    )
     alt = f"Heat map of {len(layers)} layers by {num_experts} experts: utilisation relative to the fair share."
-    return Plot("utilisation", alt, caption, lambda figure: _draw_utilisation(figure, layers), is_wide=True)
+    return Plot("utilisation", alt, UTILISATION, lambda figure: _draw_utilisation(figure, layers), is_wide=True)
 
 
 def _draw_utilisation(figure: Any, layers: Sequence[LayerHealth]) -> None:

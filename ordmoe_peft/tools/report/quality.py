@@ -16,6 +16,20 @@ from .page import Findings, Section, write_page
 # What the shares stand beside: field of an order's share, label, marker, its size in points, colour.
 MARKS = (("random", "random tiers", "s", 10, VERMILION), ("chance", "chance", "|", 22, "black"))
 
+NATS = "log-likelihood (nats per token)"
+# How to read each figure.
+LIKELIHOOD = "Mean log-likelihood of the reference responses under each tier. It should fall from left to right."
+ACCURACY = "Share of answers, written under each tier, that match the reference exactly."
+ORDER = (
+    "Share of samples whose likelihoods fall in the order of the tiers, with 95 % intervals, beside tiers cut at "
+    "random and what pure chance would give. An order that goes away without end tokens is about the end alone."
+)
+SPEARMAN = (
+    "Rank correlation of routing scores with the quality of the response, layer by layer; 0 says that a router's score "
+    "tells nothing about quality. Layers without a value had no variation."
+)
+DIVERSITY = "Mean cosine between the outputs of a tier's experts on the same token: 1 is the same, 0 unrelated."
+
 
 def tiers_report(quality: TierQuality, directory: str | Path, findings: Findings = None) -> Path:
     """Write the report of the tiers' quality: likelihood, accuracy, order, correlation, diversity, texts.
@@ -46,54 +60,27 @@ def _by_tier(quality: TierQuality) -> list[Plot | None]:
     accuracies = pd.DataFrame(tiers["accuracy"].tolist(), index=tiers.index)
     accuracies = accuracies[sorted(accuracies.columns, key=lambda group: group != OVERALL)]
     return [
-        line_plot(
-            "likelihood",
-            "Likelihood by tier",
-            {"log-likelihood (nats per token)": likelihoods},
-            "tier",
-            "Mean log-likelihood of the reference responses under each tier. It should fall from left to right.",
-        ),
-        line_plot(
-            "accuracy",
-            "Accuracy by tier",
-            {"share of samples": accuracies},
-            "tier",
-            "Share of answers, written under each tier, that match the reference exactly.",
-        ),
+        line_plot("likelihood", "Likelihood by tier", {NATS: likelihoods}, "tier", LIKELIHOOD),
+        line_plot("accuracy", "Accuracy by tier", {"share of samples": accuracies}, "tier", ACCURACY),
     ]
 
 
 def _by_layer(quality: TierQuality) -> list[Plot | None]:
     found = quality.spearman
-    correlations = pd.DataFrame({"within tier 1": found.within_top.layers, "over all tiers": found.pooled.layers})
+    columns = {"within tier 1": found.within_top.layers, "over all tiers": found.pooled.layers}
+    correlations = {"Spearman correlation (from \u22121 to 1)": pd.DataFrame(columns)}
+    cosines = {"mean pairwise cosine": by_tier(pd.Series(quality.diversity))}
     return [
-        line_plot(
-            "spearman",
-            "Routing score and quality",
-            {"Spearman correlation (from \u22121 to 1)": correlations},
-            "MoE layer",
-            "Rank correlation of routing scores with the quality of the response, layer by layer; 0 says that a "
-            "router's score tells nothing about quality. Layers without a value had no variation.",
-        ),
-        line_plot(
-            "diversity",
-            "Likeness of a tier's experts",
-            {"mean pairwise cosine": by_tier(pd.Series(quality.diversity))},
-            "MoE layer",
-            "Mean cosine between the outputs of a tier's experts on the same token: 1 is the same, 0 unrelated.",
-        ),
+        line_plot("spearman", "Routing score and quality", correlations, "MoE layer", SPEARMAN),
+        line_plot("diversity", "Likeness of a tier's experts", cosines, "MoE layer", DIVERSITY),
     ]
 
 
 def _order(order: Mapping[str, OrderShare]) -> Plot:
     shares = [(order[key], wrap(label, 20)) for key, label in ORDERS.items()]
-    caption = (
-        "Share of samples whose likelihoods fall in the order of the tiers, with 95 % intervals, beside tiers cut at "
-        "random and what pure chance would give. An order that goes away without end tokens is about the end alone."
-    )
     words = "; ".join(f"{ORDERS[key]} {percent(order[key].share)}" for key in ORDERS)
     alt = f"Share of samples in order: {words}"
-    return Plot("order", alt, caption, lambda figure: _draw_order(figure, shares), is_wide=True)
+    return Plot("order", alt, ORDER, lambda figure: _draw_order(figure, shares), is_wide=True)
 
 
 def _draw_order(figure: Any, shares: Sequence[tuple[OrderShare, str]]) -> None:

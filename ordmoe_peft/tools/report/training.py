@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ..tables import Table, is_number, number
-from .drawing import HELD_OUT, Lines, Plot, line_plot
+from .drawing import HELD_OUT, Plot, line_plot
 from .page import Findings, Section, write_page
 
 
@@ -16,19 +16,8 @@ Log = Sequence[Mapping[str, Any]]
 
 # What a reader asks for first, out of some 200 settings.
 HEADLINES = (
-    "model_name_or_path",
-    "dataset_name",
-    "load_in_4bit",
-    "num_tiers",
-    "grouping",
-    "objective",
-    "erl_coef",
-    "balance_coef",
-    "lora_r",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
+    *("model_name_or_path", "dataset_name", "load_in_4bit", "num_tiers", "grouping", "objective", "erl_coef"),
+    *("balance_coef", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
 NATS = "log-likelihood (nats per token)"
 # Metric → label of its panel.
@@ -53,6 +42,12 @@ COSTS = (
     ("tokens seen (millions)", "num_tokens", 1e6),
     ("floating-point operations, estimated (10¹²)", "total_flos", 1e12),
 )
+# How to read each figure.
+LIKELIHOOD = "Mean log-likelihood of the responses when every MoE layer is held to one tier of experts."
+NO_EOS = "The same over the words of the response alone: an order that shows only above is about its end."
+TIER_1 = "The model as it will be used, on a scale of its own. If it falls, the expert-rank loss is too strong."
+LOSS = "The expert-rank loss is negative and falls without bound as low tiers lose likelihood."
+ROUTER = "Means over the MoE layers. Drift compares the adapted routers with the base's."
 
 
 def train_report(
@@ -66,14 +61,22 @@ def train_report(
         settings (`Mapping`): names and values that describe the run.
         directory, findings: as [`write_page`] takes them.
     """
+    whole, no_eos = (_tiers(log_history, metric) for metric in ("log_likelihood", "log_likelihood_no_eos"))
+    losses, routing = (_panels(log_history, metrics) for metrics in (LOSSES, ROUTING))
     steps = max((entry.get("step", 0) for entry in log_history), default=0)
     return write_page(
         directory,
         "Training report",
         f"{settings.get('model_name_or_path', 'A model')}, {steps} steps.",
         [
-            Section("Tiers", _likelihoods(log_history), [_tier_table(log_history)]),
-            Section("Losses and routing", _losses_and_routing(log_history)),
+            Section("Tiers", _likelihoods(whole, no_eos), [_tier_table(whole, no_eos)]),
+            Section(
+                "Losses and routing",
+                [
+                    line_plot("losses", "Losses", losses, "step", LOSS),
+                    line_plot("routing", "Routing", routing, "step", ROUTER),
+                ],
+            ),
             Section("Cost", tables=[_cost_table(log_history)]),
             _settings(settings),
         ],
@@ -87,6 +90,10 @@ def _line(log_history: Log, key: str) -> pd.Series:
     return pd.Series(values, dtype=float)
 
 
+def _panels(log_history: Log, metrics: Mapping[str, str]) -> dict[str, dict[str, pd.Series]]:
+    return {label: {label: _line(log_history, key)} for key, label in metrics.items()}
+
+
 def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
     """A metric of each tier in training, and the same on held-out data."""
     keys = {key for entry in log_history for key in entry}
@@ -97,61 +104,19 @@ def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
     return lines
 
 
-def _likelihoods(log_history: Log) -> list[Plot | None]:
-    whole, no_eos = (_tiers(log_history, metric) for metric in ("log_likelihood", "log_likelihood_no_eos"))
+def _likelihoods(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> list[Plot | None]:
     # Tier 1 again: what low tiers do by the tens would flatten it.
     tier_1 = {label: line for label, line in whole.items() if label.removesuffix(HELD_OUT) == "tier 1"}
     tier_1 |= {label.replace("tier 1", "without end tokens"): no_eos[label] for label in tier_1}
     return [
-        line_plot(
-            "likelihood",
-            "Likelihood of each tier",
-            {NATS: whole},
-            "step",
-            "Mean log-likelihood of the responses when every MoE layer is held to one tier of experts.",
-        ),
-        line_plot(
-            "likelihood_no_eos",
-            "Without end-of-sequence tokens",
-            {NATS: no_eos},
-            "step",
-            "The same over the words of the response alone: an order that shows only above is about its end.",
-        ),
-        line_plot(
-            "tier_1",
-            "Tier 1 alone",
-            {NATS: tier_1},
-            "step",
-            "The model as it will be used, on a scale of its own. If it falls, the expert-rank loss is too strong.",
-        ),
+        line_plot("likelihood", "Likelihood of each tier", {NATS: whole}, "step", LIKELIHOOD),
+        line_plot("likelihood_no_eos", "Without end-of-sequence tokens", {NATS: no_eos}, "step", NO_EOS),
+        line_plot("tier_1", "Tier 1 alone", {NATS: tier_1}, "step", TIER_1),
     ]
 
 
-def _losses_and_routing(log_history: Log) -> list[Plot | None]:
-    def panels(metrics: Mapping[str, str]) -> dict[str, Lines]:
-        return {label: {label: _line(log_history, key)} for key, label in metrics.items()}
-
-    return [
-        line_plot(
-            "losses",
-            "Losses",
-            panels(LOSSES),
-            "step",
-            "The expert-rank loss is negative and falls without bound as low tiers lose likelihood.",
-        ),
-        line_plot(
-            "routing",
-            "Routing",
-            panels(ROUTING),
-            "step",
-            "Means over the MoE layers. Drift compares the adapted routers with the base's.",
-        ),
-    ]
-
-
-def _tier_table(log_history: Log) -> Table:
+def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Table:
     """First and last values, to the digits that a plot does not show."""
-    whole, no_eos = (_tiers(log_history, metric) for metric in ("log_likelihood", "log_likelihood_no_eos"))
     rows = []
     for tier in (label for label in whole if not label.endswith(HELD_OUT)):
         for lines, suffix in ((whole, ""), (no_eos, ", without end tokens")):
