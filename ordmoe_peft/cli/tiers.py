@@ -1,12 +1,12 @@
 """`ordmoe tiers MODEL --dataset_name DATA`: are the tiers ordered by quality, and how different are their experts?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import TrlParser
 
 from ..monitoring.diagnostics import quality_findings
-from ..tools.measure.quality import tier_quality
+from ..tools.measure.quality import QualityOptions, tier_quality
 from ..tools.report import require_matplotlib, tiers_report
 from .arguments import ModelArguments, SampleArguments, with_model_first
 from .loading import load_samples, load_subject, tier_cut
@@ -14,19 +14,10 @@ from .tables import print_findings, print_tables, write_json
 
 
 @dataclass(kw_only=True)
-class TiersArguments(SampleArguments):
+class TiersArguments(SampleArguments, QualityOptions):
     """Whose tiers to measure, and on what."""
 
     limit: int | None = field(default=512, metadata={"help": "Measure at most this many samples, drawn by seed 0."})
-    group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
-    rating_column: str | None = field(
-        default=None, metadata={"help": "Column of numbers to correlate routing with; exact match by default."}
-    )
-    random_control: bool = field(default=True, metadata={"help": "Measure the order of random groups, too."})
-    diversity_tokens: int = field(default=256, metadata={"help": "Tokens that expert outputs are compared on."})
-    show: int = field(default=5, metadata={"help": "Samples whose answers are shown tier by tier."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
-    seed: int = field(default=0, metadata={"help": "What random groups are drawn from."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
@@ -52,15 +43,9 @@ def main(arguments: Sequence[str]) -> None:
         processing_class,
         dataset,
         **tier_cut(model, options),
-        group_by=options.group_by,
-        rating_column=options.rating_column,
         batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        random_control=options.random_control,
-        diversity_tokens=options.diversity_tokens,
-        show=options.show,
-        seed=options.seed,
         name=options.adapter or model_options.model_name_or_path,
+        **{one.name: getattr(options, one.name) for one in fields(QualityOptions)},
     )
     print(f"{quality.model} on {quality.num_samples} samples of {options.split}, {quality.grouping} tiers")
     print_tables(quality.tables())

@@ -14,7 +14,7 @@ from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ...data.texts import check_texts
 from ...errors import OrdMoEConfigError, OrdMoEDataError
-from ...monitoring.health import LayerHealth
+from ...monitoring.health import DEAD_SHARE, LayerHealth
 from ...monitoring.router_meter import RouterMeter
 from ...tiers.ranking import GROUPINGS
 from ...tiers.routing import adapter_config
@@ -31,9 +31,9 @@ COLUMNS = {
 }
 FIGURES = ("min use", "max use", "marginal H", "token H", "score std", "overlap")
 LEGEND = (
-    "use: an expert's tokens over the fair share K/E (1 is fair); dead: experts below 1 % of it; H: entropy over ln E, "
-    "of the mean router distribution and of a token's; score std: spread of a token's router logits; gate mass: sum of "
-    "the weights that the router gives each tier's experts, tier 1 first"
+    f"use: an expert's tokens over the fair share K/E (1 is fair); dead: experts below {DEAD_SHARE:.0%} of it; "
+    "H: entropy over ln E, of the mean router distribution and of a token's; score std: spread of a token's router "
+    "logits; gate mass: sum of the weights that the router gives each tier's experts, tier 1 first"
 )
 DRIFT_LEGEND = "; overlap, KL: experts in common with the router without its adapter, and divergence from it in nats"
 
@@ -49,7 +49,7 @@ class HealthReport:
         grouping (`str`): how tiers were cut.
         is_fit (`bool`): whether the routing can be cut into C tiers that differ, as far as was measured. It does not
             say that ranks carry a signal: see [`~ordmoe_peft.tools.measure.quality.tier_quality`].
-        reasons (`list[str]`): what does, a sentence each.
+        reasons (`list[str]`): what speaks against it, a sentence each.
         layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
             fit a layer, its tiers are those of the largest C that does.
     """
@@ -94,12 +94,10 @@ def inspect_model(
     """Run `model` over samples and judge how its routers spread and rank their experts.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
+        model, processing_class, batch_size: as [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`] takes them.
         dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format.
         num_tiers (`int`, defaults to 3): C that is asked about.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
-        batch_size (`int`, defaults to 32): samples at a time.
         seed (`int`, defaults to 0): what `random` grouping draws from.
 
     Raises:

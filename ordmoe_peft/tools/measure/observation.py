@@ -101,14 +101,11 @@ def observe_tier(
     """Read every sample's prompt and reference answer under `tier` and note what routers and experts do.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        model, processing_class, dataset, batch_size, routing: as
+            [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`] takes them.
         tier (`int`): the tier, from 1.
-        batch_size (`int`, defaults to 32): samples at a time.
         num_tokens (`int`, defaults to 256): tokens whose inputs to the experts are kept, out of those on the tier:
             all but padding, or with the adapter's `token_scope="response"` those that predict a response token.
-        routing: settings for [`~ordmoe_peft.tier_routing`].
 
     Raises:
         [`OrdMoEModelError`]: experts or routers were not called once per layer with a row per token.

@@ -1,7 +1,7 @@
 """Are tiers ordered by quality? Likelihood, answers, order, routing scores and expert diversity, tier by tier."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -141,6 +141,21 @@ class TierQuality:
         return Table("Answers side by side", pd.DataFrame(rows, columns=columns))
 
 
+@dataclass(kw_only=True)
+class QualityOptions:
+    """What [`tier_quality`] measures beside the tiers' likelihood and answers."""
+
+    group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
+    rating_column: str | None = field(
+        default=None, metadata={"help": "Column of numbers to correlate routing with; exact match by default."}
+    )
+    random_control: bool = field(default=True, metadata={"help": "Measure the order of random groups, too."})
+    diversity_tokens: int = field(default=256, metadata={"help": "Tokens that expert outputs are compared on."})
+    show: int = field(default=5, metadata={"help": "Samples whose answers are shown tier by tier."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
+    seed: int = field(default=0, metadata={"help": "What random groups are drawn from."})
+
+
 def tier_quality(
     model: nn.Module,
     processing_class: ProcessingClass,
@@ -148,54 +163,41 @@ def tier_quality(
     *,
     num_tiers: int = 3,
     grouping: str = "uniform",
-    group_by: str | None = None,
-    rating_column: str | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 32,
-    random_control: bool = True,
-    diversity_tokens: int = 256,
-    show: int = 5,
-    seed: int = 0,
     name: str | None = None,
+    **options: Any,
 ) -> TierQuality:
     """Measure what the tiers of `model` are worth on held-out samples.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        model, processing_class, dataset, batch_size: as [`evaluate_tiers`] takes them.
         num_tiers (`int`, defaults to 3): C, at least 2.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
-        group_by (`str`, *optional*): a column whose values get an accuracy of their own.
-        rating_column (`str`, *optional*): a column of numbers that rates each sample's response, as the quality that
-            routing scores are compared with; exact match by default, or the mean log-likelihood where all or none of
-            tier 1's answers match.
-        batch_size (`int`, defaults to 32): samples at a time.
-        max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
-        random_control (`bool`, defaults to `True`): whether to measure the order of random groups, too.
-        diversity_tokens (`int`, defaults to 256): tokens that expert outputs are compared on.
-        show (`int`, defaults to 5): samples whose answers are kept side by side.
-        seed (`int`, defaults to 0): what random groups are drawn from.
         name (`str`, *optional*): what to call the model; its checkpoint's name by default.
+        options: see [`QualityOptions`]. Ratings of each sample's response, where there are such, are the quality that
+            routing scores are compared with; else it is exact match, or the mean log-likelihood where all or none of
+            tier 1's answers match.
 
     Raises:
         [`OrdMoEConfigError`]: `num_tiers` below 2 or too many for the model, or a size that is not positive.
         [`OrdMoEDataError`]: no samples, a missing column, or ratings that are not numbers.
     """
+    chosen = QualityOptions(**options)
     if num_tiers < 2:
         raise OrdMoEConfigError(f"num_tiers must be at least 2 to compare tiers, got {num_tiers}.")
-    check_counts(diversity_tokens=diversity_tokens)
-    ratings_n = None if rating_column is None else sample_ratings(dataset, rating_column)
-    routing: dict[str, Any] = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
+    check_counts(diversity_tokens=chosen.diversity_tokens)
+    ratings_n = None if chosen.rating_column is None else sample_ratings(dataset, chosen.rating_column)
+    routing: dict[str, Any] = {"num_tiers": num_tiers, "grouping": grouping, "seed": chosen.seed}
     subject = (model, processing_class, dataset)
     tiers = range(1, num_tiers + 1)
-    results = evaluate_tiers(
-        *subject, tiers, group_by=group_by, batch_size=batch_size, max_new_tokens=max_new_tokens, **routing
-    )
-    random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, seed) if random_control else None
+    asked: dict[str, Any] = {"group_by": chosen.group_by, "max_new_tokens": chosen.max_new_tokens}
+    results = evaluate_tiers(model, processing_class, dataset, tiers, batch_size=batch_size, **asked, **routing)
+    random = None
+    if chosen.random_control:
+        random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, chosen.seed)
     routing_scores, cosines_CL = [], []
     for tier in tiers:
-        watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=diversity_tokens, **routing)
+        watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=chosen.diversity_tokens, **routing)
         routing_scores.append(watched.routing_scores_nL)
         cosines_CL.append(_cosines(model, watched))
     return TierQuality(
@@ -207,7 +209,7 @@ def tier_quality(
         order=_order_shares(_likelihoods(results), random),
         spearman=quality_correlation(results, routing_scores, ratings_n),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
-        texts=_texts(dataset, results, show),
+        texts=_texts(dataset, results, chosen.show),
     )
 
 

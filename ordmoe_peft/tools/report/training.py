@@ -117,11 +117,16 @@ def _likelihoods(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> l
 
 def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Table:
     """First and last values, to the digits that a plot does not show."""
-    rows = []
-    for tier in (label for label in whole if not label.endswith(HELD_OUT)):
-        for lines, suffix in ((whole, ""), (no_eos, ", without end tokens")):
-            values, held_out = ([None, *lines[label].tolist()] for label in (tier, f"{tier}{HELD_OUT}"))
-            rows.append((f"{tier}{suffix}", values[:2][-1], values[-1], held_out[-1]))
+
+    def value(line: pd.Series, position: int) -> float | None:
+        return line.iloc[position] if len(line) else None
+
+    rows = [
+        (f"{tier}{suffix}", value(lines[tier], 0), value(lines[tier], -1), value(lines[f"{tier}{HELD_OUT}"], -1))
+        for tier in whole
+        if not tier.endswith(HELD_OUT)
+        for lines, suffix in ((whole, ""), (no_eos, ", without end tokens"))
+    ]
     columns = [NATS, "first", "last", "held out, last"]
     return Table("", pd.DataFrame(rows, columns=columns), dict.fromkeys(columns[1:], number))
 

@@ -6,7 +6,7 @@ import torch
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
 from ordmoe_peft.tools.measure.evaluation import TierItems, TierResult, evaluate_tiers, generate_answers
-from ordmoe_peft.tools.measure.quality import order_share, quality_correlation, sample_ratings, tier_quality
+from ordmoe_peft.tools.measure.quality import ORDERS, order_share, quality_correlation, sample_ratings, tier_quality
 from tests import models, text
 
 
@@ -131,6 +131,20 @@ def test_to_dict_is_plain_json_with_all_parts():
     assert first["prompt"] == dataset[0]["prompt"][0]["content"]
     assert first["reference"] == first["answers"][0] != first["answers"][1]
     assert len(data["texts"]) == 2
+
+
+def test_tables_hold_the_same_figures():
+    quality = measure(own_answers(5), num_tiers=2, group_by="kind", random_control=False, show=1)
+    tiers, order, layers, texts = quality.tables()
+    assert list(tiers.frame) == ["tier", "even", "odd", "overall", "log-likelihood", "without end tokens"]
+    assert tiers.frame["overall"].tolist() == [tier.accuracy["overall"] for tier in quality.tiers]
+    assert order.frame["samples"].tolist() == [quality.order[key].share for key in ORDERS]
+    assert set(order.texts()["random groups"]) == {"—"}
+    assert layers.frame["cosine tier 2"].tolist()[:-1] == [cosines[1] for cosines in quality.diversity]
+    assert layers.texts().iloc[-1]["MoE layer"] == "overall"
+    assert texts.frame["tier 1"][0] == quality.texts[0].answers[0]
+    quality.texts = []
+    assert len(quality.tables()) == 3
 
 
 class TestBadInput:
