@@ -76,6 +76,12 @@ class TierResult(TierMeans):
     items: TierItems = field(default_factory=TierItems)
 
 
+def likelihoods(results: list[TierResult]) -> torch.Tensor:
+    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(2, C, n)`)."""
+    items = [result.items for result in results]
+    return torch.tensor([[one.log_likelihood for one in items], [one.log_likelihood_no_eos for one in items]])
+
+
 def tier_table(tiers: Sequence[TierMeans]) -> Table:
     """A row per tier: accuracy per group and overall, mean log-likelihoods."""
     groups = [name for name in tiers[0].accuracy if name != OVERALL] + [OVERALL]

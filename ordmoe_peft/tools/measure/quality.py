@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
-from ...errors import OrdMoEConfigError, OrdMoEDataError
+from ...errors import OrdMoEConfigError
 from ...moe_model import find_moe_layers
 from ..tables import Table, number, percent, signed
-from .correlation import RankCorrelation, rank_correlation
+from .correlation import QualityCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierMeans, TierResult, evaluate_tiers, score_answers, tier_table
+from .evaluation import TierMeans, TierResult, evaluate_tiers, likelihoods, score_answers, tier_table
 from .observation import TierObservation, observe_tier, outer_experts
 
 
@@ -47,24 +47,6 @@ class OrderShare:
     chance: float
     random: float | None = None
     random_stderr: float | None = None
-
-
-@dataclass
-class QualityCorrelation:
-    """Spearman's ρ between routing scores and quality; see [`~ordmoe_peft.tools.measure.correlation.routing_score`].
-
-    Args:
-        within_top (`RankCorrelation`): over samples, under tier 1.
-        pooled (`RankCorrelation`): over pairs of sample and tier, quality and routing score of the same tier. Lower
-            tiers have lower routing scores by construction, so this mostly restates their order.
-        quality (`str`): what quality was.
-        note (`str`, *optional*): why it was that, or why a value is missing.
-    """
-
-    within_top: RankCorrelation
-    pooled: RankCorrelation
-    quality: str
-    note: str | None
 
 
 @dataclass
@@ -206,31 +188,13 @@ def tier_quality(
         num_tiers=num_tiers,
         grouping=grouping,
         tiers=[TierMeans(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos) for r in results],
-        order=_order_shares(_likelihoods(results), random),
+        order=_order_shares(likelihoods(results), random),
         spearman=quality_correlation(results, routing_scores, ratings_n),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
         texts=_texts(dataset, results, chosen.show),
     )
 
 
-def sample_ratings(dataset: Any, column: str) -> torch.Tensor:
-    """The numbers in `column` (`torch.Tensor` of shape `(n,)`, float64).
-
-    Raises:
-        [`OrdMoEDataError`]: there is no such column, or something else than finite numbers in it.
-    """
-    if column not in dataset.column_names:
-        raise OrdMoEDataError(f"rating_column={column!r} is not a column; there are {sorted(dataset.column_names)}.")
-    ratings = list(dataset[column])
-    for row, rating in enumerate(ratings):
-        if not isinstance(rating, int | float) or not math.isfinite(rating):
-            raise OrdMoEDataError(
-                f"rating_column={column!r} needs a finite number in each row; row {row} has {rating!r}."
-            )
-    return torch.tensor(ratings, dtype=torch.float64)
-
-
-# -------------------------------------------------------------------------------------------------------------- order
 def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None = None) -> OrderShare:
     """How often the likelihoods of a sample fall strictly from the first row to the last.
 
@@ -250,19 +214,13 @@ def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float, float]:
 
 
 def _order_shares(likelihoods_2Cn: torch.Tensor, random_2Cn: torch.Tensor | None) -> dict[str, OrderShare]:
-    """Shares by key of [`ORDERS`], from [`_likelihoods`] of tiers and of random groups."""
+    """Shares by key of [`ORDERS`], from [`likelihoods`] of tiers and of random groups."""
     shares = {}
     for index, suffix in enumerate(("", "_no_eos")):
         for key, rows in (("full", slice(None)), ("ends", [0, -1])):
             random_Cn = None if random_2Cn is None else random_2Cn[index][rows]
             shares[f"{key}{suffix}"] = order_share(likelihoods_2Cn[index][rows], random_Cn)
     return shares
-
-
-def _likelihoods(results: list[TierResult]) -> torch.Tensor:
-    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(2, C, n)`)."""
-    items = [result.items for result in results]
-    return torch.tensor([[one.log_likelihood for one in items], [one.log_likelihood_no_eos for one in items]])
 
 
 def _random_likelihoods(
@@ -274,7 +232,7 @@ def _random_likelihoods(
     batch_size: int,
     seed: int,
 ) -> torch.Tensor:
-    """[`_likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
+    """[`likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
     parts = []
     groups: dict[str, Any] = {"num_tiers": num_tiers, "grouping": "random", "seed": seed}
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
@@ -286,45 +244,7 @@ def _random_likelihoods(
             ]
             parts.append(torch.stack(of_tiers, dim=1))
             bar.update(len(samples))
-    return torch.cat([_likelihoods([top]), torch.cat(parts, dim=2)], dim=1)
-
-
-# ------------------------------------------------------------------------------------------------- correlation, texts
-def quality_correlation(
-    results: list[TierResult], routing_scores: list[torch.Tensor], ratings_n: torch.Tensor | None
-) -> QualityCorrelation:
-    """Compare routing scores with the quality of what came out.
-
-    Args:
-        results (`list[TierResult]`): from tier 1 to tier C.
-        routing_scores (list of `torch.Tensor` of shape `(n, L)`): of the same tiers.
-        ratings_n (`torch.Tensor` of shape `(n,)`, *optional*): ratings that stand in for exact match.
-    """
-    quality, notes = "exact match", []
-    quality_Cn = torch.tensor([result.items.is_right for result in results]).double()
-    if ratings_n is not None:
-        quality, quality_Cn = "rating", ratings_n.unsqueeze(0)
-        notes.append("A rating belongs to one response per sample, so tiers are not pooled.")
-    elif is_constant(quality_Cn[0]):
-        quality, answers = "mean log-likelihood", "All" if quality_Cn[0, 0] else "None"
-        notes.append(f"{answers} of tier 1's answers match, so quality is the likelihood of the reference.")
-        quality_Cn = _likelihoods(results)[0]
-    if is_constant(quality_Cn[0]):
-        notes.append(f"The {quality} is {quality_Cn[0, 0]:g} for every sample, so nothing can go with it.")
-    flat = [layer for layer, scores_n in enumerate(routing_scores[0].T) if is_constant(scores_n)]
-    if flat:
-        notes.append(f"Routing scores are the same for every sample in MoE layers {flat}.")
-    within_top = rank_correlation(routing_scores[0], quality_Cn[0])
-    pooled = RankCorrelation(None, [None] * len(within_top.layers), None)
-    if ratings_n is None:
-        pooled = rank_correlation(torch.cat(routing_scores), quality_Cn.reshape(-1))
-        # Pairs of one sample are not independent, so no standard error applies.
-        pooled.stderr = None
-    return QualityCorrelation(within_top, pooled, quality, " ".join(notes) or None)
-
-
-def is_constant(values_n: torch.Tensor) -> bool:
-    return bool((values_n == values_n[0]).all())
+    return torch.cat([likelihoods([top]), torch.cat(parts, dim=2)], dim=1)
 
 
 def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ordmoe_peft.monitoring.health import LayerHealth
-from ordmoe_peft.tools.measure.correlation import RankCorrelation
+from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
 from ordmoe_peft.tools.measure.evaluation import TierMeans
 from ordmoe_peft.tools.measure.inspection import HealthReport
-from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, QualityCorrelation, TierQuality, TierTexts
+from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, TierQuality, TierTexts
 from ordmoe_peft.tools.report import ablate_report, inspect_report, tiers_report, train_report
 
 

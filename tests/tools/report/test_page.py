@@ -11,9 +11,9 @@ import pytest
 
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.monitoring.diagnostics import Finding
-from ordmoe_peft.tools.measure.correlation import RankCorrelation
+from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
 from ordmoe_peft.tools.measure.evaluation import TierMeans
-from ordmoe_peft.tools.measure.quality import QualityCorrelation, TierTexts
+from ordmoe_peft.tools.measure.quality import TierTexts
 from ordmoe_peft.tools.report import ablate_report, inspect_report, tiers_report, train_report
 from ordmoe_peft.tools.report.page import Section, column_kind, write_page
 from ordmoe_peft.tools.tables import Table

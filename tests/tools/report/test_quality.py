@@ -1,6 +1,6 @@
-from ordmoe_peft.tools.measure.correlation import RankCorrelation
+from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
 from ordmoe_peft.tools.measure.evaluation import TierMeans
-from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, QualityCorrelation
+from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare
 from ordmoe_peft.tools.report import tiers_report
 from tests.tools.report.pages import Page, quality
 
