@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from ..tools.measure.evaluation import OVERALL, TierResult, evaluate_tiers
-from ..tools.measure.quality import TierMeans
+from ..tools.measure.evaluation import evaluate_tiers, tier_table
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
-from .tables import percent, print_table, write_json
+from .tables import print_tables, write_json
 
 
 @dataclass(kw_only=True)
@@ -46,22 +45,6 @@ def main(arguments: Sequence[str]) -> None:
         grouping=options.grouping,
     )
     print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.split}")
-    print_results(results)
+    print_tables([tier_table(results)])
     if options.output is not None:
         write_json(options.output, [result.to_dict() for result in results])
-
-
-def print_results(results: Sequence[TierResult | TierMeans]) -> None:
-    """A row per tier: accuracy per group and overall, mean log-likelihood in nats per token."""
-    groups = [key for key in results[0].accuracy if key != OVERALL]
-    columns = ["tier", *groups, OVERALL, "log-likelihood", "without end tokens"]
-    rows = [
-        [
-            str(result.tier),
-            *(percent(result.accuracy[key]) for key in [*groups, OVERALL]),
-            f"{result.log_likelihood:.3f}",
-            f"{result.log_likelihood_no_eos:.3f}",
-        ]
-        for result in results
-    ]
-    print_table("Exact match, and mean log-likelihood per answer token (nats)", columns, rows)

@@ -6,35 +6,44 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import rich.table
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ..files import write_whole
 from ..monitoring.diagnostics import Finding
+from ..tools.tables import Table, percent
+
+
+__all__ = ["peak_memory", "percent", "print_findings", "print_table", "print_tables", "write_json"]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a title, the first column to the left, numbers to the right."""
-    table = Table()
+    table = rich.table.Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    # Answers and names may hold brackets and colons, which are not markup.
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
     # Not the table's own title, which would wrap at the table's width.
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(title, soft_wrap=True)
     console.print(table)
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print each table with its note."""
+    for table in tables:
+        print_table(table.title, list(table.frame.columns), table.texts().to_numpy().tolist())
+        if table.note:
+            print(table.note)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """A line for each failure signature that shows."""
     for finding in findings:
         print(f"{finding.severity.capitalize()} ({finding.name.replace('_', ' ')}): {finding.message}")
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def peak_memory() -> int:

@@ -25,7 +25,7 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
     assert "Tiers can be cut: 3 (uniform)." in output
     assert "run `ordmoe tiers`" in output
     assert "Fit for OrdMoE" not in output
-    assert "1.00 1.00 1.00" in output
+    assert "1.000 / 1.000 / 1.000" in output
     assert "overlap" not in output
     report = json.loads(results.read_text())
     assert report["is_fit"]

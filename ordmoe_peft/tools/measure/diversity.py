@@ -10,8 +10,8 @@ from torch import nn
 def expert_outputs(experts: nn.Module, hidden_states_TH: torch.Tensor, top_k_index_TK: torch.Tensor) -> torch.Tensor:
     """What each of a token's K experts says on its own, unweighted (`torch.Tensor` of shape `(T, K, H)`).
 
-    The experts are called as their block calls them, once per place among the K and with weight 1, so this holds for
-    dense, 4-bit and adapted experts alike.
+    The experts are called as their block calls them, once for each of the K and with weight 1, so this holds for dense,
+    4-bit and adapted experts alike.
 
     Args:
         experts (`nn.Module`): fused experts, or what wraps them.
@@ -19,8 +19,8 @@ def expert_outputs(experts: nn.Module, hidden_states_TH: torch.Tensor, top_k_ind
         top_k_index_TK (`torch.Tensor` of shape `(T, K)`): their experts.
     """
     one_T1 = hidden_states_TH.new_ones(len(hidden_states_TH), 1)
-    places = top_k_index_TK.split(1, dim=1)
-    return torch.stack([experts(hidden_states_TH, index_T1.contiguous(), one_T1) for index_T1 in places], dim=1)
+    indices = [index_T1.contiguous() for index_T1 in top_k_index_TK.split(1, dim=1)]
+    return torch.stack([experts(hidden_states_TH, index_T1, one_T1) for index_T1 in indices], dim=1)
 
 
 def mean_pairwise_cosine(outputs_TKH: torch.Tensor) -> float | None:

@@ -1,10 +1,11 @@
 """Accuracy and likelihood on held-out samples, tier by tier."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ from ...data.samples import (
 from ...objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import tiers_of_labels, tiers_of_prompts
+from ..tables import Table, number, percent
 
 
 OVERALL = "overall"
@@ -47,8 +49,8 @@ class TierItems:
 
 
 @dataclass
-class TierResult:
-    """What one tier does on a data set.
+class TierMeans:
+    """A tier's means over a data set.
 
     Args:
         tier (`int`): the tier, from 1.
@@ -56,7 +58,6 @@ class TierResult:
         samples (`dict[str, int]`): number of samples, likewise.
         log_likelihood (`float`): mean over samples of the mean log-probability per answer token, in nats.
         log_likelihood_no_eos (`float`): the same without end-of-sequence tokens.
-        items (`TierItems`): what the means are of, sample by sample.
     """
 
     tier: int
@@ -64,9 +65,33 @@ class TierResult:
     samples: dict[str, int] = field(default_factory=dict)
     log_likelihood: float = float("nan")
     log_likelihood_no_eos: float = float("nan")
-    items: TierItems = field(default_factory=TierItems)
 
     to_dict = asdict
+
+
+@dataclass
+class TierResult(TierMeans):
+    """A tier's means, and in `items` ([`TierItems`]) what they are of."""
+
+    items: TierItems = field(default_factory=TierItems)
+
+
+def likelihoods(results: list[TierResult]) -> torch.Tensor:
+    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(2, C, n)`)."""
+    items = [result.items for result in results]
+    return torch.tensor([[one.log_likelihood for one in items], [one.log_likelihood_no_eos for one in items]])
+
+
+def tier_table(tiers: Sequence[TierMeans]) -> Table:
+    """A row per tier: accuracy per group and overall, mean log-likelihoods."""
+    groups = [name for name in tiers[0].accuracy if name != OVERALL] + [OVERALL]
+    rows = [[one.tier, *map(one.accuracy.get, groups), one.log_likelihood, one.log_likelihood_no_eos] for one in tiers]
+    likelihoods = ["log-likelihood", "without end tokens"]
+    return Table(
+        "Exact match, and mean log-likelihood per answer token (nats)",
+        pd.DataFrame(rows, columns=["tier", *groups, *likelihoods]),
+        {**dict.fromkeys(groups, percent), **dict.fromkeys(likelihoods, number)},
+    )
 
 
 def evaluate_tiers(
@@ -99,19 +124,51 @@ def evaluate_tiers(
     """
     check_samples(dataset, group_by)
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    results = [_TierTally(tier) for tier in tiers]
+    items = [TierItems() for _ in tiers]
     total = len(dataset) * len(tiers)
     with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
-            groups = [str(sample[group_by]) for sample in samples] if group_by else None
-            for result in results:
-                answers = generate_answers(
-                    model, processing_class, samples, max_new_tokens, tier=result.tier, **routing
-                )
-                likelihood, no_eos = score_answers(model, processing_class, samples, tier=result.tier, **routing)
-                result.add(samples, answers, groups, likelihood, no_eos)
+            for tier, of_tier in zip(tiers, items, strict=True):
+                answers = generate_answers(model, processing_class, samples, max_new_tokens, tier=tier, **routing)
+                likelihood_B, no_eos_B = score_answers(model, processing_class, samples, tier=tier, **routing)
+                of_tier.answers += answers
+                of_tier.is_right += [
+                    answer == answer_text(sample) for answer, sample in zip(answers, samples, strict=True)
+                ]
+                of_tier.log_likelihood += likelihood_B.tolist()
+                of_tier.log_likelihood_no_eos += no_eos_B.tolist()
                 bar.update(len(samples))
-    return [result.finish() for result in results]
+    groups = None if group_by is None else list(map(str, dataset[group_by]))
+    return [_result(tier, of_tier, groups) for tier, of_tier in zip(tiers, items, strict=True)]
+
+
+def _result(tier: int, items: TierItems, groups: list[str] | None) -> TierResult:
+    right: dict[str, list[bool]] = defaultdict(list, {OVERALL: list(items.is_right)})
+    if groups is not None:
+        for group, is_right in zip(groups, items.is_right, strict=True):
+            right[group].append(is_right)
+    count = len(items.is_right)
+    return TierResult(
+        tier,
+        accuracy={name: sum(right[name]) / len(right[name]) for name in sorted(right)},
+        samples={name: len(right[name]) for name in sorted(right)},
+        log_likelihood=sum(items.log_likelihood) / count,
+        log_likelihood_no_eos=sum(items.log_likelihood_no_eos) / count,
+        items=items,
+    )
+
+
+def model_inputs(
+    make: Callable[..., Any], samples: list[dict[str, Any]], processing_class: ProcessingClass, model: nn.Module
+) -> Any:
+    """What `make` makes of the samples, on the model's device.
+
+    Raises:
+        [`OrdMoEDataError`]: a sample has more tokens than the model has positions.
+    """
+    inputs = make(samples, processing_class).to(model.device)
+    check_fits(model, inputs)
+    return inputs
 
 
 def generate_answers(
@@ -123,8 +180,7 @@ def generate_answers(
     **routing: Any,
 ) -> list[str]:
     """A tier's greedy answers to the samples' prompts, as plain text."""
-    inputs = prompt_inputs(samples, processing_class).to(model.device)
-    check_fits(model, inputs)
+    inputs = model_inputs(prompt_inputs, samples, processing_class, model)
     prompt_length = inputs["input_ids"].shape[1]
     end_ids = end_of_sequence_ids(getattr(processing_class, "tokenizer", processing_class), model)
     tiers = torch.full((len(samples),), tier)
@@ -144,45 +200,13 @@ def score_answers(
     **routing: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A tier's mean log-probability per token of each reference answer, with and without end tokens (`(B,)`)."""
-    inputs = scoring_inputs(samples, processing_class).to(model.device)
-    check_fits(model, inputs)
-    tiers = torch.full((len(samples),), tier)
-    tiers = tiers_of_labels(tiers, inputs["labels"], adapter_config(model).token_scope)
-    labels_BS = inputs.pop("labels")[:, 1:]
+    inputs = model_inputs(scoring_inputs, samples, processing_class, model)
+    labels_BS = inputs.pop("labels")
+    tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, adapter_config(model).token_scope)
+    labels_BS = labels_BS[:, 1:]
     with tier_routing(model, tiers, **routing):
         log_probs_BS = label_log_probs(model(**inputs).logits[:, :-1], labels_BS)
     mask_BS = labels_BS != IGNORED_LABEL
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer, model))
     return mean_log_likelihood(log_probs_BS, mask_BS), mean_log_likelihood(log_probs_BS, content_BS)
-
-
-class _TierTally:
-    """One tier's results as they come in."""
-
-    def __init__(self, tier: int):
-        self.tier = tier
-        self.right, self.asked = Counter(), Counter()
-        self.items = TierItems()
-
-    def add(self, samples, answers, groups, likelihood_B, no_eos_B) -> None:
-        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-            is_right = answer == answer_text(sample)
-            self.items.is_right.append(is_right)
-            for key in (OVERALL, *([groups[index]] if groups else [])):
-                self.asked[key] += 1
-                self.right[key] += is_right
-        self.items.answers += answers
-        self.items.log_likelihood += likelihood_B.tolist()
-        self.items.log_likelihood_no_eos += no_eos_B.tolist()
-
-    def finish(self) -> TierResult:
-        count = self.asked[OVERALL]
-        return TierResult(
-            self.tier,
-            accuracy={key: self.right[key] / self.asked[key] for key in sorted(self.asked)},
-            samples=dict(sorted(self.asked.items())),
-            log_likelihood=sum(self.items.log_likelihood) / count,
-            log_likelihood_no_eos=sum(self.items.log_likelihood_no_eos) / count,
-            items=self.items,
-        )

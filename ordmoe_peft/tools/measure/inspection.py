@@ -1,23 +1,41 @@
 """Can a model's routing be cut into tiers? Run it on data and see."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
+import pandas as pd
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
-from ...data.positions import check_fits
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ...data.texts import check_texts
 from ...errors import OrdMoEConfigError, OrdMoEDataError
 from ...moe_model import MoEModel
-from ...monitoring.health import LayerHealth
+from ...monitoring.health import DEAD_SHARE, LayerHealth
 from ...monitoring.router_meter import RouterMeter
 from ...tiers.ranking import GROUPINGS
 from ...tiers.routing import adapter_config
+from ..tables import Format, Table, number, numbers
+from .evaluation import model_inputs
 from .verdict import reasons_against
+
+
+# Field of a layer's health → column of the table.
+COLUMNS = {
+    **{"layer": "layer", "name": "module", "num_experts": "E", "top_k": "K", "dead": "dead", "min_use": "min use"},
+    **{"imbalance": "max use", "marginal_entropy": "marginal H", "token_entropy": "token H", "score_std": "score std"},
+    **{"gate_mass": "gate mass", "drift_overlap": "overlap", "drift_kl": "KL"},
+}
+FIGURES = ("min use", "max use", "marginal H", "token H", "score std", "overlap")
+LEGEND = (
+    f"use: an expert's tokens over the fair share K/E (1 is fair); dead: experts below {DEAD_SHARE:.0%} of it; "
+    "H: entropy over ln E, of the mean router distribution and of a token's; score std: spread of a token's router "
+    "logits; gate mass: sum of the weights that the router gives each tier's experts, tier 1 first"
+)
+DRIFT_LEGEND = "; overlap, KL: experts in common with the router without its adapter, and divergence from it in nats"
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class HealthReport:
         grouping (`str`): how tiers were cut.
         is_fit (`bool`): whether the routing can be cut into C tiers that differ, as far as was measured. It does not
             say that ranks carry a signal: see [`~ordmoe_peft.tools.measure.quality.tier_quality`].
-        reasons (`list[str]`): what does, a sentence each.
+        reasons (`list[str]`): what speaks against it, a sentence each.
         layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
             fit a layer, its tiers are those of the largest C that does.
     """
@@ -45,6 +63,22 @@ class HealthReport:
     layers: list[LayerHealth]
 
     to_dict = asdict
+
+    def tables(self) -> list[Table]:
+        """One table, with a row per layer."""
+        frame = pd.DataFrame(self.layers, columns=[one.name for one in fields(LayerHealth)])
+        frame["min_use"] = frame["utilisation"].map(min)
+        frame, note = frame[list(COLUMNS)].rename(columns=COLUMNS), LEGEND
+        if frame["KL"].isna().all():
+            frame = frame.drop(columns=["overlap", "KL"])
+        else:
+            note += DRIFT_LEGEND
+        formats: dict[str, Format] = {
+            **dict.fromkeys(FIGURES, number),
+            "gate mass": numbers,
+            "KL": partial(number, digits=4),
+        }
+        return [Table("Routing by layer", frame, formats, note)]
 
 
 def inspect_model(
@@ -60,12 +94,10 @@ def inspect_model(
     """Run `model` over samples and judge how its routers spread and rank their experts.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
+        model, processing_class, batch_size: as [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`] takes them.
         dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format.
         num_tiers (`int`, defaults to 3): C that is asked about.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
-        batch_size (`int`, defaults to 32): samples at a time.
         seed (`int`, defaults to 0): what `random` grouping draws from.
 
     Raises:
@@ -83,8 +115,7 @@ def inspect_model(
         )
     columns = [name for name in ("prompt", "completion") if name in dataset.column_names]
     check_texts(dataset, columns, "inspection", may_be_empty=True)
-    meter = RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed)
-    with meter:
+    with RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed) as meter:
         _run(model, processing_class, dataset, batch_size)
     layers = meter.report()
     tier_weights = adapter_config(model).tier_weights
@@ -109,16 +140,9 @@ def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batc
     backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Inspecting", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
-            inputs = _inputs(samples, processing_class).to(model.device)
-            check_fits(model, inputs)
+            # Prompts with their answers where there are such, else prompts alone.
+            make = scoring_inputs if "completion" in samples[0] else prompt_inputs
+            inputs = model_inputs(make, samples, processing_class, model)
+            inputs.pop("labels", None)
             backbone(**inputs, use_cache=False)
             bar.update(len(samples))
-
-
-def _inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Any:
-    """Prompts with their answers where there are such, else prompts alone."""
-    if "completion" not in samples[0]:
-        return prompt_inputs(samples, processing_class)
-    inputs = scoring_inputs(samples, processing_class)
-    inputs.pop("labels")
-    return inputs

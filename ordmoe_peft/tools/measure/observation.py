@@ -22,6 +22,7 @@ from ...monitoring.recording import Call, record, recorded_router_outputs
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import tiers_of_labels
 from .correlation import routing_score
+from .evaluation import model_inputs
 
 
 @dataclass
@@ -37,17 +38,8 @@ class ExpertTokens:
     top_k_index_NK: torch.Tensor
 
 
-@dataclass
-class ExpertCall:
-    """What a layer's experts were called with in one forward.
-
-    Args:
-        top_k_index_TK (`torch.Tensor` of shape `(T, K)`): the experts of all tokens.
-        kept (`ExpertTokens`): some of the tokens.
-    """
-
-    top_k_index_TK: torch.Tensor
-    kept: ExpertTokens
+# The experts of all tokens of a forward (`(T, K)`), and some of the tokens in full.
+ExpertCall = tuple[torch.Tensor, ExpertTokens]
 
 
 @dataclass
@@ -75,7 +67,7 @@ def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[l
 
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        token_N (`torch.Tensor` of shape `(N,)`): places of the tokens whose hidden states are kept: those of all
+        token_N (`torch.Tensor` of shape `(N,)`): positions of the tokens whose hidden states are kept: those of all
             tokens in all layers would be most of a forward's memory.
     """
     calls: list[ExpertCall] = []
@@ -84,7 +76,7 @@ def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[l
         # The experts interface fixes both the order and the names of these arguments.
         hidden_states, index = call.argument(0, "hidden_states"), call.argument(1, "top_k_index")
         kept_N = token_N.to(index.device)
-        calls.append(ExpertCall(index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
+        calls.append((index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
 
     with record(model, experts=append):
         yield calls
@@ -103,14 +95,11 @@ def observe_tier(
     """Read every sample's prompt and reference answer under `tier` and note what routers and experts do.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        model, processing_class, dataset, batch_size, routing: as
+            [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`] takes them.
         tier (`int`): the tier, from 1.
-        batch_size (`int`, defaults to 32): samples at a time.
         num_tokens (`int`, defaults to 256): tokens whose inputs to the experts are kept, out of those on the tier:
             all but padding, or with the adapter's `token_scope="response"` those that predict a response token.
-        routing: settings for [`~ordmoe_peft.tier_routing`].
 
     Raises:
         [`OrdMoEModelError`]: experts or routers were not called once per layer with a row per token.
@@ -120,7 +109,7 @@ def observe_tier(
     scores, kept = [], []
     with evaluation_mode(model), tqdm(total=len(dataset), desc=f"Watching tier {tier}", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
-            inputs = scoring_inputs(samples, processing_class).to(model.device)
+            inputs = model_inputs(scoring_inputs, samples, processing_class, model)
             labels_BS = inputs.pop("labels")
             # A position's routing makes the token after it.
             predicts_BS = nn.functional.pad(labels_BS[:, 1:] != IGNORED_LABEL, (0, 1))
@@ -133,21 +122,17 @@ def observe_tier(
                 recorded_expert_calls(model, token_N) as calls,
             ):
                 model(**inputs)
-            logits = [output.logits_TE for output in outputs]
+            logits = [output.logits_TE for output in outputs if output.logits_TE is not None]
             _check_calls(model, logits, calls, labels_BS.numel())
-            scores.append(_routing_scores(logits, calls, predicts_BS))
-            kept.append([call.kept for call in calls])
+            of_layers = [
+                routing_score(logits_TE, index_TK, predicts_BS).cpu()
+                for logits_TE, (index_TK, _) in zip(logits, calls, strict=True)
+            ]
+            scores.append(torch.stack(of_layers, dim=1))
+            kept.append([tokens for _, tokens in calls])
             bar.update(len(samples))
     expert_tokens = [_joined(of_layer, num_tokens) for of_layer in zip(*kept, strict=True)]
     return TierObservation(torch.cat(scores), expert_tokens)
-
-
-def _routing_scores(logits: list[torch.Tensor], calls: list[ExpertCall], predicts_BS: torch.Tensor) -> torch.Tensor:
-    """Each sample's routing score in each layer (`torch.Tensor` of shape `(B, L)`)."""
-    layers = zip(logits, calls, strict=True)
-    return torch.stack(
-        [routing_score(logits_TE, call.top_k_index_TK, predicts_BS).cpu() for logits_TE, call in layers], dim=1
-    )
 
 
 def spread(values_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -166,7 +151,7 @@ def _joined(parts: tuple[ExpertTokens, ...], num_tokens: int) -> ExpertTokens:
 
 def _check_calls(model: nn.Module, logits: list[torch.Tensor], calls: list[ExpertCall], num_tokens: int) -> None:
     num_layers = len(find_moe_layers(model))
-    rows = {len(tensor) for tensor in (*logits, *(call.top_k_index_TK for call in calls))}
+    rows = {len(tensor) for tensor in (*logits, *(index_TK for index_TK, _ in calls))}
     if len(logits) != num_layers or len(calls) != num_layers or rows != {num_tokens}:
         raise OrdMoEModelError(
             f"{type(model).__name__} called its {num_layers} routers {len(logits)} times and their experts "

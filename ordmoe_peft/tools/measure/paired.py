@@ -4,7 +4,7 @@ Arrays carry S seeds and N items: `values_SN[s, n]` is what the run of seed s do
 ways have the same seeds, so the same data order, and the same items.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isnan, sqrt
 from statistics import NormalDist
 
@@ -12,6 +12,8 @@ import torch
 
 
 CONFIDENCE = 0.95
+# The 97.5 % quantile of the standard normal distribution.
+NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 # 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; from there on the expansion in `student_t` has
 # three digits.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -46,13 +48,7 @@ class PairedDifference:
         return "loss" if self.high < 0 else "no difference shown"
 
     def to_dict(self) -> dict[str, float | bool | str]:
-        return {
-            "mean": self.mean,
-            "low": self.low,
-            "high": self.high,
-            "is_gain": self.is_gain,
-            "verdict": self.verdict,
-        }
+        return {**asdict(self), "is_gain": self.is_gain, "verdict": self.verdict}
 
 
 def paired_difference(
@@ -83,12 +79,10 @@ def paired_difference(
         )
     difference_SN = values_SN.double() - baseline_SN.double()
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for start in range(0, resamples, RESAMPLES_AT_ONCE):
-        count = min(RESAMPLES_AT_ONCE, resamples - start)
-        parts.append(_resampled_means(difference_SN, count, generator))
+    counts = [min(RESAMPLES_AT_ONCE, resamples - start) for start in range(0, resamples, RESAMPLES_AT_ONCE)]
+    means = torch.cat([_resampled_means(difference_SN, count, generator) for count in counts])
     tail = (1 - CONFIDENCE) / 2
-    low, high = torch.cat(parts).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return PairedDifference(difference_SN.mean().item(), low, high)
 
 
@@ -103,12 +97,8 @@ def student_t(degrees: int) -> float:
     """The 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5, beyond the table)."""
     if degrees <= len(STUDENT_T):
         return STUDENT_T[degrees - 1]
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
+    z = NORMAL
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
@@ -116,8 +106,7 @@ def _resampled_means(difference_SN: torch.Tensor, count: int, generator: torch.G
     seeds, items = difference_SN.shape
     seed_weights = _weights(count, seeds, generator)
     if seeds > 1:
-        z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-        widening = student_t(seeds - 1) / z * sqrt(seeds / (seeds - 1))
+        widening = student_t(seeds - 1) / NORMAL * sqrt(seeds / (seeds - 1))
         seed_weights = 1 / seeds + widening * (seed_weights - 1 / seeds)
     return ((seed_weights @ difference_SN) * _weights(count, items, generator)).sum(1)
 

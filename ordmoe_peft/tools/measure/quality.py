@@ -1,32 +1,32 @@
 """Are tiers ordered by quality? Likelihood, answers, order, routing scores and expert diversity, tier by tier."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
-from ...errors import OrdMoEConfigError, OrdMoEDataError
+from ...errors import OrdMoEConfigError
 from ...moe_model import find_moe_layers
-from .correlation import RankCorrelation, rank_correlation
+from ..tables import Table, number, percent, signed
+from .correlation import QualityCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierResult, evaluate_tiers, score_answers
+from .evaluation import TierMeans, TierResult, evaluate_tiers, likelihoods, score_answers, tier_table
 from .observation import TierObservation, observe_tier, outer_experts
 
 
-@dataclass
-class TierMeans:
-    """A tier's means over the data; see [`~ordmoe_peft.tools.measure.evaluation.TierResult`]."""
-
-    tier: int
-    log_likelihood: float
-    log_likelihood_no_eos: float
-    accuracy: dict[str, float]
-    samples: dict[str, int]
+# Key in [`TierQuality`]'s `order` → which order of likelihoods it is.
+ORDERS = {
+    "full": "all tiers in order",
+    "full_no_eos": "all in order, without end tokens",
+    "ends": "first over last tier",
+    "ends_no_eos": "first over last, without end tokens",
+}
 
 
 @dataclass
@@ -47,24 +47,6 @@ class OrderShare:
     chance: float
     random: float | None = None
     random_stderr: float | None = None
-
-
-@dataclass
-class QualityCorrelation:
-    """Spearman's ρ between routing scores and quality; see [`~ordmoe_peft.tools.measure.correlation.routing_score`].
-
-    Args:
-        within_top (`RankCorrelation`): over samples, under tier 1.
-        pooled (`RankCorrelation`): over pairs of sample and tier, quality and routing score of the same tier. Lower
-            tiers have lower routing scores by construction, so this mostly restates their order.
-        quality (`str`): what quality was.
-        note (`str`, *optional*): why it was that, or why a value is missing.
-    """
-
-    within_top: RankCorrelation
-    pooled: RankCorrelation
-    quality: str
-    note: str | None
 
 
 @dataclass
@@ -104,6 +86,57 @@ class TierQuality:
 
     to_dict = asdict
 
+    def tables(self) -> list[Table]:
+        """Likelihood and accuracy by tier, order, correlation and diversity by layer, and the texts, if there are."""
+        tables = [tier_table(self.tiers), self._order_table(), self._layer_table()]
+        return [*tables, self._text_table()] if self.texts else tables
+
+    def _order_table(self) -> Table:
+        shares = [self.order[key] for key in ORDERS]
+        frame = pd.DataFrame(shares)[["share", "stderr", "random", "random_stderr", "chance"]]
+        frame.columns = ["samples", "s.e.", "random groups", "s.e. of random", "chance"]
+        formats = dict.fromkeys(frame.columns, percent)
+        frame.insert(0, "likelihood falls from", list(ORDERS.values()))
+        return Table("Share of samples in order", frame, formats)
+
+    def _layer_table(self) -> Table:
+        within, pooled = self.spearman.within_top, self.spearman.pooled
+        columns = zip(within.layers, pooled.layers, self.diversity, strict=True)
+        rows = [[str(layer), rho, rho_pooled, *cosines] for layer, (rho, rho_pooled, cosines) in enumerate(columns)]
+        rows.append(["overall", within.overall, pooled.overall, *[None] * self.num_tiers])
+        rhos = ["rho within tier 1", "rho over tiers"]
+        cosines = [f"cosine tier {tier.tier}" for tier in self.tiers]
+        notes = [self.spearman.note] if self.spearman.note else []
+        if within.stderr is not None:
+            notes.insert(0, f"Standard error of rho within tier 1, where it is 0: {within.stderr:.3f}.")
+        return Table(
+            f"Spearman's rho of routing scores with {self.spearman.quality}; cosine between the outputs of a tier's "
+            "experts",
+            pd.DataFrame(rows, columns=["MoE layer", *rhos, *cosines]),
+            {**dict.fromkeys(rhos, signed), **dict.fromkeys(cosines, number)},
+            "\n".join(notes),
+        )
+
+    def _text_table(self) -> Table:
+        rows = [(text.prompt, text.reference, *text.answers) for text in self.texts]
+        columns = ["prompt", "reference", *(f"tier {tier.tier}" for tier in self.tiers)]
+        return Table("Answers side by side", pd.DataFrame(rows, columns=columns))
+
+
+@dataclass(kw_only=True)
+class QualityOptions:
+    """What [`tier_quality`] measures beside the tiers' likelihood and answers."""
+
+    group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
+    rating_column: str | None = field(
+        default=None, metadata={"help": "Column of numbers to correlate routing with; exact match by default."}
+    )
+    random_control: bool = field(default=True, metadata={"help": "Measure the order of random groups, too."})
+    diversity_tokens: int = field(default=256, metadata={"help": "Tokens that expert outputs are compared on."})
+    show: int = field(default=5, metadata={"help": "Samples whose answers are shown tier by tier."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
+    seed: int = field(default=0, metadata={"help": "What random groups are drawn from."})
+
 
 def tier_quality(
     model: nn.Module,
@@ -112,64 +145,41 @@ def tier_quality(
     *,
     num_tiers: int = 3,
     grouping: str = "uniform",
-    group_by: str | None = None,
-    rating_column: str | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 32,
-    random_control: bool = True,
-    diversity_tokens: int = 256,
-    show: int = 5,
-    seed: int = 0,
     name: str | None = None,
+    **options: Any,
 ) -> TierQuality:
     """Measure what the tiers of `model` are worth on held-out samples.
 
     Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        model, processing_class, dataset, batch_size: as [`evaluate_tiers`] takes them.
         num_tiers (`int`, defaults to 3): C, at least 2.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
-        group_by (`str`, *optional*): a column whose values get an accuracy of their own.
-        rating_column (`str`, *optional*): a column of numbers that rates each sample's response, as the quality that
-            routing scores are compared with; exact match by default, or the mean log-likelihood where all or none of
-            tier 1's answers match.
-        batch_size (`int`, defaults to 32): samples at a time.
-        max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
-        random_control (`bool`, defaults to `True`): whether to measure the order of random groups, too.
-        diversity_tokens (`int`, defaults to 256): tokens that expert outputs are compared on.
-        show (`int`, defaults to 5): samples whose answers are kept side by side.
-        seed (`int`, defaults to 0): what random groups are drawn from.
         name (`str`, *optional*): what to call the model; its checkpoint's name by default.
+        options: see [`QualityOptions`]. Ratings of each sample's response, where there are such, are the quality that
+            routing scores are compared with; else it is exact match, or the mean log-likelihood where all or none of
+            tier 1's answers match.
 
     Raises:
         [`OrdMoEConfigError`]: `num_tiers` below 2 or too many for the model, or a size that is not positive.
         [`OrdMoEDataError`]: no samples, a missing column, or ratings that are not numbers.
     """
+    chosen = QualityOptions(**options)
     if num_tiers < 2:
         raise OrdMoEConfigError(f"num_tiers must be at least 2 to compare tiers, got {num_tiers}.")
-    check_counts(diversity_tokens=diversity_tokens)
-    ratings_n = None if rating_column is None else sample_ratings(dataset, rating_column)
-    routing = {"num_tiers": num_tiers, "grouping": grouping, "seed": seed}
+    check_counts(diversity_tokens=chosen.diversity_tokens)
+    ratings_n = None if chosen.rating_column is None else sample_ratings(dataset, chosen.rating_column)
+    routing: dict[str, Any] = {"num_tiers": num_tiers, "grouping": grouping, "seed": chosen.seed}
+    subject = (model, processing_class, dataset)
     tiers = range(1, num_tiers + 1)
-    results = evaluate_tiers(
-        model,
-        processing_class,
-        dataset,
-        tiers,
-        group_by=group_by,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        **routing,
-    )
+    asked: dict[str, Any] = {"group_by": chosen.group_by, "max_new_tokens": chosen.max_new_tokens}
+    results = evaluate_tiers(model, processing_class, dataset, tiers, batch_size=batch_size, **asked, **routing)
     random = None
-    if random_control:
-        random = _random_likelihoods(model, processing_class, dataset, results[0], num_tiers, batch_size, seed)
+    if chosen.random_control:
+        random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, chosen.seed)
     routing_scores, cosines_CL = [], []
     for tier in tiers:
-        watched = observe_tier(
-            model, processing_class, dataset, tier, batch_size=batch_size, num_tokens=diversity_tokens, **routing
-        )
+        watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=chosen.diversity_tokens, **routing)
         routing_scores.append(watched.routing_scores_nL)
         cosines_CL.append(_cosines(model, watched))
     return TierQuality(
@@ -177,32 +187,14 @@ def tier_quality(
         num_samples=len(dataset),
         num_tiers=num_tiers,
         grouping=grouping,
-        tiers=[TierMeans(r.tier, r.log_likelihood, r.log_likelihood_no_eos, r.accuracy, r.samples) for r in results],
-        order=_order_shares(_likelihoods(results), random),
+        tiers=[TierMeans(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos) for r in results],
+        order=_order_shares(likelihoods(results), random),
         spearman=quality_correlation(results, routing_scores, ratings_n),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
-        texts=_texts(dataset, results, show),
+        texts=_texts(dataset, results, chosen.show),
     )
 
 
-def sample_ratings(dataset: Any, column: str) -> torch.Tensor:
-    """The numbers in `column` (`torch.Tensor` of shape `(n,)`, float64).
-
-    Raises:
-        [`OrdMoEDataError`]: there is no such column, or something else than finite numbers in it.
-    """
-    if column not in dataset.column_names:
-        raise OrdMoEDataError(f"rating_column={column!r} is not a column; there are {sorted(dataset.column_names)}.")
-    ratings = list(dataset[column])
-    for row, rating in enumerate(ratings):
-        if not isinstance(rating, int | float) or not math.isfinite(rating):
-            raise OrdMoEDataError(
-                f"rating_column={column!r} needs a finite number in each row; row {row} has {rating!r}."
-            )
-    return torch.tensor(ratings, dtype=torch.float64)
-
-
-# -------------------------------------------------------------------------------------------------------------- order
 def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None = None) -> OrderShare:
     """How often the likelihoods of a sample fall strictly from the first row to the last.
 
@@ -221,23 +213,14 @@ def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / len(falls_n))
 
 
-def _order_shares(
-    tiers: tuple[torch.Tensor, torch.Tensor], random: tuple[torch.Tensor, torch.Tensor] | None
-) -> dict[str, OrderShare]:
+def _order_shares(likelihoods_2Cn: torch.Tensor, random_2Cn: torch.Tensor | None) -> dict[str, OrderShare]:
+    """Shares by key of [`ORDERS`], from [`likelihoods`] of tiers and of random groups."""
     shares = {}
-    for suffix, whole_Cn, random_Cn in zip(("", "_no_eos"), tiers, random or (None, None), strict=True):
-        ends = [0, -1]
-        shares[f"full{suffix}"] = order_share(whole_Cn, random_Cn)
-        shares[f"ends{suffix}"] = order_share(whole_Cn[ends], None if random_Cn is None else random_Cn[ends])
+    for index, suffix in enumerate(("", "_no_eos")):
+        for key, rows in (("full", slice(None)), ("ends", [0, -1])):
+            random_Cn = None if random_2Cn is None else random_2Cn[index][rows]
+            shares[f"{key}{suffix}"] = order_share(likelihoods_2Cn[index][rows], random_Cn)
     return shares
-
-
-def _likelihoods(results: list[TierResult]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(C, n)` each)."""
-    return (
-        torch.tensor([result.items.log_likelihood for result in results]),
-        torch.tensor([result.items.log_likelihood_no_eos for result in results]),
-    )
 
 
 def _random_likelihoods(
@@ -248,59 +231,20 @@ def _random_likelihoods(
     num_tiers: int,
     batch_size: int,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`_likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
-    parts: list[torch.Tensor] = []
+) -> torch.Tensor:
+    """[`likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
+    parts = []
+    groups: dict[str, Any] = {"num_tiers": num_tiers, "grouping": "random", "seed": seed}
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
         for step, samples in enumerate(sample_batches(dataset, batch_size)):
-            of_tiers = []
-            for tier in range(2, num_tiers + 1):
-                # Another step for each batch: rows at the same place would share their draws.
-                groups = {"num_tiers": num_tiers, "grouping": "random", "seed": seed, "step": step}
-                of_tiers.append(torch.stack(score_answers(model, processing_class, samples, tier, **groups)).cpu())
-            parts.append(torch.stack(of_tiers))
+            # Another step for each batch: rows at the same position would share their draws.
+            of_tiers = [
+                torch.stack(score_answers(model, processing_class, samples, tier, step=step, **groups)).cpu()
+                for tier in range(2, num_tiers + 1)
+            ]
+            parts.append(torch.stack(of_tiers, dim=1))
             bar.update(len(samples))
-    lower = torch.cat(parts, dim=-1)
-    whole, no_eos = _likelihoods([top])
-    return torch.cat([whole, lower[:, 0]]), torch.cat([no_eos, lower[:, 1]])
-
-
-# ------------------------------------------------------------------------------------------------- correlation, texts
-def quality_correlation(
-    results: list[TierResult], routing_scores: list[torch.Tensor], ratings_n: torch.Tensor | None
-) -> QualityCorrelation:
-    """Compare routing scores with the quality of what came out.
-
-    Args:
-        results (`list[TierResult]`): from tier 1 to tier C.
-        routing_scores (list of `torch.Tensor` of shape `(n, L)`): of the same tiers.
-        ratings_n (`torch.Tensor` of shape `(n,)`, *optional*): ratings that stand in for exact match.
-    """
-    quality, notes = "exact match", []
-    quality_Cn = torch.tensor([result.items.is_right for result in results]).double()
-    if ratings_n is not None:
-        quality, quality_Cn = "rating", ratings_n.unsqueeze(0)
-        notes.append("A rating belongs to one response per sample, so tiers are not pooled.")
-    elif is_constant(quality_Cn[0]):
-        quality, answers = "mean log-likelihood", "All" if quality_Cn[0, 0] else "None"
-        notes.append(f"{answers} of tier 1's answers match, so quality is the likelihood of the reference.")
-        quality_Cn = _likelihoods(results)[0]
-    if is_constant(quality_Cn[0]):
-        notes.append(f"The {quality} is {quality_Cn[0, 0]:g} for every sample, so nothing can go with it.")
-    flat = [layer for layer, scores_n in enumerate(routing_scores[0].T) if is_constant(scores_n)]
-    if flat:
-        notes.append(f"Routing scores are the same for every sample in MoE layers {flat}.")
-    within_top = rank_correlation(routing_scores[0], quality_Cn[0])
-    pooled = RankCorrelation(None, [None] * len(within_top.layers), None)
-    if ratings_n is None:
-        pooled = rank_correlation(torch.cat(routing_scores), quality_Cn.reshape(-1))
-        # Pairs of one sample are not independent, so no standard error applies.
-        pooled.stderr = None
-    return QualityCorrelation(within_top, pooled, quality, " ".join(notes) or None)
-
-
-def is_constant(values_n: torch.Tensor) -> bool:
-    return bool((values_n == values_n[0]).all())
+    return torch.cat([likelihoods([top]), torch.cat(parts, dim=2)], dim=1)
 
 
 def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:

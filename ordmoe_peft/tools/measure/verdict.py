@@ -22,10 +22,10 @@ MIN_MISSED = 20
 # Logits that spread less than this rank experts by noise: from the mean to the best of 16 experts is some 1.8 standard
 # deviations, so at 0.05 the best expert is only 9 % more probable than the mean; bf16 rounds logits near 4 by 0.016.
 MIN_SCORE_STD = 0.05
-NEXT_STEP = "Whether ranks carry a signal, so that higher tiers answer better, is not said by this: run `ordmoe tiers`."
 # A tier whose weights sum to less than this share of tier 1's leaves the MoE layer all but silent, so its likelihood
 # is that of skipping the layer rather than of its experts.
 MIN_GATE_MASS = 0.2
+NEXT_STEP = "Whether ranks carry a signal, so that higher tiers answer better, is not said by this: run `ordmoe tiers`."
 
 
 def reasons_against(
@@ -46,85 +46,94 @@ def reasons_against(
             gate mass.
     """
     reasons = [
-        f"Layer {layer.index}: {unsupported[layer.block_name]}" for layer in moe_layers if _in(layer, unsupported)
+        f"Layer {layer.index}: {unsupported[layer.block_name]}"
+        for layer in moe_layers
+        if layer.block_name in unsupported
     ]
     measured = {layer.layer for layer in layers}
-    for layer in moe_layers:
-        if layer.index not in measured and not _in(layer, unsupported):
-            reasons.append(f"Layer {layer.index} ({layer.block_name}): no token reached its router.")
-    for layer in layers:
-        found = _layer_reasons(layer, num_tiers) + (_gate_mass(layer) if tier_weights == "router" else [])
-        reasons += [f"Layer {layer.layer} ({layer.name}): {reason}" for reason in found]
+    reasons += [
+        f"Layer {layer.index} ({layer.block_name}): no token reached its router."
+        for layer in moe_layers
+        if layer.index not in measured and layer.block_name not in unsupported
+    ]
+    for health in layers:
+        found = _layer_reasons(health, num_tiers, tier_weights)
+        reasons += [f"Layer {health.layer} ({health.name}): {reason}" for reason in found]
     return reasons
 
 
-def _in(layer: MoELayer, unsupported: dict[str, str]) -> bool:
-    return layer.block_name in unsupported
-
-
-def _layer_reasons(layer: LayerHealth, num_tiers: int) -> list[str]:
+def _layer_reasons(layer: LayerHealth, num_tiers: int, tier_weights: str) -> list[str]:
     if not math.isfinite(layer.score_std):
         return ["its router logits are not finite."]
-    return [*_tiers_fit(layer, num_tiers), *(_collapse(layer) or _dead(layer, num_tiers)), *_flat_scores(layer)]
+    collapse = [_always_chosen(layer), _low_entropy(layer)]
+    checks = [
+        _too_many_tiers(layer, num_tiers),
+        *collapse,
+        # Dead experts follow from a collapse, which is then the reason to name.
+        None if any(collapse) else _dead_experts(layer, num_tiers),
+        _flat_scores(layer),
+        _low_gate_mass(layer) if tier_weights == "router" else None,
+    ]
+    return [reason for reason in checks if reason is not None]
 
 
-def _tiers_fit(layer: LayerHealth, num_tiers: int) -> list[str]:
+def _too_many_tiers(layer: LayerHealth, num_tiers: int) -> str | None:
     needed, most = num_tiers * layer.top_k, layer.num_experts // layer.top_k
     if needed <= layer.num_experts:
-        return []
-    return [
+        return None
+    return (
         f"{num_tiers} tiers of {layer.top_k} experts need {needed}, but it has {layer.num_experts}; the largest "
         f"num_tiers that fits is {most}."
-    ]
+    )
 
 
-def _collapse(layer: LayerHealth) -> list[str]:
-    reasons = []
-    share_per_use = layer.top_k / layer.num_experts
-    always = [expert for expert, use in enumerate(layer.utilisation) if use * share_per_use > ALWAYS_CHOSEN]
-    if always:
-        shares = ", ".join(f"expert {expert} {layer.utilisation[expert] * share_per_use:.0%}" for expert in always)
-        reasons.append(f"its router has collapsed onto experts that nearly every token chooses ({shares}).")
-    if layer.marginal_entropy < MIN_MARGINAL_ENTROPY:
-        reasons.append(
-            f"its router has collapsed: the entropy of its mean distribution is {layer.marginal_entropy:.2f} of "
-            f"ln {layer.num_experts}, below {MIN_MARGINAL_ENTROPY}."
-        )
-    return reasons
+def _always_chosen(layer: LayerHealth) -> str | None:
+    shares = [use * layer.top_k / layer.num_experts for use in layer.utilisation]
+    always = [f"expert {expert} {share:.0%}" for expert, share in enumerate(shares) if share > ALWAYS_CHOSEN]
+    if not always:
+        return None
+    return f"its router has collapsed onto experts that nearly every token chooses ({', '.join(always)})."
 
 
-def _dead(layer: LayerHealth, num_tiers: int) -> list[str]:
+def _low_entropy(layer: LayerHealth) -> str | None:
+    if layer.marginal_entropy >= MIN_MARGINAL_ENTROPY:
+        return None
+    return (
+        f"its router has collapsed: the entropy of its mean distribution is {layer.marginal_entropy:.2f} of "
+        f"ln {layer.num_experts}, below {MIN_MARGINAL_ENTROPY}."
+    )
+
+
+def _dead_experts(layer: LayerHealth, num_tiers: int) -> str | None:
     if layer.dead * layer.num_tokens * layer.top_k / layer.num_experts < MIN_MISSED:
-        return []
+        return None
     alive, needed = layer.num_experts - layer.dead, num_tiers * layer.top_k
+    is_short = alive < needed <= layer.num_experts
     short = f", which leaves {alive} for the {needed} places of {num_tiers} tiers"
-    return [
+    return (
         f"{layer.dead} of its {layer.num_experts} experts are dead (below {DEAD_SHARE:.0%} of the fair share on "
-        f"{layer.num_tokens:,} tokens)"
-        f"{short if alive < needed <= layer.num_experts else ', and low tiers may consist of them'}."
-    ]
+        f"{layer.num_tokens:,} tokens){short if is_short else ', and low tiers may consist of them'}."
+    )
 
 
-def _flat_scores(layer: LayerHealth) -> list[str]:
+def _flat_scores(layer: LayerHealth) -> str | None:
     if layer.score_std >= MIN_SCORE_STD:
-        return []
-    return [
+        return None
+    return (
         f"its scores are flat: a token's router logits have a standard deviation of {layer.score_std:.2g}, below "
         f"{MIN_SCORE_STD}, so ranks are noise."
-    ]
+    )
 
 
-def _gate_mass(layer: LayerHealth) -> list[str]:
-    if not layer.gate_mass:
-        return []
+def _low_gate_mass(layer: LayerHealth) -> str | None:
     low = [
         f"tier {tier} {mass:.3f}"
         for tier, mass in enumerate(layer.gate_mass, start=1)
-        if tier > 1 and mass < MIN_GATE_MASS * layer.gate_mass[0]
+        if mass < MIN_GATE_MASS * layer.gate_mass[0]
     ]
     if not low:
-        return []
-    return [
+        return None
+    return (
         f"its router gives low tiers almost no weight ({', '.join(low)}; tier 1 {layer.gate_mass[0]:.3f}), because it "
         "does not renormalise the weights of the chosen experts: set tier_weights='match'."
-    ]
+    )

@@ -1,15 +1,19 @@
 """The report of what `ordmoe ablate` measured: paired differences with their intervals, and what a step costs."""
 
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from . import page
-from .drawing import BLUE, GREEN, GREY, VERMILION, WIDE, Plot, draw, legend, prepare
+import pandas as pd
 
+from ..tables import MISSING, Format, Table, is_number, number, numbers, signed
+from .drawing import BLUE, GREEN, GREY, VERMILION, Plot, legend, wrap
+from .page import Section, write_page
+
+
+Cell = Mapping[str, Any]
 
 # Label, marker, colour, whether the marker is filled.
 GAIN = ("gain: interval above 0", "o", GREEN, True)
@@ -17,7 +21,7 @@ LOSS = ("loss: interval below 0", "v", VERMILION, True)
 OPEN = ("undecided: interval holds 0", "D", GREY, False)
 
 
-def ablate_report(results: Mapping[str, Any], directory: "str | Path") -> Path:
+def ablate_report(results: Mapping[str, Any], directory: str | Path) -> Path:
     """Write the report of an ablation.
 
     Args:
@@ -25,53 +29,46 @@ def ablate_report(results: Mapping[str, Any], directory: "str | Path") -> Path:
             `name`, `settings`, `chosen`, `mean`, `stderr`, `per_seed`, `difference` (None, or `mean`, `low`, `high`,
             `is_gain` and `verdict` against the baseline), `log_likelihood` (None, or its `mean`, `stderr` and
             `difference`), `tier_log_likelihood` (nats per token by tier, or None) and `seconds_per_step`.
-        directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
-
-    Returns:
-        `Path`: the page.
-
-    Raises:
-        [`OrdMoEConfigError`]: matplotlib is not installed.
+        directory: as [`write_page`] takes it.
     """
-    directory = prepare(directory)
-    cells, unit = results["cells"], results["unit"]
-    intervals = [
-        _differences(results, "difference", f"{results['metric']} ({unit})"),
-        _differences(results, "log_likelihood", "log-likelihood (nats per token)"),
+    cells, baseline = results["cells"], results["baseline"]
+    metric = f"{results['metric']} ({results['unit']})"
+    likelihoods = [{"name": cell["name"], **(cell.get("log_likelihood") or {})} for cell in cells]
+    differences = [
+        _differences("difference", metric, cells, baseline),
+        _differences("log_likelihood", "log-likelihood (nats per token)", likelihoods, baseline),
     ]
-    html = page.page(
+    return write_page(
+        directory,
         "Ablation",
-        f"{len(cells)} cells, each against {results['baseline']} on the same seeds and samples; {results['metric']} "
-        f"in {unit}, 95 % intervals.",
-        *(page.note("Note.", text) for text in results.get("notes") or ()),
-        page.section("Differences", draw(intervals, directory)),
-        page.section("Cost", draw([_cost(cells)], directory)),
-        page.section("Cells", _table(results), page.folded("Settings of each cell", _settings(cells))),
+        f"{len(cells)} cells, each against {baseline} on the same seeds and samples; {results['metric']} in "
+        f"{results['unit']}, 95 % intervals.",
+        [
+            Section("Differences", differences),
+            Section("Cost", [_cost(cells)]),
+            Section("Cells", tables=[_table(cells, metric, baseline)], folded=[_settings_table(cells)]),
+        ],
+        [("Note.", text, "") for text in results.get("notes") or ()],
     )
-    return page.write_page(directory, html)
 
 
-def _differences(results: Mapping[str, Any], key: str, what: str) -> Plot | None:
-    measured = [(cell, _difference(cell, key)) for cell in results["cells"]]
-    cells = [(cell["name"], difference) for cell, difference in measured if page.is_number(difference.get("mean"))]
-    if not cells:
+# ------------------------------------------------------------------------------------------------------------ figures
+def _differences(name: str, what: str, cells: Sequence[Cell], baseline: str) -> Plot | None:
+    shown = [
+        (cell["name"], cell["difference"]) for cell in cells if is_number((cell.get("difference") or {}).get("mean"))
+    ]
+    if not shown:
         return None
     caption = (
-        f"Paired differences from {results['baseline']} with 95 % intervals. A cell whose interval holds 0 is neither "
-        "a gain nor a loss."
+        f"Paired differences from {baseline} with 95 % intervals. A cell whose interval holds 0 is neither a gain nor "
+        "a loss."
     )
-    alt = f"Difference in {what} from {results['baseline']}: " + "; ".join(
-        f"{name} {page.number(difference['mean'], signed=True)}" for name, difference in cells
-    )
-    return Plot(key, alt, caption, lambda figure: _draw_differences(figure, cells, what, results["baseline"]), True)
+    words = "; ".join(f"{cell} {signed(difference['mean'])}" for cell, difference in shown)
+    alt = f"Difference in {what} from {baseline}: {words}"
+    return Plot(name, alt, caption, lambda figure: _draw_differences(figure, shown, what, baseline), is_wide=True)
 
 
-def _difference(cell: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A cell's difference from the baseline, in the metric or in `log_likelihood`; empty where there is none."""
-    return (cell if key == "difference" else cell.get(key) or {}).get("difference") or {}
-
-
-def _draw_differences(figure: Any, cells: Sequence[tuple[str, Mapping[str, Any]]], what: str, baseline: str) -> None:
+def _draw_differences(figure: Any, cells: Sequence[tuple[str, Cell]], what: str, baseline: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes, rows = _rows(figure, [name for name, _ in cells])
@@ -87,24 +84,22 @@ def _draw_differences(figure: Any, cells: Sequence[tuple[str, Mapping[str, Any]]
             # One entry in the legend for all cells of a kind.
             label = "_"
     axes.axvline(0, color="black", linewidth=1.2)
-    is_narrow = figure.get_figwidth() != WIDE
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(3 if is_narrow else 8))
-    axes.set_title(_wrap(f"Difference from {baseline}", 26 if is_narrow else 60))
-    axes.set_xlabel(_wrap(f"difference in {what}", 26 if is_narrow else 80))
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.set_title(wrap(f"Difference from {baseline}", 60))
+    axes.set_xlabel(wrap(f"difference in {what}", 80))
     legend(figure, axes, is_needed=True)
 
 
-def _kind(difference: Mapping[str, Any]) -> tuple:
+def _kind(difference: Cell) -> tuple:
     if difference["low"] > 0:
         return GAIN
     return LOSS if difference["high"] < 0 else OPEN
 
 
 def _rows(figure: Any, names: Sequence[str]) -> tuple[Any, list[float]]:
-    """Axes with a row for each cell, its wrapped name to the left, and the rows' places, counted in lines of text."""
-    width = 40 if figure.get_figwidth() == WIDE else 24
-    names = [_wrap(name, width) for name in names]
+    """Axes with a row for each cell, its wrapped name to the left, and the rows' positions, in lines of text."""
+    names = [wrap(name, 40) for name in names]
     heights = [name.count("\n") + 1.7 for name in names]
     ends = list(accumulate(heights))
     rows = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
@@ -116,70 +111,59 @@ def _rows(figure: Any, names: Sequence[str]) -> tuple[Any, list[float]]:
     return axes, rows
 
 
-def _wrap(text: str, width: int) -> str:
-    """Text in lines, broken at spaces and after commas, which part the settings in a cell's name."""
-    return "\n".join(textwrap.wrap(re.sub(r",\s*", ", ", text), width, break_on_hyphens=False)) or text
-
-
-def _cost(cells: Sequence[Mapping[str, Any]]) -> Plot | None:
-    timed = [cell for cell in cells if page.is_number(cell.get("seconds_per_step"))]
+def _cost(cells: Sequence[Cell]) -> Plot | None:
+    timed = [(cell["name"], cell["seconds_per_step"]) for cell in cells if is_number(cell.get("seconds_per_step"))]
     if not timed:
         return None
-    alt = "Seconds per step: " + "; ".join(
-        f"{cell['name']} {page.number(cell['seconds_per_step'], 2)}" for cell in timed
-    )
+    names, seconds = zip(*timed, strict=True)
+
+    def draw(figure: Any) -> None:
+        axes, rows = _rows(figure, names)
+        bars = axes.barh(rows, seconds, color=BLUE, height=0.9)
+        axes.bar_label(bars, [number(value, 2) for value in seconds], padding=4)
+        axes.set_xlim(0, 1.18 * max(seconds) or 1)
+        axes.set(xlabel="seconds per step", title="Cost of a step")
+
+    alt = "Seconds per step: " + "; ".join(f"{name} {number(value, 2)}" for name, value in timed)
     caption = "Wall-clock of an optimiser step, mean over the seeds, on the machine of the run."
-    return Plot("cost", alt, caption, lambda figure: _draw_cost(figure, timed), is_wide=True)
+    return Plot("cost", alt, caption, draw, is_wide=True)
 
 
-def _draw_cost(figure: Any, cells: Sequence[Mapping[str, Any]]) -> None:
-    axes, rows = _rows(figure, [cell["name"] for cell in cells])
-    seconds = [cell["seconds_per_step"] for cell in cells]
-    bars = axes.barh(rows, seconds, color=BLUE, height=0.9)
-    axes.bar_label(bars, [page.number(value, 2) for value in seconds], padding=4)
-    axes.set_xlim(0, 1.18 * max(seconds) or 1)
-    axes.set(xlabel="seconds per step", title="Cost of a step")
+# ------------------------------------------------------------------------------------------------------------- tables
+def _table(cells: Sequence[Cell], metric: str, baseline: str) -> Table:
+    rows = [
+        {
+            "cell": cell["name"],
+            metric: f"{number(cell.get('mean'))} ± {number(cell.get('stderr'))}",
+            "difference": _interval(cell.get("difference")),
+            "verdict": "baseline" if cell["name"] == baseline else (cell.get("difference") or {}).get("verdict"),
+            "log-likelihood (nats)": (cell.get("log_likelihood") or {}).get("mean"),
+            "its difference": _interval((cell.get("log_likelihood") or {}).get("difference")),
+            "tiers' log-likelihood (nats)": cell.get("tier_log_likelihood"),
+            "seconds per step": cell.get("seconds_per_step"),
+            "per seed": cell.get("per_seed"),
+        }
+        for cell in cells
+    ]
+    formats: dict[str, Format] = {
+        "log-likelihood (nats)": number,
+        "tiers' log-likelihood (nats)": partial(numbers, digits=2),
+        "seconds per step": partial(number, digits=2),
+        "per seed": numbers,
+    }
+    return Table("", pd.DataFrame(rows), formats)
 
 
-def _table(results: Mapping[str, Any]) -> str:
-    columns = ("cell", f"{results['metric']} ({results['unit']})", "difference", "verdict")
-    columns += (
-        "log-likelihood (nats)",
-        "its difference",
-        "tiers' log-likelihood (nats)",
-        "seconds per step",
-        "per seed",
-    )
-    return page.table(columns, [_row(cell, results["baseline"]) for cell in results["cells"]])
-
-
-def _row(cell: Mapping[str, Any], baseline: str) -> tuple[str, ...]:
-    difference = cell.get("difference") or {}
-    verdict = "baseline" if cell["name"] == baseline else difference.get("verdict", page.MISSING)
-    return (
-        cell["name"],
-        f"{page.number(cell.get('mean'))} ± {page.number(cell.get('stderr'))}",
-        _interval(cell.get("difference")),
-        verdict,
-        page.number((cell.get("log_likelihood") or {}).get("mean")),
-        _interval(_difference(cell, "log_likelihood")),
-        " / ".join(page.number(value, 2) for value in cell.get("tier_log_likelihood") or ()) or page.MISSING,
-        page.number(cell.get("seconds_per_step"), 2),
-        " / ".join(page.number(value) for value in cell.get("per_seed") or ()) or page.MISSING,
-    )
-
-
-def _interval(difference: Mapping[str, Any] | None) -> str:
+def _interval(difference: Cell | None) -> str:
     if not difference:
-        return page.MISSING
-    mean, low, high = (page.number(difference.get(key), signed=True) for key in ("mean", "low", "high"))
+        return MISSING
+    mean, low, high = (signed(difference.get(part)) for part in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
-def _settings(cells: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(cell["name"], _words(cell.get("settings")), _words(cell.get("chosen"))) for cell in cells]
-    return page.table(("cell", "settings", "chosen on validation"), rows)
+def _settings_table(cells: Sequence[Cell]) -> Table:
+    def words(values: Cell | None) -> str:
+        return ", ".join(f"{name}={value}" for name, value in (values or {}).items()) or MISSING
 
-
-def _words(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name}={value}" for name, value in (values or {}).items()) or page.MISSING
+    rows = [(cell["name"], words(cell.get("settings")), words(cell.get("chosen"))) for cell in cells]
+    return Table("Settings of each cell", pd.DataFrame(rows, columns=["cell", "settings", "chosen on validation"]))

@@ -6,16 +6,23 @@ matplotlib is an extra and is imported here, on use, through its object interfac
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import pandas as pd
 
 from ...errors import OrdMoEConfigError
-from . import page
 
 
-# Inches. A narrow figure fills a phone at almost 1×, so its letters stay as large as they were drawn.
+# Label → values by x.
+Lines: TypeAlias = "Mapping[str, pd.Series] | pd.DataFrame"
+
+# Inches. A narrow figure fills a phone at almost 1×, so its letters stay as large as they were drawn; a wide one
+# scrolls there.
 NARROW, WIDE = 4.4, 9.4
 FONT_POINTS = 10.6
 # Okabe and Ito's colours, told apart with any colour vision; line and marker repeat the difference.
@@ -24,16 +31,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 BLUE, VERMILION, GREEN = COLORS[:3]
 GREY = "#6b6f76"
+# What the label of a hollow line ends in: a second measurement of the line of the same name.
+HELD_OUT = ", held out"
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": FONT_POINTS,
     "axes.titlesize": FONT_POINTS + 0.6,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.labelsize": FONT_POINTS,
-    "xtick.labelsize": FONT_POINTS,
-    "ytick.labelsize": FONT_POINTS,
-    "legend.fontsize": FONT_POINTS,
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), FONT_POINTS),
     "legend.frameon": False,
     # Inches around the axes: a tick label that grows by a digit after the layout still has room.
     "figure.constrained_layout.w_pad": 0.09,
@@ -53,6 +59,25 @@ RC = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A figure to be drawn.
+
+    Args:
+        name (`str`): stem of the file beside the page.
+        alt (`str`): what it shows, for those who cannot see it.
+        caption (`str`): how to read it.
+        draw (`Callable`): fills an empty matplotlib `Figure`, whose width is set; it sets the height itself.
+        is_wide (`bool`, defaults to `False`): take the page's whole width.
+    """
+
+    name: str
+    alt: str
+    caption: str
+    draw: Callable[[Any], None]
+    is_wide: bool = False
+
+
 def require_matplotlib() -> None:
     """Ask for matplotlib before any work is done.
 
@@ -67,102 +92,96 @@ def require_matplotlib() -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A figure to be drawn.
-
-    Args:
-        name (`str`): stem of the file beside the page.
-        alt (`str`): what it shows, for those who cannot see it.
-        caption (`str`): how to read it.
-        draw (`Callable`): fills an empty matplotlib `Figure`, whose width is set; it sets the height itself.
-        is_wide (`bool`, defaults to `False`): take the page's whole width where there is room, and be drawn a second
-            time for narrow screens.
-    """
-
-    name: str
-    alt: str
-    caption: str
-    draw: Callable[[Any], None]
-    is_wide: bool = False
-
-
-def prepare(directory: Any) -> Path:
-    """The report's folder, made if needed, once it is known that the report can be drawn."""
-    require_matplotlib()
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def draw(plots: Iterable[Plot | None], directory: Path) -> str:
-    """Draw each figure, leave it beside the page as a PNG, and return all as HTML. None stands for no data."""
-    return page.figures([_draw(plot, directory) for plot in plots if plot is not None])
-
-
-def _draw(plot: Plot, directory: Path) -> str:
-    image = _render(plot, WIDE if plot.is_wide else NARROW, directory / f"{plot.name}.png")
-    return page.figure(image, _render(plot, NARROW) if plot.is_wide else None, plot.alt, plot.caption)
-
-
-def _render(plot: Plot, width: float, png: Path | None = None) -> str:
-    """One drawing as a data address, and as a PNG if a path is given."""
+def render(plot: Plot, directory: Path) -> str:
+    """Draw the figure, leave it in `directory` as a PNG, and return it as the data address of an SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(width, 3.3), layout="constrained")
+        figure = Figure(figsize=(WIDE if plot.is_wide else NARROW, 3.3), layout="constrained")
         plot.draw(figure)
         # Labels are placed once, for both files: it takes longer than all the rest.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        if png is not None:
-            figure.savefig(png, dpi=160)
+        figure.savefig(directory / f"{plot.name}.png", dpi=160)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-@dataclass(frozen=True)
-class Series:
-    """A named line. `style` chooses colour, marker and line; `is_hollow` marks a second measurement of the same."""
+def line_plot(name: str, title: str, panels: Mapping[str, Lines], xlabel: str, caption: str) -> Plot | None:
+    """Panels of lines under each other over one x axis; `None` when no line has a point to draw.
 
-    label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    style: int = 0
-    is_hollow: bool = False
+    Args:
+        name (`str`), title (`str`), caption (`str`): of the figure.
+        panels (mapping): label of the y axis → lines, each a label → values by x. The lines of a single panel get a
+            legend; one whose label ends in [`HELD_OUT`] looks like the other of that name, but hollow.
+        xlabel (`str`): label of the x axis.
+    """
+    panels = {ylabel: {label: _finite(line) for label, line in lines.items()} for ylabel, lines in panels.items()}
+    panels = {ylabel: lines for ylabel, lines in panels.items() if any(line.notna().any() for line in lines.values())}
+    if not panels:
+        return None
+
+    def draw(figure: Any) -> None:
+        if len(panels) > 1:
+            figure.set_figheight(0.9 + 1.55 * len(panels))
+        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (ylabel, lines) in zip(rows, panels.items(), strict=True):
+            _draw_lines(axes, lines)
+            axes.set_ylabel(ylabel)
+        rows[0].set_title(title)
+        rows[-1].set_xlabel(xlabel)
+        figure.align_ylabels(rows)
+        if len(panels) == 1:
+            legend(figure, rows[0])
+
+    alt = f"{title}, by {xlabel}: {'; '.join(panels)}"
+    if len(panels) == 1:
+        (lines,) = panels.values()
+        alt += ", for " + ", ".join(label for label, line in lines.items() if line.notna().any())
+    return Plot(name, f"{alt}.".replace("\n", " "), caption, draw)
 
 
-def panel(axes: Any, series: Sequence[Series], ylabel: str, xlabel: str | None = None) -> None:
+def by_tier(values: pd.Series) -> pd.DataFrame:
+    """A column for each tier, from lists with a number per tier; short lists leave gaps."""
+    rows = [{f"tier {tier}": value for tier, value in enumerate(row, start=1)} for row in values]
+    return pd.DataFrame(rows, index=values.index)
+
+
+def _finite(line: pd.Series) -> pd.Series:
+    numbers = line.astype(float)
+    return numbers.where(numbers.abs() < math.inf)
+
+
+def _draw_lines(axes: Any, lines: Lines) -> None:
     """Lines with a marker at about a dozen of their points; missing values leave gaps."""
     from matplotlib.ticker import MaxNLocator
 
-    for one in series:
-        color = COLORS[one.style % len(COLORS)]
-        y = [value if page.is_number(value) else float("nan") for value in one.y]
+    names = list(dict.fromkeys(label.removesuffix(HELD_OUT) for label, _ in lines.items()))
+    drawn = {label: line for label, line in lines.items() if line.notna().any()}
+    for label, line in drawn.items():
+        style, is_hollow = names.index(label.removesuffix(HELD_OUT)), label.endswith(HELD_OUT)
+        color = COLORS[style % len(COLORS)]
         axes.plot(
-            one.x,
-            y,
-            label=one.label,
+            line.index,
+            line,
+            label=label,
             color=color,
-            linestyle=":" if one.is_hollow else LINES[one.style % len(LINES)],
-            marker=MARKERS[one.style % len(MARKERS)],
-            markerfacecolor="white" if one.is_hollow else color,
+            linestyle=":" if is_hollow else LINES[style % len(LINES)],
+            marker=MARKERS[style % len(MARKERS)],
+            markerfacecolor="white" if is_hollow else color,
             # A value between two gaps is a marker and nothing else.
-            markevery=1 if any(map(math.isnan, y)) else max(1, len(y) // 12),
+            markevery=max(1, len(line) // 12) if line.notna().all() else 1,
         )
-    axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
-    if xlabel:
-        axes.set_xlabel(xlabel)
-    first, last = (end(x for one in series for x in one.x) for end in (min, max))
+    points = pd.concat(list(drawn.values()))
+    first, last = points.index.min(), points.index.max()
     pad = 0.03 * (last - first) or 0.5
     axes.set_xlim(first - pad, last + pad)
-    values = [value for one in series for value in one.y if page.is_number(value)]
-    if min(values) >= 0:
+    if points.min() >= 0:
         # From 0, with room for the markers at either end.
-        top = max(values) or 1
+        top = points.max() or 1
         axes.set_ylim(-0.05 * top, 1.1 * top)
 
 
@@ -174,49 +193,13 @@ def legend(figure: Any, axes: Any, is_needed: bool = False) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) < 2 and not is_needed:
         return
-    widest = max(map(len, labels))
     # A letter is about 0.085 inches at this size, a line sample with its gaps 0.75.
-    fitting = max(1, int(figure.get_figwidth() / (0.085 * widest + 0.75)))
+    fitting = max(1, int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.75)))
     rows = math.ceil(len(labels) / fitting)
     figure.set_figheight(figure.get_figheight() + 0.1 + 0.22 * rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows))
 
 
-def line_plot(name: str, title: str, series: Sequence[Series], ylabel: str, xlabel: str, caption: str) -> Plot | None:
-    """A plot of one panel; None when no series has a point to draw."""
-    series = [one for one in series if any(map(page.is_number, one.y))]
-    if not series:
-        return None
-
-    def fill(figure: Any) -> None:
-        axes = figure.add_subplot()
-        panel(axes, series, ylabel, xlabel)
-        axes.set_title(title)
-        legend(figure, axes)
-
-    alt = f"{title}: {ylabel} by {xlabel}, for {', '.join(one.label for one in series)}."
-    return Plot(name, alt, caption, fill)
-
-
-def stacked_plot(
-    name: str, title: str, panels: Sequence[tuple[str, Sequence[Series]]], xlabel: str, caption: str
-) -> Plot | None:
-    """Panels of different units under each other over one x axis; None when there is nothing to draw."""
-    panels = [(ylabel, [one for one in series if any(map(page.is_number, one.y))]) for ylabel, series in panels]
-    panels = [(ylabel, series) for ylabel, series in panels if series]
-    if not panels:
-        return None
-
-    def fill(figure: Any) -> None:
-        figure.set_figheight(0.9 + 1.55 * len(panels))
-        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (ylabel, series) in zip(rows, panels, strict=True):
-            panel(axes, series, ylabel)
-            if len(series) > 1:
-                axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=len(series), borderaxespad=0.1)
-        rows[0].set_title(title)
-        rows[-1].set_xlabel(xlabel)
-        figure.align_ylabels(rows)
-
-    alt = f"{title}, by {xlabel}: {'; '.join(ylabel for ylabel, _ in panels)}.".replace("\n", " ")
-    return Plot(name, alt, caption, fill)
+def wrap(text: str, width: int) -> str:
+    """Text in lines, broken at spaces and after commas, which part the settings in a cell's name."""
+    return "\n".join(textwrap.wrap(re.sub(r",\s*", ", ", text), width, break_on_hyphens=False)) or text

@@ -1,49 +1,57 @@
 """The report of a training run, from what its trainer logged."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from . import page
-from .drawing import Plot, Series, draw, line_plot, prepare, stacked_plot
+import pandas as pd
 
+from ..tables import Table, is_number, number
+from .drawing import HELD_OUT, Plot, line_plot
+from .page import Findings, Section, write_page
+
+
+Log = Sequence[Mapping[str, Any]]
 
 # What a reader asks for first, out of some 200 settings.
 HEADLINES = (
-    "model_name_or_path",
-    "dataset_name",
-    "load_in_4bit",
-    "num_tiers",
-    "grouping",
-    "objective",
-    "erl_coef",
-    "balance_coef",
-    "lora_r",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
+    *("model_name_or_path", "dataset_name", "load_in_4bit", "num_tiers", "grouping", "objective", "erl_coef"),
+    *("balance_coef", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
-NATS = "nats per token"
-LOSSES = (
-    ("loss", "total loss\n(nats per token)"),
-    ("ntp_loss", "next-token loss\n(nats per token)"),
-    ("erl_loss", "expert-rank loss\n(weighted nats)"),
-    ("balance_loss", "balance loss\n(1 = even)"),
+NATS = "log-likelihood (nats per token)"
+# Metric → label of its panel.
+LOSSES = {
+    "loss": "total loss\n(nats per token)",
+    "ntp_loss": "next-token loss\n(nats per token)",
+    "erl_loss": "expert-rank loss\n(weighted nats)",
+    "balance_loss": "balance loss\n(1 = even)",
+}
+ROUTING = {
+    "router/drift_overlap": "top-k shared\nwith the base (share)",
+    "router/drift_kl": "KL from the base\n(nats per token)",
+    "router/imbalance": "imbalance\n(ratio)",
+    "router/dead_experts": "dead experts\n(count)",
+}
+# Name with unit, metric, how many of the metric's units make one.
+COSTS = (
+    ("seconds per step", "train_seconds_per_step", 1),
+    ("samples per second", "train_samples_per_second", 1),
+    ("wall-clock (minutes)", "train_runtime", 60),
+    ("peak memory (GB)", "peak_memory_bytes", 1e9),
+    ("tokens seen (millions)", "num_tokens", 1e6),
+    ("floating-point operations, estimated (10¹²)", "total_flos", 1e12),
 )
-ROUTING = (
-    ("router/drift_overlap", "top-k shared\nwith the base (share)"),
-    ("router/drift_kl", "KL from the base\n(nats per token)"),
-    ("router/imbalance", "imbalance\n(ratio)"),
-    ("router/dead_experts", "dead experts\n(count)"),
-)
+# How to read each figure.
+LIKELIHOOD = "Mean log-likelihood of the responses when every MoE layer is held to one tier of experts."
+NO_EOS = "The same over the words of the response alone: an order that shows only above is about its end."
+TIER_1 = "The model as it will be used, on a scale of its own. If it falls, the expert-rank loss is too strong."
+LOSS = "The expert-rank loss is negative and falls without bound as low tiers lose likelihood."
+ROUTER = "Means over the MoE layers. Drift compares the adapted routers with the base's."
 
 
 def train_report(
-    log_history: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    directory: "str | Path",
-    findings: Sequence[Mapping[str, str]] | None = None,
+    log_history: Log, settings: Mapping[str, Any], directory: str | Path, findings: Findings = None
 ) -> Path:
     """Write the report of a training run: tier likelihoods, losses, routing and cost.
 
@@ -51,129 +59,94 @@ def train_report(
         log_history (`Sequence[Mapping]`): `trainer.state.log_history`; more entries may follow, such as the metrics
             that `trainer.train()` returned.
         settings (`Mapping`): names and values that describe the run.
-        directory (`str` or `Path`): folder for `report.html` and a PNG of each figure.
-        findings (`Sequence[Mapping]`, *optional*): failure signatures, each with `name`, `message` and `severity`
-            ("warning" or "info"). An empty sequence says that none showed, None that nobody looked.
-
-    Returns:
-        `Path`: the page.
-
-    Raises:
-        [`OrdMoEConfigError`]: matplotlib is not installed.
+        directory, findings: as [`write_page`] takes them.
     """
-    directory = prepare(directory)
-    tiers = range(1, _num_tiers(log_history) + 1)
-    likelihoods = [
-        _likelihoods(log_history, tiers, "log_likelihood", "likelihood", "Likelihood of each tier"),
-        _likelihoods(
-            log_history, tiers, "log_likelihood_no_eos", "likelihood_no_eos", "Without end-of-sequence tokens"
-        ),
-        _top_tier(log_history),
-    ]
+    whole, no_eos = (_tiers(log_history, metric) for metric in ("log_likelihood", "log_likelihood_no_eos"))
+    losses, routing = (_panels(log_history, metrics) for metrics in (LOSSES, ROUTING))
     steps = max((entry.get("step", 0) for entry in log_history), default=0)
-    html = page.page(
+    return write_page(
+        directory,
         "Training report",
         f"{settings.get('model_name_or_path', 'A model')}, {steps} steps.",
-        page.findings(findings),
-        page.section("Tiers", draw(likelihoods, directory), _tier_table(log_history, tiers)),
-        page.section("Losses and routing", draw([_losses(log_history), _routing(log_history)], directory)),
-        page.section("Cost", _cost(log_history)),
-        page.section("Settings", *_settings(settings)),
+        [
+            Section("Tiers", _likelihoods(whole, no_eos), [_tier_table(whole, no_eos)]),
+            Section(
+                "Losses and routing",
+                [
+                    line_plot("losses", "Losses", losses, "step", LOSS),
+                    line_plot("routing", "Routing", routing, "step", ROUTER),
+                ],
+            ),
+            Section("Cost", tables=[_cost_table(log_history)]),
+            _settings(settings),
+        ],
+        findings=findings,
     )
-    return page.write_page(directory, html)
 
 
-def _points(log_history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[Any]]:
-    entries = [entry for entry in log_history if key in entry and "step" in entry]
-    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+def _line(log_history: Log, key: str) -> pd.Series:
+    """The values of a metric by step."""
+    values = {entry["step"]: entry[key] for entry in log_history if key in entry and "step" in entry}
+    return pd.Series(values, dtype=float)
 
 
-def _series(log_history: Sequence[Mapping[str, Any]], key: str, label: str, style: int = 0) -> list[Series]:
-    """A metric in training, and the same on held-out data."""
-    return [
-        Series(label, *_points(log_history, key), style),
-        Series(f"{label}, held out", *_points(log_history, f"eval_{key}"), style, is_hollow=True),
-    ]
+def _panels(log_history: Log, metrics: Mapping[str, str]) -> dict[str, dict[str, pd.Series]]:
+    return {label: {label: _line(log_history, key)} for key, label in metrics.items()}
 
 
-def _num_tiers(log_history: Sequence[Mapping[str, Any]]) -> int:
+def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
+    """A metric of each tier in training, and the same on held-out data."""
     keys = {key for entry in log_history for key in entry}
-    tier = 0
-    while f"tier_{tier + 1}/log_likelihood" in keys:
-        tier += 1
-    return tier
+    lines: dict[str, pd.Series] = {}
+    for tier in takewhile(lambda tier: f"tier_{tier}/log_likelihood" in keys, count(1)):
+        lines[f"tier {tier}"] = _line(log_history, f"tier_{tier}/{metric}")
+        lines[f"tier {tier}{HELD_OUT}"] = _line(log_history, f"eval_tier_{tier}/{metric}")
+    return lines
 
 
-def _likelihoods(
-    log_history: Sequence[Mapping[str, Any]], tiers: range, metric: str, name: str, title: str
-) -> Plot | None:
-    series = [
-        one for tier in tiers for one in _series(log_history, f"tier_{tier}/{metric}", f"tier {tier}", style=tier - 1)
+def _likelihoods(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> list[Plot | None]:
+    # Tier 1 again: what low tiers do by the tens would flatten it.
+    tier_1 = {label: line for label, line in whole.items() if label.removesuffix(HELD_OUT) == "tier 1"}
+    tier_1 |= {label.replace("tier 1", "without end tokens"): no_eos[label] for label in tier_1}
+    return [
+        line_plot("likelihood", "Likelihood of each tier", {NATS: whole}, "step", LIKELIHOOD),
+        line_plot("likelihood_no_eos", "Without end-of-sequence tokens", {NATS: no_eos}, "step", NO_EOS),
+        line_plot("tier_1", "Tier 1 alone", {NATS: tier_1}, "step", TIER_1),
     ]
-    caption = "Mean log-likelihood of the responses when every MoE layer is held to one tier of experts."
-    if metric.endswith("no_eos"):
-        caption = "The same over the words of the response alone: an order that shows only above is about its end."
-    return line_plot(name, title, series, f"log-likelihood ({NATS})", "step", caption)
 
 
-def _top_tier(log_history: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Tier 1 again on its own scale: what low tiers do by the tens would flatten it."""
-    series = _series(log_history, "tier_1/log_likelihood", "tier 1")
-    series += _series(log_history, "tier_1/log_likelihood_no_eos", "without end tokens", style=2)
-    caption = "The model as it will be used, on a scale of its own. If it falls, the expert-rank loss is too strong."
-    return line_plot("tier_1", "Tier 1 alone", series, f"log-likelihood ({NATS})", "step", caption)
-
-
-def _stack(log_history: Sequence[Mapping[str, Any]], metrics: Sequence[tuple[str, str]]) -> list:
-    return [(label, [Series(label, *_points(log_history, key))]) for key, label in metrics]
-
-
-def _losses(log_history: Sequence[Mapping[str, Any]]) -> Plot | None:
-    caption = "The expert-rank loss is negative and falls without bound as low tiers lose likelihood."
-    return stacked_plot("losses", "Losses", _stack(log_history, LOSSES), "step", caption)
-
-
-def _routing(log_history: Sequence[Mapping[str, Any]]) -> Plot | None:
-    caption = "Means over the MoE layers. Drift compares the adapted routers with the base's."
-    return stacked_plot("routing", "Routing", _stack(log_history, ROUTING), "step", caption)
-
-
-def _tier_table(log_history: Sequence[Mapping[str, Any]], tiers: range) -> str:
+def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Table:
     """First and last values, to the digits that a plot does not show."""
-    columns = ("log-likelihood (nats per token)", "first", "last", "held out, last")
-    rows = []
-    for tier in tiers:
-        for metric, suffix in (("log_likelihood", ""), ("log_likelihood_no_eos", ", without end tokens")):
-            values = _points(log_history, f"tier_{tier}/{metric}")[1] or [None]
-            held_out = _points(log_history, f"eval_tier_{tier}/{metric}")[1] or [None]
-            rows.append((f"tier {tier}{suffix}", *map(page.number, (values[0], values[-1], held_out[-1]))))
-    return page.table(columns, rows)
+
+    def value(line: pd.Series, position: int) -> float | None:
+        return line.iloc[position] if len(line) else None
+
+    rows = [
+        (f"{tier}{suffix}", value(lines[tier], 0), value(lines[tier], -1), value(lines[f"{tier}{HELD_OUT}"], -1))
+        for tier in whole
+        if not tier.endswith(HELD_OUT)
+        for lines, suffix in ((whole, ""), (no_eos, ", without end tokens"))
+    ]
+    columns = [NATS, "first", "last", "held out, last"]
+    return Table("", pd.DataFrame(rows, columns=columns), dict.fromkeys(columns[1:], number))
 
 
-def _cost(log_history: Sequence[Mapping[str, Any]]) -> str:
+def _cost_table(log_history: Log) -> Table:
     """What a step took, from the metrics at the end of the run."""
-    metrics: dict[str, Any] = {}
-    for entry in log_history:
-        metrics.update({key: value for key, value in entry.items() if page.is_number(value)})
-    seconds = metrics.get("train_seconds_per_step")
-    if seconds is None and metrics.get("train_steps_per_second"):
-        seconds = 1 / metrics["train_steps_per_second"]
-    scaled = {name: metrics.get(key, float("nan")) / unit for name, key, unit in COSTS}
-    rows = [("seconds per step", page.number(seconds)), *((name, page.number(scaled[name])) for name in scaled)]
-    return page.table(("cost", "value"), [row for row in rows if row[1] != page.MISSING])
+    metrics = {key: value for entry in log_history for key, value in entry.items() if is_number(value)}
+    if metrics.get("train_steps_per_second"):
+        metrics.setdefault("train_seconds_per_step", 1 / metrics["train_steps_per_second"])
+    rows = [(name, metrics[key] / unit) for name, key, unit in COSTS if key in metrics]
+    return Table("", pd.DataFrame(rows, columns=["cost", "value"]), {"value": number})
 
 
-# Name with unit, metric, how many of the metric's units make one.
-COSTS = (
-    ("samples per second", "train_samples_per_second", 1),
-    ("wall-clock (minutes)", "train_runtime", 60),
-    ("peak memory (GB)", "peak_memory_bytes", 1e9),
-    ("tokens seen (millions)", "num_tokens", 1e6),
-    ("floating-point operations, estimated (10¹²)", "total_flos", 1e12),
-)
+def _settings(settings: Mapping[str, Any]) -> Section:
+    headlines = [name for name in HEADLINES if name in settings]
+    rest = sorted(settings.keys() - set(headlines))
 
+    def pairs(title: str, names: list[str]) -> Table:
+        # One column would take numbers and texts for one type.
+        values = pd.Series([settings[name] for name in names], dtype=object)
+        return Table(title, pd.DataFrame({"setting": names, "value": values}))
 
-def _settings(settings: Mapping[str, Any]) -> tuple[str, str]:
-    headlines = {name: settings[name] for name in HEADLINES if name in settings}
-    rest = {name: settings[name] for name in sorted(settings) if name not in headlines}
-    return page.pairs(headlines), page.folded(f"All other settings ({len(rest)})", page.pairs(rest))
+    return Section("Settings", tables=[pairs("", headlines)], folded=[pairs(f"All other settings ({len(rest)})", rest)])

@@ -3,7 +3,17 @@ import math
 import pytest
 import torch
 
-from ordmoe_peft.tools.measure.correlation import average_ranks, rank_correlation, routing_score, spearman
+from ordmoe_peft.errors import OrdMoEDataError
+from ordmoe_peft.tools.measure.correlation import (
+    average_ranks,
+    quality_correlation,
+    rank_correlation,
+    routing_score,
+    sample_ratings,
+    spearman,
+)
+from ordmoe_peft.tools.measure.evaluation import TierItems, TierResult
+from tests import text
 
 
 def test_equal_values_share_the_mean_of_their_ranks():
@@ -61,3 +71,58 @@ def test_overall_is_of_the_mean_over_layers():
     assert found.layers == [pytest.approx(1), pytest.approx(-1), None]
     assert found.overall == pytest.approx(-1)
     assert found.stderr == pytest.approx(1 / math.sqrt(2))
+
+
+class TestQualityCorrelation:
+    SCORES = [torch.tensor([[-1.0], [-2], [-3]]), torch.tensor([[-4.0], [-5], [-6]])]
+
+    def results(self, top=(True, False, False), bottom=(False, False, False)):
+        likelihoods = ([-0.1, -0.2, -0.3], [-1.0, -3, -2])
+        return [
+            TierResult(tier, items=TierItems(["a"] * 3, list(right), likelihood, likelihood))
+            for tier, right, likelihood in zip((1, 2), (top, bottom), likelihoods, strict=True)
+        ]
+
+    def test_exact_match(self):
+        """Within tier 1, ranks 3, 2, 1 against 3, 1.5, 1.5: 1.5 / √(2 · 1.5).
+
+        Pooled, ranks 6…1 against 6 and five times 3: 2.5 · 3 / √(17.5 · 7.5).
+        """
+        found = quality_correlation(self.results(), self.SCORES, None)
+        assert (found.quality, found.note) == ("exact match", None)
+        assert found.within_top.overall == pytest.approx(1.5 / math.sqrt(3))
+        assert found.within_top.layers == [pytest.approx(1.5 / math.sqrt(3))]
+        assert found.pooled.overall == pytest.approx(7.5 / math.sqrt(17.5 * 7.5))
+        assert found.pooled.stderr is None
+
+    @pytest.mark.parametrize(("right", "word"), [(True, "All"), (False, "None")])
+    def test_likelihood_where_answers_do_not_tell_samples_apart(self, right, word):
+        """Tier 1's likelihoods fall with its scores; of the six pooled, two neighbours are swapped: 1 − 6·2/210."""
+        found = quality_correlation(self.results(top=[right] * 3), self.SCORES, None)
+        assert found.quality == "mean log-likelihood"
+        assert found.note.startswith(f"{word} of tier 1's answers match")
+        assert found.within_top.overall == pytest.approx(1)
+        assert found.pooled.overall == pytest.approx(1 - 12 / 210)
+
+    def test_ratings_are_not_pooled(self):
+        found = quality_correlation(self.results(), self.SCORES, torch.tensor([1.0, 2, 3]))
+        assert found.quality == "rating"
+        assert found.within_top.overall == pytest.approx(-1)
+        assert found.pooled.overall is None
+        assert found.pooled.layers == [None]
+        assert "not pooled" in found.note
+
+    def test_a_constant_gives_a_reason_instead_of_a_number(self):
+        found = quality_correlation(self.results(), self.SCORES, torch.tensor([4.0, 4, 4]))
+        assert found.within_top.overall is None
+        assert "The rating is 4 for every sample" in found.note
+        flat = quality_correlation(self.results(), [torch.zeros(3, 2), torch.ones(3, 2)], None)
+        assert flat.within_top.layers == [None, None]
+        assert "the same for every sample in MoE layers [0, 1]" in flat.note
+
+
+@pytest.mark.parametrize("ratings", [["good", "bad", "good"], [1.0, None, 2.0], [1.0, float("nan"), 2.0]])
+def test_ratings_that_are_not_numbers(ratings):
+    dataset = text.conversations(3).add_column("stars", ratings)
+    with pytest.raises(OrdMoEDataError, match="finite number in each row; row"):
+        sample_ratings(dataset, "stars")

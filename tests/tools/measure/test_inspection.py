@@ -66,6 +66,17 @@ def test_adapted_models_show_drift_under_the_same_names():
     assert report.layers[0].drift_kl > 0
 
 
+def test_the_table_has_a_row_per_layer_and_drift_where_there_is_an_adapter():
+    (table,) = inspected(models.qwen3_moe()).tables()
+    assert list(table.frame["layer"]) == [0, 1, 2]
+    assert table.texts()["gate mass"][0] == "1.000 / 1.000 / 1.000"
+    assert "KL" not in table.frame and "overlap, KL" not in table.note
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    models.randomize_adapter(model)
+    (table,) = inspected(model).tables()
+    assert (table.frame["KL"] > 0).all() and "overlap, KL" in table.note
+
+
 def test_a_router_that_has_collapsed_onto_one_expert_is_named():
     model = models.gpt_oss()
     with torch.no_grad():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
-from ordmoe_peft.tools.measure.evaluation import TierItems, TierResult, evaluate_tiers, generate_answers
-from ordmoe_peft.tools.measure.quality import order_share, quality_correlation, sample_ratings, tier_quality
+from ordmoe_peft.tools.measure.evaluation import evaluate_tiers, generate_answers
+from ordmoe_peft.tools.measure.quality import ORDERS, order_share, tier_quality
 from tests import models, text
 
 
@@ -67,54 +67,6 @@ class TestOrder:
         assert shares(random_control=False) == [(None, None)] * 4
 
 
-class TestCorrelation:
-    SCORES = [torch.tensor([[-1.0], [-2], [-3]]), torch.tensor([[-4.0], [-5], [-6]])]
-
-    def results(self, top=(True, False, False), bottom=(False, False, False)):
-        likelihoods = ([-0.1, -0.2, -0.3], [-1.0, -3, -2])
-        return [
-            TierResult(tier, items=TierItems(["a"] * 3, list(right), likelihood, likelihood))
-            for tier, right, likelihood in zip((1, 2), (top, bottom), likelihoods, strict=True)
-        ]
-
-    def test_exact_match(self):
-        """Within tier 1, ranks 3, 2, 1 against 3, 1.5, 1.5: 1.5 / √(2 · 1.5).
-
-        Pooled, ranks 6…1 against 6 and five times 3: 2.5 · 3 / √(17.5 · 7.5).
-        """
-        found = quality_correlation(self.results(), self.SCORES, None)
-        assert (found.quality, found.note) == ("exact match", None)
-        assert found.within_top.overall == pytest.approx(1.5 / math.sqrt(3))
-        assert found.within_top.layers == [pytest.approx(1.5 / math.sqrt(3))]
-        assert found.pooled.overall == pytest.approx(7.5 / math.sqrt(17.5 * 7.5))
-        assert found.pooled.stderr is None
-
-    @pytest.mark.parametrize(("right", "word"), [(True, "All"), (False, "None")])
-    def test_likelihood_where_answers_do_not_tell_samples_apart(self, right, word):
-        """Tier 1's likelihoods fall with its scores; of the six pooled, two neighbours are swapped: 1 − 6·2/210."""
-        found = quality_correlation(self.results(top=[right] * 3), self.SCORES, None)
-        assert found.quality == "mean log-likelihood"
-        assert found.note.startswith(f"{word} of tier 1's answers match")
-        assert found.within_top.overall == pytest.approx(1)
-        assert found.pooled.overall == pytest.approx(1 - 12 / 210)
-
-    def test_ratings_are_not_pooled(self):
-        found = quality_correlation(self.results(), self.SCORES, torch.tensor([1.0, 2, 3]))
-        assert found.quality == "rating"
-        assert found.within_top.overall == pytest.approx(-1)
-        assert found.pooled.overall is None
-        assert found.pooled.layers == [None]
-        assert "not pooled" in found.note
-
-    def test_a_constant_gives_a_reason_instead_of_a_number(self):
-        found = quality_correlation(self.results(), self.SCORES, torch.tensor([4.0, 4, 4]))
-        assert found.within_top.overall is None
-        assert "The rating is 4 for every sample" in found.note
-        flat = quality_correlation(self.results(), [torch.zeros(3, 2), torch.ones(3, 2)], None)
-        assert flat.within_top.layers == [None, None]
-        assert "the same for every sample in MoE layers [0, 1]" in flat.note
-
-
 def test_to_dict_is_plain_json_with_all_parts():
     dataset = own_answers(5).add_column("score", [1.0, 2.0, 5.0, 4.0, 3.0])
     quality = measure(dataset, num_tiers=2, grouping="high_only", group_by="kind", rating_column="score", show=2)
@@ -131,6 +83,20 @@ def test_to_dict_is_plain_json_with_all_parts():
     assert first["prompt"] == dataset[0]["prompt"][0]["content"]
     assert first["reference"] == first["answers"][0] != first["answers"][1]
     assert len(data["texts"]) == 2
+
+
+def test_tables_hold_the_same_figures():
+    quality = measure(own_answers(5), num_tiers=2, group_by="kind", random_control=False, show=1)
+    tiers, order, layers, texts = quality.tables()
+    assert list(tiers.frame) == ["tier", "even", "odd", "overall", "log-likelihood", "without end tokens"]
+    assert tiers.frame["overall"].tolist() == [tier.accuracy["overall"] for tier in quality.tiers]
+    assert order.frame["samples"].tolist() == [quality.order[key].share for key in ORDERS]
+    assert set(order.texts()["random groups"]) == {"—"}
+    assert layers.frame["cosine tier 2"].tolist()[:-1] == [cosines[1] for cosines in quality.diversity]
+    assert layers.texts().iloc[-1]["MoE layer"] == "overall"
+    assert texts.frame["tier 1"][0] == quality.texts[0].answers[0]
+    quality.texts = []
+    assert len(quality.tables()) == 3
 
 
 class TestBadInput:
@@ -158,9 +124,3 @@ class TestBadInput:
             measure(dataset, group_by="color")
         with pytest.raises(OrdMoEDataError, match="rating_column='stars' is not a column"):
             measure(dataset, rating_column="stars")
-
-    @pytest.mark.parametrize("ratings", [["good", "bad", "good"], [1.0, None, 2.0], [1.0, float("nan"), 2.0]])
-    def test_ratings_that_are_not_numbers(self, ratings):
-        dataset = text.conversations(3).add_column("stars", ratings)
-        with pytest.raises(OrdMoEDataError, match="finite number in each row; row"):
-            sample_ratings(dataset, "stars")
