@@ -55,6 +55,14 @@ def check_counts(**counts: int | None) -> None:
             raise OrdMoEConfigError(f"{name} must be at least 1, got {count}.")
 
 
+def subsample(dataset: Any, limit: int | None, seed: int = 0) -> Any:
+    """At most `limit` samples, drawn by `seed`; all of them, in their order, without."""
+    if limit is None:
+        return dataset
+    check_counts(limit=limit)
+    return dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
+
+
 def sample_batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
     """The samples of `dataset` in order, `batch_size` at a time."""
     for start in range(0, len(dataset), batch_size):
