@@ -56,14 +56,13 @@ class ShardFolder:
 @contextmanager
 def without_inner_bars() -> Iterator[None]:
     """Within the block, datasets shows no progress of its own: one bar counts the samples."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    were_shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if were_shown:
+            datasets.enable_progress_bars()
 
 
 def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> None:
@@ -80,37 +79,29 @@ def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> 
     path = folder / settings_name
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     data = sorted(folder.rglob("*.parquet"))
-    if data and path.exists():
-        _check_same(path, json.loads(path.read_text()), json.loads(text))
-    elif data:
+    if data and not path.exists():
         raise OrdMoEConfigError(
             f"{folder} holds {data[0].relative_to(folder)} but no {settings_name}, so what is there cannot be "
             "continued. Choose another output folder."
         )
-    # Settings that no shard was written with, such as those of a run that ran out of memory, bind nobody.
-    write_whole(path, text)
-
-
-def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    there, now = flattened(there), flattened(now)
+    there, now = flattened(json.loads(path.read_text()) if data else {}), flattened(json.loads(text))
     differing = [
         f"{name} ({there.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted({*there, *now})
         if there.get(name) != now.get(name)
     ]
-    if differing:
+    # Settings that no shard was written with, such as those of a run that ran out of memory, bind nobody.
+    if data and differing:
         raise OrdMoEConfigError(
-            f"{path.parent} was written with other settings: {', '.join(differing)}. Use the same settings to go on "
+            f"{folder} was written with other settings: {', '.join(differing)}. Use the same settings to go on "
             "with it, or another output folder."
         )
+    write_whole(path, text)
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": part for inner, part in flattened(value).items()}
-        else:
-            flat[name] = value
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

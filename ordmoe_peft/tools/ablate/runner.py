@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...data.samples import check_samples, subsample
+from ...data.rows import check_samples
+from ...data.samples import subsample
 from ...files import write_whole
 from ...training.data_checks import checked_data
 from .grid import BASE, AblateArguments, Run, describe

@@ -9,9 +9,8 @@ from tqdm.auto import tqdm
 
 from ...adapter.unserved_blocks import unserved_moe_blocks
 from ...data.generation import evaluation_mode
-from ...data.positions import check_fits
+from ...data.rows import check_fits, check_texts
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
-from ...data.texts import check_texts
 from ...errors import OrdMoEConfigError, OrdMoEDataError
 from ...monitoring.health import LayerHealth
 from ...monitoring.router_meter import RouterMeter
