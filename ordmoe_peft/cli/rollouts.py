@@ -12,14 +12,15 @@ from trl import TrlParser
 from ..data.generation import sampling_arguments
 from ..data.preference_pairs import to_preference_pairs
 from ..data.rollouts import SETTINGS_FILE, RolloutOptions, rollout
-from ..data.shards import without_inner_bars
-from ..files import whole_file
+from ..data.shards import shards, write_shard
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
 from .tables import percent, print_table
 
 
 PAIRS_FOLDER = "preference_pairs"
+SOURCES = ("adapter", "dataset_name", "dataset_config", "split", "limit")
+SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 # Columns of the rollouts that are averaged over a tier's responses → what they are called.
 AVERAGED = {
     "log_likelihood": "log-likelihood",
@@ -58,21 +59,15 @@ def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    data = {name: getattr(options, name) for name in ("adapter", "dataset_name", "dataset_config", "split", "limit")}
+    sources = {name: getattr(options, name) for name in SOURCES}
     rollouts = rollout(
         model,
         processing_class,
         dataset,
         options.output,
-        sources=asdict(model_options) | data,
+        sources=asdict(model_options) | sources,
         **{item.name: getattr(options, item.name) for item in fields(RolloutOptions)},
-        **sampling_arguments(
-            options.max_completion_length,
-            options.temperature,
-            options.top_p,
-            options.top_k,
-            options.repetition_penalty,
-        ),
+        **sampling_arguments(**{name: getattr(options, name) for name in SAMPLING}),
     )
     print_tiers(rollouts, options.scored_by)
     print(f"{len(rollouts)} rollouts in {options.output}")
@@ -118,6 +113,6 @@ def push(rollouts: Dataset, folder: Path, repository: str) -> None:
 def write_pairs(rollouts: Dataset, folder: Path) -> None:
     """Write the preference pairs of `rollouts` as a data set of their own."""
     pairs = to_preference_pairs(rollouts)
-    with without_inner_bars(), whole_file(folder / "data" / "train-00000-of-00001.parquet") as unfinished:
-        pairs.to_parquet(unfinished)
+    (path,) = shards(folder, len(pairs), len(pairs))
+    write_shard(path, pairs)
     print(f"{len(pairs)} preference pairs in {folder} ({len(rollouts) - len(pairs)} left out: equal texts)")

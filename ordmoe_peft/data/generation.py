@@ -47,8 +47,12 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
 def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> dict[str, Any]:
     """Left-padded prompts' inputs with responses appended, and labels: the responses' tokens.
 
-    Every token stays at the position where `generate` read or wrote it, which `random` grouping draws from. Marks of
-    token kinds say text.
+    Every token stays at the position where `generate` read or wrote it, which `random` grouping draws from::
+
+        input_ids        pad   p1   p2 |  r1  end  pad
+        attention_mask     0    1    1 |   1    1    0
+        labels          -100 -100 -100 |  r1  end -100
+        token_type_ids     0    9    8 |   0    0    0      and whatever else has a value per token: 0 is text
 
     Args:
         prompts (`dict`): left-padded prompts, B rows.

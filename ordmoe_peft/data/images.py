@@ -39,22 +39,29 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if not any(name in inputs for name in PIXELS):
         return inputs
     model = _base_of(model)
-    reason, encoded = _reason_for_pixels(model), {}
+    reason = _reason_for_pixels(model)
+    if reason is None:
+        encoded, read = _encoded(model.base_model, inputs)
+        if encoded and all(getattr(output, POOLED, None) is not None for output in encoded.values()):
+            read -= {*_position_inputs(model)}
+            return {name: value for name, value in inputs.items() if name not in read} | {ENCODED: encoded}
+        reason = f"{type(model).__name__} does not say what it makes of them"
+    logger.warning_once(f"The vision encoder runs once for each tier, not once for each image: {reason}.")
+    return inputs
+
+
+def _encoded(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, ModelOutput], set[str]]:
+    """What the model's encoders make of the inputs, by modality, and the inputs that they read."""
+    encoded: dict[str, ModelOutput] = {}
     read: set[str] = set()
-    for modality in () if reason else MODALITIES:
-        encoder = getattr(model.base_model, f"get_{modality}_features", None)
+    for modality in MODALITIES:
+        encoder = getattr(model, f"get_{modality}_features", None)
         taken = {name: inputs[name] for name in _parameters(encoder) if name in inputs}
         if encoder is not None and any(name in PIXELS for name in taken):
             with torch.no_grad():
                 encoded[modality] = encoder(**taken, return_dict=True)
             read |= taken.keys()
-    if not reason and (not encoded or any(getattr(output, POOLED, None) is None for output in encoded.values())):
-        reason = f"{type(model).__name__} does not say what it makes of them"
-    if reason:
-        logger.warning_once(f"The vision encoder runs once for each tier, not once for each image: {reason}.")
-        return inputs
-    read -= {*_position_inputs(model)}
-    return {name: value for name, value in inputs.items() if name not in read} | {ENCODED: encoded}
+    return encoded, read
 
 
 def concatenated_images(encoded: list[dict[str, ModelOutput]]) -> dict[str, ModelOutput]:

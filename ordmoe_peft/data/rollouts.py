@@ -27,7 +27,7 @@ from .generation import check_one_response, evaluation_mode, generate_by_tier, w
 from .responses import content_mask, end_of_sequence_ids
 from .rows import check_columns, check_fits, check_texts, first_row
 from .samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, tokenizer_of
-from .shards import ShardFolder, claim_folder, without_inner_bars
+from .shards import claim_folder, shards, without_inner_bars, write_shard
 
 
 SETTINGS_FILE = "rollout_settings.json"
@@ -130,29 +130,29 @@ def rollout(
         "texts_sha256": _texts_digest(dataset.select_columns([name for name in columns if name in TEXT_COLUMNS])),
         "sources": sources or {},
     }
-    folder = ShardFolder(Path(output_dir), len(dataset), writer.options.samples_per_shard)
-    claim_folder(folder.folder, SETTINGS_FILE, settings)
-    _write_missing(folder, dataset, columns, writer)
+    folder = Path(output_dir)
+    claim_folder(folder, SETTINGS_FILE, settings)
+    _write_missing(shards(folder, len(dataset), writer.options.samples_per_shard), dataset, columns, writer)
     return load_dataset(str(output_dir), split="train")
 
 
-def _write_missing(folder: ShardFolder, dataset: Dataset, columns: list[str], writer: "_TierWriter") -> None:
-    missing = folder.missing()
-    done = folder.num_samples - sum(len(folder.samples(index)) for index in missing)
+def _write_missing(samples_of: dict[Path, range], dataset: Dataset, columns: list[str], writer: "_TierWriter") -> None:
+    done = sum(len(samples) for path, samples in samples_of.items() if path.exists())
     with (
         evaluation_mode(writer.model),
         without_inner_bars(),
-        tqdm(total=folder.num_samples, initial=done, desc="Rollouts", unit="sample") as bar,
+        tqdm(total=len(dataset), initial=done, desc="Rollouts", unit="sample") as bar,
     ):
-        for index in missing:
-            samples = folder.samples(index)
+        for path, samples in samples_of.items():
+            if path.exists():
+                continue
             shard = dataset.select(samples)
             rows: list[dict[str, list]] = []
             for batch in sample_batches(shard, writer.options.batch_size):
                 rows += writer.rows(batch, first_sample=samples.start + len(rows))
                 bar.update(len(batch))
             written = Dataset.from_list(rows, features=ROLLOUT_FEATURES)
-            folder.write(index, concatenate_datasets([shard.select_columns(columns), written], axis=1))
+            write_shard(path, concatenate_datasets([shard.select_columns(columns), written], axis=1))
 
 
 def _kept_columns(dataset: Dataset, keep_columns: Sequence[str]) -> list[str]:
@@ -229,7 +229,7 @@ class _TierWriter:
         }
 
     def rows(self, samples: list[dict[str, Any]], first_sample: int) -> list[dict[str, list]]:
-        """The columns of `ROLLOUT_FEATURES` for each sample; `first_sample` is the place of the first."""
+        """The columns of `ROLLOUT_FEATURES` for each sample; `first_sample` is the index of the first."""
         tokenizer = tokenizer_of(self.processing_class)
         end_ids = end_of_sequence_ids(tokenizer, self.model)
         inputs = prompt_inputs(samples, self.processing_class).to(self.model.device)

@@ -19,7 +19,7 @@ MOST_EMPTY_ROWS = 1000
 
 # ------------------------------------------------------------------------------------------------------------- columns
 def check_columns(dataset: Any, needed: Sequence[str], needed_by: str, data_format: str) -> None:
-    """Raise [`OrdMoEDataError`] unless the data set has the columns, "which {needed_by}"."""
+    """Raise [`OrdMoEDataError`] unless the data set has the columns; `needed_by` says who needs them, with a verb."""
     missing = [repr(name) for name in needed if name not in dataset.column_names]
     if missing:
         raise OrdMoEDataError(

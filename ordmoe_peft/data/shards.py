@@ -6,7 +6,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,20 @@ from ..errors import OrdMoEConfigError
 from ..files import whole_file, write_whole
 
 
-@dataclass(frozen=True)
-class ShardFolder:
-    """Where the shards of a data set are.
+def shards(folder: Path, num_samples: int, samples_per_shard: int) -> dict[Path, range]:
+    """Each shard's file → the samples that it holds; the last shard may have fewer."""
+    starts = range(0, num_samples, samples_per_shard)
+    names = (f"train-{index:05d}-of-{len(starts):05d}.parquet" for index in range(len(starts)))
+    return {
+        folder / "data" / name: range(start, min(start + samples_per_shard, num_samples))
+        for name, start in zip(names, starts, strict=True)
+    }
 
-    Args:
-        folder (`Path`): the data set's folder.
-        num_samples (`int`): its rows.
-        samples_per_shard (`int`): rows in each shard but the last, which may have fewer.
-    """
 
-    folder: Path
-    num_samples: int
-    samples_per_shard: int
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_samples // self.samples_per_shard)
-
-    def path(self, index: int) -> Path:
-        return self.folder / "data" / f"train-{index:05d}-of-{self.num_shards:05d}.parquet"
-
-    def samples(self, index: int) -> range:
-        """The samples that shard `index` holds."""
-        start = index * self.samples_per_shard
-        return range(start, min(start + self.samples_per_shard, self.num_samples))
-
-    def missing(self) -> list[int]:
-        """The shards that are not there yet."""
-        return [index for index in range(self.num_shards) if not self.path(index).exists()]
-
-    def write(self, index: int, rows: Dataset) -> None:
-        """Write shard `index` under a name that no reader looks at, and rename it when it is complete."""
-        with whole_file(self.path(index)) as unfinished:
-            rows.to_parquet(unfinished)
+def write_shard(path: Path, rows: Dataset) -> None:
+    """Write a shard under a name that no reader looks at, and rename it when it is complete."""
+    with whole_file(path) as unfinished, without_inner_bars():
+        rows.to_parquet(unfinished)
 
 
 @contextmanager

@@ -37,13 +37,14 @@ class Ablation:
     def __init__(self, arguments: AblateArguments, runner: AblationRunner):
         self.runner, self.settings, self.metric = runner, runner.settings, arguments.metric
         self.seeds, self.tune_seeds = arguments.seeds, arguments.tune_seeds or arguments.seeds
-        tune, axes = arguments.structured("tune"), arguments.structured("grid")
+        tune: Any = arguments.tune  # all four are no longer text once the arguments are made
+        axes: Any = arguments.grid
+        cells: Any = arguments.cells
+        baseline: Any = arguments.baseline
         self.settings.check_names(tune, "tune")
         self.settings.check_names(axes, "grid")
-        baseline = grid.make_cell(arguments.structured("baseline"), grid.baseline_name)
-        self.baseline = self._read(baseline, "baseline")
-        cells = grid.make_cells(axes, arguments.structured("cells"))
-        self.cells = [self._read(cell, f"The cell {cell.name!r}") for cell in cells]
+        self.baseline = self._read(grid.make_cell(baseline, grid.baseline_name), "baseline")
+        self.cells = [self._read(cell, f"The cell {cell.name!r}") for cell in grid.make_cells(axes, cells)]
         self.rows = [self.baseline, *self.cells]
         twice = {name for name, count in Counter([BASE, *(cell.name for cell in self.rows)]).items() if count > 1}
         if twice:

@@ -16,8 +16,6 @@ METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], list[float]]]] = {
     "accuracy": ("%", lambda evaluation: [100.0 * is_right for is_right in evaluation["is_right"]]),
     "log_likelihood": ("nats per token", lambda evaluation: evaluation["log_likelihood"]),
 }
-# Arguments that are mappings or lists in YAML, and JSON on the command line.
-STRUCTURED = {"tune": dict, "baseline": dict, "grid": dict, "cells": list}
 
 
 @dataclass
@@ -61,9 +59,9 @@ class AblateArguments:
     dry_run: bool = field(default=False, metadata={"help": "List the runs, and which are done, and stop."})
 
     def __post_init__(self):
-        for name in STRUCTURED:
-            self.structured(name)
-        if not all(isinstance(cell, dict) for cell in self.structured("cells")):
+        for name, kind in (("tune", dict), ("baseline", dict), ("grid", dict), ("cells", list)):
+            setattr(self, name, _from_json(name, getattr(self, name), kind) or kind())
+        if not all(isinstance(cell, dict) for cell in self.cells or ()):
             raise OrdMoEConfigError(f"cells must be mappings of options to values, got {self.cells}.")
         splits = (self.dataset_train_split, self.validation_split, self.test_split)
         if len(set(splits)) < 3:
@@ -81,17 +79,17 @@ class AblateArguments:
         names = ("dataset_name", "dataset_config", "dataset_train_split", "train_limit")
         return {name: getattr(self, name) for name in names}
 
-    def structured(self, name: str) -> Any:
-        """An argument of `STRUCTURED`, read from JSON where it is text; empty where it was not given."""
-        value, kind = getattr(self, name), STRUCTURED[name]
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise OrdMoEConfigError(f"{name} is not JSON: {value!r} ({error}).") from error
-        if value is not None and not isinstance(value, kind):
-            raise OrdMoEConfigError(f"{name} must be a {'mapping' if kind is dict else 'list'}, got {value!r}.")
-        return value or kind()
+
+def _from_json(name: str, value: Any, kind: type) -> Any:
+    """A mapping or list, as YAML has it or in the JSON of a command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise OrdMoEConfigError(f"{name} is not JSON: {value!r} ({error}).") from error
+    if value is not None and not isinstance(value, kind):
+        raise OrdMoEConfigError(f"{name} must be a {'mapping' if kind is dict else 'list'}, got {value!r}.")
+    return value
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ def test_the_baseline_is_called_after_what_it_is():
 
 def test_structured_arguments_are_read_from_json():
     arguments = AblateArguments(grid='{"num_tiers": [2, 3]}', cells="[]", baseline=None)
-    assert arguments.structured("grid") == {"num_tiers": [2, 3]}
-    assert arguments.structured("cells") == []
-    assert arguments.structured("baseline") == {}
-    assert AblateArguments().structured("baseline") == {"num_tiers": 1}
+    assert arguments.grid == {"num_tiers": [2, 3]}
+    assert (arguments.cells, arguments.baseline, arguments.tune) == ([], {}, {})
+    assert AblateArguments().baseline == {"num_tiers": 1}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +40,7 @@ def test_structured_arguments_are_read_from_json():
         ({"train_limit": 0}, "train_limit must be at least 1, got 0"),
         ({"cells": "[{]"}, "cells is not JSON"),
         ({"cells": {}}, "cells must be a list, got {}"),
+        ({"cells": '["random"]'}, r"cells must be mappings of options to values, got \['random'\]"),
         ({"grid": "3"}, "grid must be a mapping, got 3"),
     ],
     ids=str,
