@@ -54,10 +54,7 @@ def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch
         labels          -100 -100 -100 |  r1  end -100
         token_type_ids     0    9    8 |   0    0    0      and whatever else has a value per token: 0 is text
 
-    Args:
-        prompts (`dict`): left-padded prompts, B rows.
-        ids_BS (`torch.Tensor` of shape `(B, S)`): the responses, right-padded.
-        mask_BS (`torch.Tensor` of shape `(B, S)`): where there is a token.
+    `ids_BS` are the responses (`torch.Tensor` of shape `(B, S)`), `mask_BS` says where they have a token.
     """
     tails = {"input_ids": ids_BS, "attention_mask": mask_BS, "labels": ids_BS.where(mask_BS, IGNORED_LABEL)}
     shape = prompts["input_ids"].shape
@@ -74,9 +71,7 @@ def with_responses(prompts: dict[str, Any], ids_BS: torch.Tensor, mask_BS: torch
 def evaluation_mode(model: nn.Module, grad_mode: Callable[[], Any] = torch.inference_mode) -> Iterator[None]:
     """Within the block, `model` is in evaluation mode and nothing is recorded for gradients.
 
-    Args:
-        model (`nn.Module`): the model.
-        grad_mode (`Callable`): `torch.no_grad` where a later backward needs the block's tensors.
+    Give `torch.no_grad` as `grad_mode` where a later backward needs the block's tensors.
     """
     was_training = model.training
     model.eval()

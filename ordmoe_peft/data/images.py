@@ -31,10 +31,6 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
     Inputs without pixel values come back as they are. So do those of models that take no encoded images, whose
     encoder is trained, or whose weights are split over processes; a warning says so once.
-
-    Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        inputs (`dict`): its inputs.
     """
     if not any(name in inputs for name in PIXELS):
         return inputs

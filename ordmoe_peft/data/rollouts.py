@@ -190,11 +190,7 @@ class _TierWriter:
     """Lets the tiers of a model answer a batch of samples, and scores what they wrote."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        processing_class: ProcessingClass,
-        options: RolloutOptions,
-        generation: dict[str, Any],
+        self, model: nn.Module, processing_class: ProcessingClass, options: RolloutOptions, generation: dict[str, Any]
     ):
         config = adapter_config(model)
         num_tiers = config.num_tiers if options.num_tiers is None else options.num_tiers
@@ -247,7 +243,7 @@ class _TierWriter:
             routing=routing,
             **self.generation,
         )
-        rows: list[dict[str, list]] = [{name: [] for name in ROLLOUT_FEATURES} for _ in samples]
+        by_tier = []
         for tier, ids_BS, mask_BS in zip(self.tiers, written.ids_CBS, written.mask_CBS, strict=True):
             full_inputs = with_responses(inputs, ids_BS, mask_BS)
             log_probs_BS, gate_mass_B = self._score(full_inputs, mask_BS, tier, routing)
@@ -267,10 +263,11 @@ class _TierWriter:
                 "log_likelihood_no_eos": [a if b else None for a, b in zip(no_eos_B, has_content_B, strict=True)],
                 "gate_mass": gate_mass_B.tolist() if gate_mass_B is not None else [None] * len(samples),
             }
-            for name, per_sample in values.items():
-                for row, value in zip(rows, per_sample, strict=True):
-                    row[name].append(value)
-        return rows
+            by_tier.append(values)
+        return [
+            {name: [values[name][index] for values in by_tier] for name in ROLLOUT_FEATURES}
+            for index in range(len(samples))
+        ]
 
     def _score(
         self, full_inputs: dict[str, Any], mask_BS: torch.Tensor, tier: int, routing: dict[str, Any]
