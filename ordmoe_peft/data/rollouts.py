@@ -6,7 +6,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_model import find_moe_layers, unwrapped
 from ..monitoring.gate_mass import recorded_gate_mass
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
-from ..tiers.plan import layers_in_scope
-from ..tiers.routing import adapter_config, tier_routing
+from ..tiers.plan import RandomDraw, layers_in_scope
+from ..tiers.routing import adapter_config, settings_of, tier_routing
 from ..tiers.scope import tiers_of_labels
-from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses
+from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses, with_samples
 from .responses import content_mask, end_of_sequence_ids
 from .rows import check_columns, check_fits, check_texts, first_row
 from .samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, tokenizer_of
@@ -192,20 +192,12 @@ class _TierWriter:
     def __init__(
         self, model: nn.Module, processing_class: ProcessingClass, options: RolloutOptions, generation: dict[str, Any]
     ):
+        self.model, self.processing_class, self.options, self.generation = model, processing_class, options, generation
         config = adapter_config(model)
-        num_tiers = config.num_tiers if options.num_tiers is None else options.num_tiers
-        self.tiers = list(range(1, num_tiers + 1) if options.tiers is None else options.tiers)
-        grouping = config.grouping if options.grouping is None else options.grouping
-        self.options = replace(options, num_tiers=num_tiers, tiers=self.tiers, grouping=grouping)
-        self.model, self.processing_class, self.generation = model, processing_class, generation
         self.token_scope = config.token_scope
-        self.routing: dict[str, Any] = {
-            "num_tiers": num_tiers,
-            "grouping": grouping,
-            "layer_scope": config.layer_scope,
-            "tier_weights": config.tier_weights,
-            "seed": config.tier_seed,
-        }
+        self.routing = asdict(settings_of(config, num_tiers=options.num_tiers, grouping=options.grouping))
+        every_tier = range(1, self.routing["num_tiers"] + 1)
+        self.tiers = list(every_tier if options.tiers is None else options.tiers)
         with tier_routing(model, self.tiers, **self.routing):
             pass  # refuses what the model cannot do, before a file is written
 
@@ -219,6 +211,7 @@ class _TierWriter:
         return {
             **options,
             **routing,
+            "tiers": self.tiers,
             "token_scope": self.token_scope,
             "generation": defaults | self.generation,
             "router_and_adapter_sha256": _weights_digest(self.model),
@@ -231,7 +224,7 @@ class _TierWriter:
         inputs = prompt_inputs(samples, self.processing_class).to(self.model.device)
         check_fits(self.model, inputs)
         # Random groups, too, are drawn anew for each batch, and alike in writing and scoring.
-        routing = self.routing | {"step": first_sample}
+        routing = self.routing | {"draw": RandomDraw(step=first_sample)}
         written = generate_by_tier(
             self.model,
             inputs,
@@ -282,7 +275,7 @@ class _TierWriter:
         tiers = tiers_of_labels(torch.full((batch_size,), tier), full_inputs["labels"], self.token_scope)
         unlabelled = {name: value for name, value in full_inputs.items() if name != "labels"}
         with (
-            tier_routing(self.model, tiers, num_samples=batch_size, **routing),
+            tier_routing(self.model, tiers, **with_samples(routing, batch_size)),
             recorded_gate_mass(in_scope) as masses,
         ):
             logits = self.model(**unlabelled, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]

@@ -17,6 +17,7 @@ from ...errors import OrdMoEConfigError
 from ...moe_model import find_moe_layers
 from ...monitoring.diagnostics import ablation_findings
 from ...tiers.plan import make_plan
+from ...tiers.routing import settings_of
 from ..measure.paired import mean_and_error, paired_difference
 from . import grid
 from .grid import BASE, METRICS, AblateArguments, Cell, Run
@@ -82,7 +83,7 @@ class Ablation:
         layers = find_moe_layers(model)
         for changes in self.candidates():
             config, _ = self.settings.build(changes)
-            make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
+            make_plan(layers, 1, settings_of(config))
 
     def planned(self) -> list[tuple[str, Run, bool | None]]:
         """Name of the row, run, and whether it is done; None while what to run is not chosen yet."""
