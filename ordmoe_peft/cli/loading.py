@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ..data.samples import check_processing_class
-from ..errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
+from ..data.samples import check_processing_class, subsample
+from ..errors import OrdMoEDataError, OrdMoEModelError
 from ..quantization.other_quantizers import check_unquantised
 from ..tiers.routing import adapter_config
 from .arguments import DTYPES, ModelArguments, SampleArguments
@@ -96,16 +96,7 @@ def load_split(name: str | None, config: str | None, split: str, streaming: bool
 
 def load_samples(options: SampleArguments) -> Any:
     """The samples that a command is asked to run on."""
-    return limited(load_split(options.dataset_name, options.dataset_config, options.split), options.limit)
-
-
-def limited(dataset: Any, limit: int | None, seed: int = 0) -> Any:
-    """At most `limit` samples, drawn by `seed`; all of them, in their order, without."""
-    if limit is None:
-        return dataset
-    if limit < 1:
-        raise OrdMoEConfigError(f"limit must be at least 1, got {limit}.")
-    return dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
+    return subsample(load_split(options.dataset_name, options.dataset_config, options.split), options.limit)
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ transformers' models take what their encoder made of images in place of pixel va
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,34 +31,33 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
     Inputs without pixel values come back as they are. So do those of models that take no encoded images, whose
     encoder is trained, or whose weights are split over processes; a warning says so once.
-
-    Args:
-        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
-        inputs (`dict`): its inputs.
     """
     if not any(name in inputs for name in PIXELS):
         return inputs
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = _base_of(model)
     reason = _reason_for_pixels(model)
-    if reason is not None:
-        logger.warning_once(f"The vision encoder runs once for each tier, not once for each image: {reason}.")
-        return inputs
-    encoded, read = {}, set()
+    if reason is None:
+        encoded, read = _encoded(model.base_model, inputs)
+        if encoded and all(getattr(output, POOLED, None) is not None for output in encoded.values()):
+            read -= {*_position_inputs(model)}
+            return {name: value for name, value in inputs.items() if name not in read} | {ENCODED: encoded}
+        reason = f"{type(model).__name__} does not say what it makes of them"
+    logger.warning_once(f"The vision encoder runs once for each tier, not once for each image: {reason}.")
+    return inputs
+
+
+def _encoded(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, ModelOutput], set[str]]:
+    """What the model's encoders make of the inputs, by modality, and the inputs that they read."""
+    encoded: dict[str, ModelOutput] = {}
+    read: set[str] = set()
     for modality in MODALITIES:
-        encoder = getattr(model.base_model, f"get_{modality}_features", None)
-        names = [name for name in inspect.signature(encoder).parameters if name in inputs] if encoder else []
-        if any(name in PIXELS for name in names):
+        encoder = getattr(model, f"get_{modality}_features", None)
+        taken = {name: inputs[name] for name in _parameters(encoder) if name in inputs}
+        if encoder is not None and any(name in PIXELS for name in taken):
             with torch.no_grad():
-                encoded[modality] = encoder(**{name: inputs[name] for name in names}, return_dict=True)
-            read.update(names)
-    if not encoded or any(getattr(output, POOLED, None) is None for output in encoded.values()):
-        logger.warning_once(
-            f"The vision encoder runs once for each tier, not once for each image: {type(model).__name__} does not say "
-            "what it makes of them."
-        )
-        return inputs
-    read -= {*_position_inputs(model)}
-    return {name: value for name, value in inputs.items() if name not in read} | {ENCODED: encoded}
+                encoded[modality] = encoder(**taken, return_dict=True)
+            read |= taken.keys()
+    return encoded, read
 
 
 def concatenated_images(encoded: list[dict[str, ModelOutput]]) -> dict[str, ModelOutput]:
@@ -67,7 +67,7 @@ def concatenated_images(encoded: list[dict[str, ModelOutput]]) -> dict[str, Mode
 
 def row_positions(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The positions that `model` gives the tokens of whole rows: `(B, S)`, or `(3, B, S)` for images (mRoPE)."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = _base_of(model)
     names = _position_inputs(model)
     position_ids = model.base_model.compute_3d_position_ids(**{n: inputs.get(n) for n in names}) if names else None
     if position_ids is None:
@@ -76,15 +76,22 @@ def row_positions(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return position_ids
 
 
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _parameters(function: Callable | None) -> list[str]:
+    return list(inspect.signature(function).parameters) if function else []
+
+
 def _position_inputs(model: nn.Module) -> list[str]:
     """What the model computes the positions of image tokens from; nothing where they are counted like text."""
-    compute = getattr(model.base_model, "compute_3d_position_ids", None)
-    return list(inspect.signature(compute).parameters) if compute else []
+    return _parameters(getattr(model.base_model, "compute_3d_position_ids", None))
 
 
 def _reason_for_pixels(model: nn.Module) -> str | None:
     name = type(model).__name__
-    if ENCODED not in inspect.signature(model.forward).parameters:
+    if ENCODED not in _parameters(model.forward):
         return f"{name} takes no encoded images"
     decoder = {parameter for part in text_models(model, find_moe_layers(model)) for parameter in part.parameters()}
     around = [parameter for parameter in model.base_model.parameters() if parameter not in decoder]
@@ -97,13 +104,13 @@ def _reason_for_pixels(model: nn.Module) -> str | None:
 
 def _concatenated_outputs(outputs: list[ModelOutput]) -> ModelOutput:
     parts = {POOLED: _concatenated([output[POOLED] for output in outputs])}
-    layers = [output.get(DEEPSTACK) for output in outputs]
-    if layers[0] is not None:
-        parts[DEEPSTACK] = [_concatenated(list(features)) for features in zip(*layers, strict=True)]
+    if outputs[0].get(DEEPSTACK) is not None:
+        layers = zip(*(output[DEEPSTACK] for output in outputs), strict=True)
+        parts[DEEPSTACK] = [_concatenated(features) for features in layers]
     return type(outputs[0])(**parts)
 
 
-def _concatenated(features: list[Any]) -> Any:
+def _concatenated(features: Sequence[Any]) -> Any:
     if isinstance(features[0], torch.Tensor):
         return torch.cat(features)
     return [image for images in features for image in images]

@@ -47,26 +47,29 @@ def to_preference_pairs(
         raise OrdMoEDataError(f"These are no rollouts: {sorted(missing) or 'rows'} missing. Make them with rollout().")
     tier_pairs = _tier_pairs(list(dataset[0]["tiers"]), chosen_tier, rejected_tier, pairs)
     is_conversational = not isinstance(dataset[0]["prompt"], str)
-    places, columns, dropped = [], {"chosen": [], "rejected": [], "chosen_tier": [], "rejected_tier": []}, 0
-    for place, row in enumerate(dataset.select_columns(["tiers", "responses"])):
+    indices, rows, dropped = [], [], 0
+    for index, row in enumerate(dataset.select_columns(["tiers", "responses"])):
         responses = [text.strip() for text in row["responses"]] if is_conversational else row["responses"]
         text_of = dict(zip(row["tiers"], responses, strict=True))
-        for better, worse in tier_pairs:
-            if drop_equal and text_of[better] == text_of[worse]:
+        for chosen, rejected in tier_pairs:
+            if drop_equal and text_of[chosen] == text_of[rejected]:
                 dropped += 1
                 continue
-            places.append(place)
-            values = (text_of[better], text_of[worse], better, worse)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-    if not places:
+            indices.append(index)
+            texts = {"chosen": text_of[chosen], "rejected": text_of[rejected]}
+            if is_conversational:
+                texts = {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+            rows.append({**texts, "chosen_tier": chosen, "rejected_tier": rejected})
+    if not rows:
         raise OrdMoEDataError(f"All {dropped} pairs have equal texts: the tiers wrote the same, so there is no signal.")
     if dropped:
-        logger.warning(f"Left out {dropped} of {dropped + len(places)} pairs, whose two texts are equal.")
+        logger.warning(f"Left out {dropped} of {dropped + len(rows)} pairs, whose two texts are equal.")
     kept = [name for name in dataset.column_names if name in ("prompt", "images", "image")]
-    texts = _preference_columns(columns, is_conversational)
+    text_type = MESSAGES if is_conversational else Value("string")
+    types = {"chosen": text_type, "rejected": text_type, "chosen_tier": Value("int32"), "rejected_tier": Value("int32")}
+    written = Dataset.from_list(rows, features=Features(types))
     with without_inner_bars():
-        return concatenate_datasets([dataset.select(places).select_columns(kept), texts], axis=1)
+        return concatenate_datasets([dataset.select(indices).select_columns(kept), written], axis=1)
 
 
 def _tier_pairs(tiers: list[int], chosen: int, rejected: int | None, pairs: str) -> list[tuple[int, int]]:
@@ -81,15 +84,3 @@ def _tier_pairs(tiers: list[int], chosen: int, rejected: int | None, pairs: str)
     if pairs == "ends":
         return [(chosen, rejected)]
     return list(combinations([tier for tier in tiers if chosen <= tier <= rejected], 2))
-
-
-def _preference_columns(columns: dict[str, list], is_conversational: bool) -> Dataset:
-    text_type = MESSAGES if is_conversational else Value("string")
-    if is_conversational:
-        messages = {
-            name: [[{"role": "assistant", "content": text}] for text in columns[name]]
-            for name in ("chosen", "rejected")
-        }
-        columns = columns | messages
-    types = {"chosen": text_type, "rejected": text_type, "chosen_tier": Value("int32"), "rejected_tier": Value("int32")}
-    return Dataset.from_dict(columns, features=Features(types))

@@ -4,33 +4,22 @@ Samples are in TRL's prompt-completion format, conversational or plain, with an 
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
-from .texts import check_texts, first_row
+from ..errors import OrdMoEConfigError, OrdMoEModelError
 
 
-ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+Inputs: TypeAlias = BatchEncoding | BatchFeature
 
 
-def check_samples(dataset: Any, group_by: str | None = None) -> None:
-    """Raise [`OrdMoEDataError`] unless rows have prompts, answers to compare with, and the column to group by."""
-    columns = dataset.column_names
-    missing = [name for name in ("prompt", "completion") if name not in columns]
-    if missing:
-        raise OrdMoEDataError(
-            f"The data set has no column {' and no column '.join(map(repr, missing))}, which evaluation needs; it has "
-            f"{sorted(columns)}. Use TRL's prompt-completion format."
-        )
-    if group_by is not None and group_by not in columns:
-        raise OrdMoEDataError(f"group_by={group_by!r} is not a column; there are {sorted(columns)}.")
-    first_row(dataset, "evaluation")
-    check_texts(dataset, ["prompt", "completion"], "evaluation")
+def tokenizer_of(processing_class: ProcessingClass) -> Any:
+    """The tokenizer itself, or a processor's."""
+    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def check_processing_class(processing_class: Any, source: str) -> None:
@@ -38,10 +27,9 @@ def check_processing_class(processing_class: Any, source: str) -> None:
 
     Without the files of one, transformers gives an empty tokenizer of the model's class, or a processor of images.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.get_vocab().keys() <= {
-        *tokenizer.all_special_tokens
-    }:
+    tokenizer = tokenizer_of(processing_class)
+    is_tokenizer = isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not is_tokenizer or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise OrdMoEModelError(
             f"{source} has no tokenizer, only {type(processing_class).__name__} without a vocabulary. Save the "
             "tokenizer or processor of the model beside it."
@@ -53,6 +41,14 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise OrdMoEConfigError(f"{name} must be at least 1, got {count}.")
+
+
+def subsample(dataset: Any, limit: int | None, seed: int = 0) -> Any:
+    """At most `limit` samples, drawn by `seed`; all of them, in their order, without."""
+    if limit is None:
+        return dataset
+    check_counts(limit=limit)
+    return dataset.shuffle(seed=seed).select(range(min(limit, len(dataset))))
 
 
 def sample_batches(dataset: Any, batch_size: int) -> Iterator[list[dict[str, Any]]]:
@@ -75,41 +71,24 @@ def answer_text(sample: dict[str, Any]) -> str:
     return content.strip()
 
 
-def prompt_inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> dict[str, torch.Tensor]:
+def prompt_inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Inputs:
     """Left-padded inputs for `generate`, rendered as TRL renders prompts for training."""
-    texts, images = [], []
-    for sample in samples:
+    processor: Any = processing_class
+    texts, images = [], [sample_images(sample) for sample in samples]
+    for sample, own_images in zip(samples, images, strict=True):
         prompt = sample["prompt"]
-        images.append(sample_images(sample))
-        if isinstance(prompt, str):
-            prompt = prompt if images[-1] else _beginning(processing_class) + prompt
+        if not isinstance(prompt, str):
+            messages = prepare_multimodal_messages(prompt, images=own_images) if own_images else prompt
+            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         else:
-            messages = prepare_multimodal_messages(prompt, images=images[-1]) if images[-1] else prompt
-            prompt = processing_class.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        texts.append(prompt)
+            texts.append(prompt if own_images else _beginning(processing_class) + prompt)
     visual = {"images": images} if any(images) else {}
-    return processing_class(
+    return processor(
         text=texts, **visual, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
     )
 
 
-def _beginning(processing_class: ProcessingClass) -> str:
-    """The token that the tokenizer itself puts before a text, as the trainer lets it do with plain text."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
-
-
-def _whole_text(row: dict[str, str], processing_class: ProcessingClass) -> dict[str, str]:
-    """Plain text with the tokens around it that the trainer adds; a chat template has its own."""
-    end = getattr(processing_class, "tokenizer", processing_class).eos_token
-    completion = row["completion"]
-    return {
-        "prompt": _beginning(processing_class) + row["prompt"],
-        "completion": completion if completion.endswith(end) else completion + end,
-    }
-
-
-def scoring_inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> dict[str, torch.Tensor]:
+def scoring_inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Inputs:
     """Inputs and `labels` (−100 outside the answer) as the trainer's collator makes them."""
     collate = DataCollatorForVisionLanguageModeling(processing_class, completion_only_loss=True)
     rows = []
@@ -120,6 +99,15 @@ def scoring_inputs(samples: list[dict[str, Any]], processing_class: ProcessingCl
             # Text-only templates may not read the list form of messages that the collator makes for images.
             row = apply_chat_template(row, processing_class)
         elif not images:
-            row = _whole_text(row, processing_class)
+            # Plain text has no chat template, so it gets the tokens that the trainer puts around it.
+            end = tokenizer_of(processing_class).eos_token
+            row["prompt"] = _beginning(processing_class) + row["prompt"]
+            row["completion"] = row["completion"].removesuffix(end) + end
         rows.append({**row, "images": images})
     return collate(rows)
+
+
+def _beginning(processing_class: ProcessingClass) -> str:
+    """The token that the tokenizer itself puts before a text, as the trainer lets it do with plain text."""
+    tokenizer = tokenizer_of(processing_class)
+    return tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""

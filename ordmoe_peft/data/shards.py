@@ -6,7 +6,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +16,32 @@ from ..errors import OrdMoEConfigError
 from ..files import whole_file, write_whole
 
 
-@dataclass(frozen=True)
-class ShardFolder:
-    """Where the shards of a data set are.
+def shards(folder: Path, num_samples: int, samples_per_shard: int) -> dict[Path, range]:
+    """Each shard's file → the samples that it holds; the last shard may have fewer."""
+    starts = range(0, num_samples, samples_per_shard)
+    names = (f"train-{index:05d}-of-{len(starts):05d}.parquet" for index in range(len(starts)))
+    return {
+        folder / "data" / name: range(start, min(start + samples_per_shard, num_samples))
+        for name, start in zip(names, starts, strict=True)
+    }
 
-    Args:
-        folder (`Path`): the data set's folder.
-        num_samples (`int`): its rows.
-        samples_per_shard (`int`): rows in each shard but the last, which may have fewer.
-    """
 
-    folder: Path
-    num_samples: int
-    samples_per_shard: int
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_samples // self.samples_per_shard)
-
-    def path(self, index: int) -> Path:
-        return self.folder / "data" / f"train-{index:05d}-of-{self.num_shards:05d}.parquet"
-
-    def samples(self, index: int) -> range:
-        """The samples that shard `index` holds."""
-        start = index * self.samples_per_shard
-        return range(start, min(start + self.samples_per_shard, self.num_samples))
-
-    def missing(self) -> list[int]:
-        """The shards that are not there yet."""
-        return [index for index in range(self.num_shards) if not self.path(index).exists()]
-
-    def write(self, index: int, rows: Dataset) -> None:
-        """Write shard `index` under a name that no reader looks at, and rename it when it is complete."""
-        with whole_file(self.path(index)) as unfinished:
-            rows.to_parquet(unfinished)
+def write_shard(path: Path, rows: Dataset) -> None:
+    """Write a shard under a name that no reader looks at, and rename it when it is complete."""
+    with whole_file(path) as unfinished, without_inner_bars():
+        rows.to_parquet(unfinished)
 
 
 @contextmanager
 def without_inner_bars() -> Iterator[None]:
     """Within the block, datasets shows no progress of its own: one bar counts the samples."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    were_shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if were_shown:
+            datasets.enable_progress_bars()
 
 
 def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> None:
@@ -80,37 +58,29 @@ def claim_folder(folder: Path, settings_name: str, settings: dict[str, Any]) -> 
     path = folder / settings_name
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     data = sorted(folder.rglob("*.parquet"))
-    if data and path.exists():
-        _check_same(path, json.loads(path.read_text()), json.loads(text))
-    elif data:
+    if data and not path.exists():
         raise OrdMoEConfigError(
             f"{folder} holds {data[0].relative_to(folder)} but no {settings_name}, so what is there cannot be "
             "continued. Choose another output folder."
         )
-    # Settings that no shard was written with, such as those of a run that ran out of memory, bind nobody.
-    write_whole(path, text)
-
-
-def _check_same(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    there, now = flattened(there), flattened(now)
+    there, now = flattened(json.loads(path.read_text()) if data else {}), flattened(json.loads(text))
     differing = [
         f"{name} ({there.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted({*there, *now})
         if there.get(name) != now.get(name)
     ]
-    if differing:
+    # Settings that no shard was written with, such as those of a run that ran out of memory, bind nobody.
+    if data and differing:
         raise OrdMoEConfigError(
-            f"{path.parent} was written with other settings: {', '.join(differing)}. Use the same settings to go on "
+            f"{folder} was written with other settings: {', '.join(differing)}. Use the same settings to go on "
             "with it, or another output folder."
         )
+    write_whole(path, text)
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": part for inner, part in flattened(value).items()}
-        else:
-            flat[name] = value
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -8,9 +8,16 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging
 
-from ..data.positions import check_length, check_room
 from ..data.responses import IGNORED_LABEL
-from ..data.texts import CONVERSATIONS, check_texts, checked_stream, column_values, first_row
+from ..data.rows import (
+    CONVERSATIONS,
+    check_length,
+    check_room,
+    check_texts,
+    checked_stream,
+    column_values,
+    first_row,
+)
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 
 

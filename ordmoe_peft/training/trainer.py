@@ -16,8 +16,8 @@ from trl import SFTTrainer
 from ..adapter.config import OrdMoEConfig
 from ..data.generation import generate_by_tier, with_responses
 from ..data.images import encode_images
-from ..data.positions import check_fits, check_room, num_positions
 from ..data.responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ..data.rows import check_fits, check_room, num_positions
 from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_model import find_moe_layers

@@ -9,8 +9,8 @@ import time
 import pytest
 import yaml
 
-from ordmoe_peft.cli import ablate
 from ordmoe_peft.cli.main import main
+from ordmoe_peft.tools.ablate import runner
 from ordmoe_peft.tools.ablate.run import train_run
 from tests import models, text
 
@@ -168,7 +168,7 @@ def test_the_training_samples_follow_the_seed_and_the_cells_share_them(inputs, t
         seen[config.num_tiers, seed] = [row["content"] for prompt in train_dataset["prompt"] for row in prompt]
         return train_run(load_base, config, args, seed, train_dataset, processing_class)
 
-    monkeypatch.setattr(ablate, "train_run", recorded)
+    monkeypatch.setattr(runner, "train_run", recorded)
     assert main(recipe(tmp_path, inputs, tune=None, max_steps=1)) == 0
     assert all(len(prompts) == 4 for prompts in seen.values())
     assert seen[1, 0] == seen[3, 0]

@@ -20,6 +20,8 @@ from ...training import OrdMoETrainer, OrdMoETrainingArguments
 from ..measure.evaluation import evaluate_tiers, score_answers
 
 
+# Of a run's training, its record is kept and nothing else.
+QUIET: dict[str, Any] = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
 HISTORY_ENTRIES = 5
 TIERS_TO_SCORE = 3
 SAMPLES_TO_SCORE = 256
@@ -35,7 +37,8 @@ def train_run(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train an adapter from `seed` and return the model and a record of its training.
 
-    The base is loaded anew, because TRL patches the model that it trains; nothing of an earlier run is left then.
+    The base is loaded anew, because TRL patches the model that it trains; nothing of an earlier run is left then. Runs
+    of one seed see the same samples in the same order, whatever their settings.
 
     Args:
         load_base (`Callable`): loads the base.
@@ -48,43 +51,25 @@ def train_run(
     started = time.perf_counter()
     base = load_base()
     load_seconds = time.perf_counter() - started
-    trainer = make_trainer(base, config, args, seed, train_dataset, processing_class)
+    own = {"output_dir": str(Path(args.output_dir, "last_run")), "seed": seed, "data_seed": data_seed(args, seed)}
+    set_seed(seed)
+    trainer = OrdMoETrainer(
+        get_peft_model(base, config),
+        args=replace(args, **QUIET | own),
+        train_dataset=train_dataset,
+        processing_class=processing_class,
+    )
     trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
+    metrics = trainer.train().metrics
     steps = trainer.state.global_step
-    record = {
+    return trainer.model, {
         "steps": steps,
         "load_seconds": load_seconds,
-        "train_seconds": result.metrics["train_runtime"],
-        "seconds_per_step": result.metrics["train_runtime"] / max(steps, 1),
-        "train_loss": result.metrics["train_loss"],
+        "train_seconds": metrics["train_runtime"],
+        "seconds_per_step": metrics["train_runtime"] / max(steps, 1),
+        "train_loss": metrics["train_loss"],
         "history": [entry for entry in trainer.state.log_history if "loss" in entry][-HISTORY_ENTRIES:],
     }
-    return trainer.model, record
-
-
-def make_trainer(
-    base: nn.Module,
-    config: OrdMoEConfig,
-    args: OrdMoETrainingArguments,
-    seed: int,
-    train_dataset: Any,
-    processing_class: Any,
-) -> OrdMoETrainer:
-    """The trainer of a run. Runs of one seed see the same samples in the same order, whatever their settings."""
-    args = replace(
-        args,
-        output_dir=str(Path(args.output_dir, "last_run")),  # of which the trainer keeps a record alone
-        seed=seed,
-        data_seed=data_seed(args, seed),
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    set_seed(seed)
-    model = get_peft_model(base, config)
-    return OrdMoETrainer(model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
 
 def data_seed(args: OrdMoETrainingArguments, seed: int) -> int:
@@ -93,28 +78,23 @@ def data_seed(args: OrdMoETrainingArguments, seed: int) -> int:
 
 
 def evaluate_run(
-    model: nn.Module,
-    processing_class: Any,
-    dataset: Any,
-    *,
-    scores_tiers: bool,
-    batch_size: int,
-    group_by: str | None,
-    max_new_tokens: int,
+    model: nn.Module, processing_class: Any, dataset: Any, *, scores_tiers: bool, batch_size: int, **evaluation: Any
 ) -> dict[str, Any]:
-    """What tier 1 does with each sample and, on request, the likelihood of the answers under every tier."""
+    """What tier 1 does with each sample and, on request, the likelihood of the answers under every tier.
+
+    Args:
+        evaluation: further arguments of [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`].
+    """
     started = time.perf_counter()
-    (result,) = evaluate_tiers(
-        model, processing_class, dataset, group_by=group_by, batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
-    tiers = None
-    if scores_tiers:
-        tiers = tier_likelihoods(model, processing_class, dataset, batch_size, result.items.log_likelihood)
+    (result,) = evaluate_tiers(model, processing_class, dataset, batch_size=batch_size, **evaluation)
+    likelihood = result.items.log_likelihood
     return {
         "accuracy": result.accuracy,
         "is_right": [int(is_right) for is_right in result.items.is_right],
-        "log_likelihood": result.items.log_likelihood,
-        "tier_log_likelihood": tiers,
+        "log_likelihood": likelihood,
+        "tier_log_likelihood": tier_likelihoods(model, processing_class, dataset, batch_size, likelihood)
+        if scores_tiers
+        else None,
         "evaluate_seconds": time.perf_counter() - started,
     }
 

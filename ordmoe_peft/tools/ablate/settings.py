@@ -55,7 +55,7 @@ class Settings:
     Args:
         adapter (dataclass): the adapter's options; has `adapter_config()`.
         training ([`OrdMoETrainingArguments`]): the training arguments.
-        fixed (`dict`): everything else that decides a run's result, as JSON: base, data, evaluation.
+        fixed (`dict`): everything else that decides what training gives, as JSON: base and data.
     """
 
     def __init__(self, adapter: Any, training: OrdMoETrainingArguments, fixed: dict[str, Any]):
@@ -98,7 +98,8 @@ class Settings:
         if adapter.num_tiers == 1:
             return [name for name in names if name not in fields_about_tiers()]
         values = {**vars(training), **vars(adapter)}
-        return [name for name in names if name not in ACTS_ONLY_WITH or _holds(*ACTS_ONLY_WITH[name], values=values)]
+        needs = {name: ACTS_ONLY_WITH.get(name) for name in names}
+        return [name for name, need in needs.items() if need is None or values[need[0]] in need[1]]
 
     def build(self, changes: dict[str, Any]) -> tuple[OrdMoEConfig, OrdMoETrainingArguments]:
         """The adapter's configuration and the training arguments of a run with `changes`.
@@ -115,19 +116,19 @@ class Settings:
         Rewards count as the advantages that they become, which is all that training sees of them.
         """
         config, training = self.build(changes)
-        adapter = {**_non_default(config), "num_tiers": config.num_tiers}
         advantages_C = tier_advantages(config.rewards, config.num_tiers, config.advantages)
-        adapter["advantages"] = [round(value, 6) for value in advantages_C.tolist()]
-        adapter.pop("rewards", None)
+        adapter = {name: value for name, value in _non_default(config).items() if name != "rewards"}
         key = {
             **self.fixed,
-            "adapter": adapter,
+            "adapter": adapter
+            | {"num_tiers": config.num_tiers, "advantages": [round(value, 6) for value in advantages_C.tolist()]},
             "training": _non_default(training),
             "versions": {library: version(library) for library in LIBRARIES},
         }
         return json.loads(json.dumps(key, default=str, sort_keys=True))
 
     def _options(self, changes: dict[str, Any]) -> tuple[Any, OrdMoETrainingArguments]:
+        """The adapter's and the training options with `changes`; with one tier, what is about tiers is the default."""
         adapter, training = (
             replace(options, **{name: value for name, value in changes.items() if name in _names(type(options))})
             for options in (self.adapter, self.training)
@@ -135,10 +136,6 @@ class Settings:
         if adapter.num_tiers == 1:
             adapter, training = (_with_defaults(options, fields_about_tiers()) for options in (adapter, training))
         return adapter, training
-
-
-def _holds(name: str, accepted: tuple, values: dict[str, Any]) -> bool:
-    return values[name] in accepted
 
 
 def _default(item: Any) -> Any:

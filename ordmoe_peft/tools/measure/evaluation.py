@@ -11,13 +11,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
-from ...data.positions import check_fits
 from ...data.responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ...data.rows import check_fits, check_samples
 from ...data.samples import (
     ProcessingClass,
     answer_text,
     check_counts,
-    check_samples,
     prompt_inputs,
     sample_batches,
     scoring_inputs,

@@ -10,8 +10,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
+from ...data.rows import check_texts
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
-from ...data.texts import check_texts
 from ...errors import OrdMoEConfigError, OrdMoEDataError
 from ...moe_model import MoEModel
 from ...monitoring.health import DEAD_SHARE, LayerHealth

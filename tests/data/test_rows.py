@@ -1,10 +1,22 @@
-"""Texts of data sets: rows without any are named, and answers that are all empty."""
+"""Rows without text are named, and answers that are all empty; rows that are longer than the model's positions."""
 
 import pytest
+import torch
 from datasets import Dataset
+from transformers import GptOssConfig, PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
 
-from ordmoe_peft.data.texts import MOST_EMPTY_ROWS, check_texts, checked_stream, first_row, row_texts
+from ordmoe_peft.data.rows import (
+    MOST_EMPTY_ROWS,
+    check_fits,
+    check_samples,
+    check_texts,
+    checked_stream,
+    first_row,
+    num_positions,
+    row_texts,
+)
 from ordmoe_peft.errors import OrdMoEDataError
+from tests import models
 
 
 def says(role, content, **more):
@@ -70,3 +82,49 @@ def test_rows_are_counted_over_batches_and_as_they_are_selected():
 def test_no_rows():
     with pytest.raises(OrdMoEDataError, match="The evaluation data set has no samples"):
         first_row(Dataset.from_dict({"prompt": []}), "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("columns", "group_by", "message"),
+    [
+        (["prompt"], None, r"no column 'completion', which evaluation needs; it has \['prompt'\]. Use TRL's prompt-c"),
+        ([], None, "no column 'prompt' and no column 'completion', which evaluation needs"),
+        (["prompt", "completion"], "kind", r"group_by='kind' is not a column; there are \['completion', 'prompt'\]"),
+    ],
+)
+def test_columns_that_evaluation_needs(columns, group_by, message):
+    with pytest.raises(OrdMoEDataError, match=message):
+        check_samples(Dataset.from_dict({name: ["a"] for name in columns}), group_by)
+
+
+def yarn(factor, original):
+    return {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (Qwen3MoeConfig(max_position_embeddings=300), 300),
+        (Qwen3MoeConfig(max_position_embeddings=300, rope_parameters=yarn(4.0, 300)), 1200),
+        (Qwen3MoeConfig(max_position_embeddings=1200, rope_parameters=yarn(4.0, 300)), 1200),
+        (GptOssConfig(), 131072),
+        (Qwen3VLMoeConfig(text_config={"max_position_embeddings": 70}), 70),
+    ],
+    ids=str,
+)
+def test_positions(config, positions):
+    assert num_positions(config) == positions
+
+
+def test_some_models_have_no_bound():
+    assert num_positions(PretrainedConfig()) is None
+
+
+def test_padding_takes_no_positions():
+    model = models.qwen3_moe(max_position_embeddings=6)
+    batch = models.text_batch(rows=1, length=8, padding=2)
+    check_fits(model, batch)
+    check_fits(model, {"input_ids": torch.ones(1, 6, dtype=torch.long)})
+    for mask in ({"attention_mask": torch.ones(1, 8)}, {}):
+        with pytest.raises(OrdMoEDataError, match="A sample has 8 tokens, and the model has 6 positions"):
+            check_fits(model, {"input_ids": batch["input_ids"], **mask})

@@ -1,0 +1,65 @@
+"""An ablation's plan and results as rows of text, for the terminal and for Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .ablation import Ablation
+from .grid import describe
+
+
+PLAN_COLUMNS = ("", "phase", "settings", "seed", "state")
+STATES = {True: "done", False: "to run", None: "after choosing"}
+COLUMNS = (
+    *("", "chosen", "mean ± s.e.", "difference [95 %]", "verdict"),
+    *("log-likelihood", "difference [95 %]", "verdict", "s/step"),
+)
+METRIC_COLUMNS, LIKELIHOOD_COLUMNS = (0, 1, 2, 3, 4, 8), (0, 5, 6, 7)
+
+
+def plan_rows(ablation: Ablation) -> list[list[str]]:
+    """A row per run."""
+    return [
+        [
+            name,
+            run.phase,
+            describe(run.changes or {}) + (", …" if done is None else ""),
+            "" if run.seed is None else str(run.seed),
+            STATES[done],
+        ]
+        for name, run, done in ablation.planned()
+    ]
+
+
+def result_rows(results: dict[str, Any]) -> list[list[str]]:
+    """A row per cell of the results, under `COLUMNS`."""
+    digits = 2 if results["metric"] == "accuracy" else 3
+    return [
+        [
+            cell["name"],
+            describe(cell["chosen"]),
+            *_measured(cell, digits),
+            *_measured(cell["log_likelihood"], 3),
+            "" if cell["seconds_per_step"] is None else f"{cell['seconds_per_step']:.2f}",
+        ]
+        for cell in results["cells"]
+    ]
+
+
+def _measured(measured: dict[str, Any], digits: int) -> tuple[str, str, str]:
+    """A mean with its error, the difference with its interval, and the verdict on it."""
+    mean, stderr, difference = (measured[name] for name in ("mean", "stderr", "difference"))
+    text = f"{mean:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+    if difference is None:
+        return text, "", ""
+    change, low, high = (f"{difference[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return text, f"{change} [{low}, {high}]", difference["verdict"]
+
+
+def markdown(title: str, rows: list[list[str]], notes: list[str]) -> str:
+    """The table and its notes in Markdown."""
+    lines = [title, "", _pipes(COLUMNS), _pipes(["---"] * len(COLUMNS)), *map(_pipes, rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _pipes(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"

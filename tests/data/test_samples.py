@@ -1,0 +1,82 @@
+"""Samples as model inputs."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ordmoe_peft.data.samples import (
+    answer_text,
+    check_counts,
+    check_processing_class,
+    prompt_inputs,
+    sample_batches,
+    sample_images,
+    scoring_inputs,
+    subsample,
+)
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from tests import models, text
+
+
+TOKENIZER = text.tokenizer()
+ROWS = Dataset.from_dict({"place": list(range(10))})
+
+
+def test_prompts_end_where_answers_begin():
+    """Prompts are padded on the left; what is scored begins with the same tokens and goes on with the labels."""
+    samples = list(text.conversations(3))
+    prompts, scored = prompt_inputs(samples, TOKENIZER), scoring_inputs(samples, TOKENIZER)
+    for row in range(3):
+        prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        whole = scored["input_ids"][row][scored["attention_mask"][row].bool()]
+        labels = scored["labels"][row][scored["attention_mask"][row].bool()]
+        assert torch.equal(whole[: len(prompt)], prompt)
+        assert (labels[: len(prompt)] == -100).all()
+        assert torch.equal(labels[len(prompt) :], whole[len(prompt) :])
+
+
+@pytest.mark.parametrize("completion", ["w2 w3", f"w2 w3{TOKENIZER.eos_token}"])
+def test_plain_answers_end_once(completion):
+    scored = scoring_inputs([{"prompt": "w1 ", "completion": completion}], TOKENIZER)
+    assert (scored["labels"][0] == models.EOS).sum() == 1
+    assert scored["labels"][0, -1] == models.EOS
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [" yes ", [{"role": "assistant", "content": "yes"}], [{"content": [{"type": "text", "text": "yes"}]}]],
+)
+def test_the_answer_as_plain_text(completion):
+    assert answer_text({"completion": completion}) == "yes"
+
+
+def test_images_of_a_sample():
+    assert [sample_images(sample) for sample in ({"image": 1}, {"images": (1, 2)}, {"images": None}, {})] == [
+        *([1], [1, 2], [], [])
+    ]
+
+
+def test_batches_are_in_order():
+    assert [[row["place"] for row in batch] for batch in sample_batches(ROWS, 4)] == [
+        *([0, 1, 2, 3], [4, 5, 6, 7], [8, 9])
+    ]
+
+
+def test_a_subsample_follows_its_seed():
+    assert subsample(ROWS, None) is ROWS
+    assert len(subsample(ROWS, 99)) == 10
+    assert subsample(ROWS, 4)["place"][:] == subsample(ROWS, 4)["place"][:] != subsample(ROWS, 4, 1)["place"][:]
+    with pytest.raises(OrdMoEConfigError, match="limit must be at least 1, got 0"):
+        subsample(ROWS, 0)
+
+
+def test_counts():
+    check_counts(given=1, not_given=None)
+    with pytest.raises(OrdMoEConfigError, match="rows must be at least 1, got -1"):
+        check_counts(rows=-1)
+
+
+def test_a_tokenizer_without_words_is_none():
+    check_processing_class(TOKENIZER, "base")
+    with pytest.raises(OrdMoEModelError, match="base has no tokenizer, only object without a vocabulary"):
+        check_processing_class(object(), "base")
