@@ -75,7 +75,9 @@ class AdapterArguments:
     grouping: str = field(default=OrdMoEConfig.grouping, metadata=help_of(OrdMoEConfig, "grouping"))
     layer_scope: list[str] = field(default_factory=lambda: ["all"], metadata=help_of(OrdMoEConfig, "layer_scope"))
     token_scope: str = field(default=OrdMoEConfig.token_scope, metadata=help_of(OrdMoEConfig, "token_scope"))
-    tier_weights: str = field(default=OrdMoEConfig.tier_weights, metadata=help_of(OrdMoEConfig, "tier_weights"))
+    tier_weights: str = field(
+        default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
+    )
     rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
     advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
     tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
