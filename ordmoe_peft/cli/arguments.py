@@ -64,22 +64,28 @@ def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
 
 
 @dataclass
-class AdapterArguments:
-    """The adapter's configuration: the fields of [`OrdMoEConfig`] that are set per run."""
+class AdapterSizeArguments:
+    """The fields of [`OrdMoEConfig`] that also decide what training takes of memory."""
 
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
     targets: list[str] = field(default_factory=lambda: ["router", "experts"], metadata=help_of(OrdMoEConfig, "targets"))
     num_tiers: int = field(default=OrdMoEConfig.num_tiers, metadata=help_of(OrdMoEConfig, "num_tiers"))
+    rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
+    advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
+
+
+@dataclass
+class AdapterArguments(AdapterSizeArguments):
+    """The adapter's configuration: the fields of [`OrdMoEConfig`] that are set per run."""
+
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
     grouping: str = field(default=OrdMoEConfig.grouping, metadata=help_of(OrdMoEConfig, "grouping"))
     layer_scope: list[str] = field(default_factory=lambda: ["all"], metadata=help_of(OrdMoEConfig, "layer_scope"))
     token_scope: str = field(default=OrdMoEConfig.token_scope, metadata=help_of(OrdMoEConfig, "token_scope"))
     tier_weights: str = field(
         default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
     )
-    rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
-    advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
     tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
 
     def adapter_config(self) -> OrdMoEConfig:

@@ -16,7 +16,7 @@ from ..tools.plan.optimizers import OPTIMIZERS
 from ..tools.plan.plan import MemoryPlan, plan_memory
 from ..tools.plan.settings import CHOICES_OF, PlanSettings
 from ..training import OrdMoETrainingArguments
-from .arguments import AdapterArguments, ModelArguments, help_of, weights_dtype, with_model_first
+from .arguments import AdapterSizeArguments, ModelArguments, help_of, weights_dtype, with_model_first
 from .tables import print_table, write_json
 
 
@@ -41,19 +41,12 @@ class CardArguments:
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(AdapterSizeArguments):
     """The options of `ordmoe train` that decide what training takes, under their names there, and its images."""
 
-    lora_r: int = field(default=AdapterArguments.lora_r, metadata=help_of(AdapterArguments, "lora_r"))
-    targets: list[str] = field(
-        default_factory=lambda: ["router", "experts"], metadata=help_of(AdapterArguments, "targets")
-    )
-    num_tiers: int = field(default=AdapterArguments.num_tiers, metadata=help_of(AdapterArguments, "num_tiers"))
     objective: str = field(
         default=OrdMoETrainingArguments.objective, metadata=help_of(OrdMoETrainingArguments, "objective")
     )
-    rewards: list[float] | None = field(default=AdapterArguments.rewards, metadata=help_of(AdapterArguments, "rewards"))
-    advantages: str = field(default=AdapterArguments.advantages, metadata=help_of(AdapterArguments, "advantages"))
     tier_passes: str = field(
         default="auto",
         metadata={

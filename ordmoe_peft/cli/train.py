@@ -106,6 +106,7 @@ def train(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[str, Any]:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
+    """A table of one row: how long it took, to what loss and with how much memory."""
     row = (
         str(metrics["train_steps"]),
         f"{metrics.get('train_loss', math.nan):.4f}",

@@ -22,34 +22,18 @@ CHOICES_OF = {"tier_passes": CHOICES["tier_passes"], "objective": tuple(OBJECTIV
 class PlanSettings:
     """How a model is trained.
 
-    Args:
-        dtype (`torch.dtype`, defaults to bf16): that of unquantised weights.
-        quantization ([`MoeBitsAndBytesConfig`], *optional*): 4-bit loading.
-        is_stored_packed (`bool`, defaults to `False`): the checkpoint is in 4 bits already, so `quantization` is fixed.
-        r (`int`, defaults to 16), targets (`Sequence[str]`, defaults to router and experts): the adapter's.
-        num_tiers (`int`, defaults to 3), objective (`str`, defaults to `"erl"`), rewards (`Sequence[float]`,
-            *optional*), advantages (`str`, defaults to `"zscore"`): decide which tiers are run.
-        tier_passes (`str`, defaults to `"auto"`): `"batched"`, the rows of all tiers in one forward, each with a prompt
-            of its own; `"sequential"`, one tier after another; or `"auto"`, which is planned as `"sequential"`: the
-            trainer begins so and changes where half of what is free suffices, see
-            [`~ordmoe_peft.tools.plan.plan.tokens_at_once`].
-        batch_size (`int`, defaults to 8): samples at a time on the card.
-        sequence_length (`int`, defaults to 1024): tokens of each, all of them used, image tokens included.
-        images_per_sample (`int`, defaults to 0), image_tokens (`int`, defaults to 0): images of a sample, and the
-            tokens that the language model sees of each.
-        gradient_checkpointing (`bool`, defaults to `True`): run layers again in backward.
-        optimizer (`str`, defaults to `"adamw_torch_fused"`): a key of [`OPTIMIZERS`].
-        autocast (`torch.dtype`, *optional*): dtype of mixed precision, see [`PlanSettings.autocast_used`].
-        device (`str`, defaults to `"cuda"`): whose LM head and dense experts are planned: on CPU, TRL's head makes
-            several more copies, and experts run one after another.
+    `tier_passes="auto"` is planned as `"sequential"`: the trainer begins so and changes where half of what is free
+    suffices, see [`~ordmoe_peft.tools.plan.plan.tokens_at_once`]. With `"batched"` each tier's rows have a prompt of
+    their own.
 
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
     """
 
-    dtype: torch.dtype = torch.bfloat16
-    quantization: MoeBitsAndBytesConfig | None = None
-    is_stored_packed: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of unquantised weights
+    quantization: MoeBitsAndBytesConfig | None = None  # 4-bit loading
+    is_stored_packed: bool = False  # the checkpoint is in 4 bits already, so `quantization` is fixed
+    # The adapter's. Its tiers, objective, rewards and advantages decide which tiers are run.
     r: int = 16
     targets: Sequence[str] = ("router", "experts")
     num_tiers: int = 3
@@ -57,13 +41,15 @@ class PlanSettings:
     rewards: Sequence[float] | None = None
     advantages: str = "zscore"
     tier_passes: str = "auto"
-    batch_size: int = 8
-    sequence_length: int = 1024
+    batch_size: int = 8  # samples at a time on the card
+    sequence_length: int = 1024  # tokens of each, all of them used, image tokens included
     images_per_sample: int = 0
-    image_tokens: int = 0
-    gradient_checkpointing: bool = True
-    optimizer: str = "adamw_torch_fused"
-    autocast: torch.dtype | None = torch.bfloat16
+    image_tokens: int = 0  # that the language model sees of each image
+    gradient_checkpointing: bool = True  # run layers again in backward
+    optimizer: str = "adamw_torch_fused"  # a key of OPTIMIZERS
+    autocast: torch.dtype | None = torch.bfloat16  # dtype of mixed precision, see `autocast_used`
+    # Whose LM head and dense experts are planned: on CPU, TRL's head makes several more copies, and experts run one
+    # after another.
     device: str = "cuda"
 
     def __post_init__(self):
