@@ -7,8 +7,20 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.utils.peft_types import PeftType
 from torch import nn
+
+# Tensors without numbers, and what sees each operation on them, have no public names (torch 2.13).
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from transformers import PreTrainedModel
+
+
+# The operator of `torch.nn.functional.grouped_mm`, as dispatch modes see it; it has no public name (torch 2.13).
+GROUPED_MM = torch.ops.aten._grouped_mm.default
 
 
 def add_peft_type(name: str) -> None:

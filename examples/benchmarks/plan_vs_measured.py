@@ -25,7 +25,8 @@ from transformers.utils import logging
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.tables import percent, print_table
 from ordmoe_peft.tools.plan.activations import step_inputs
-from ordmoe_peft.tools.plan.plan import PlanSettings, plan_memory
+from ordmoe_peft.tools.plan.plan import plan_memory
+from ordmoe_peft.tools.plan.settings import PlanSettings
 from ordmoe_peft.tools.plan.weights import model_class
 
 from .measuring import in_a_fresh_process, peak_of, print_cpu
@@ -154,7 +155,7 @@ def measure(case: Case) -> int:
             folder, dtype=torch.bfloat16, quantization_config=settings.quantization
         )
         model = get_peft_model(model, settings.adapter_config())
-        batch = step_inputs(config, settings.step_shape())
+        batch = step_inputs(config, settings)
         batch = {name: make() if callable(make) else make for name, make in batch.items()}
         trainer = MeasuringTrainer(
             model,

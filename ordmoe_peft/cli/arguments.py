@@ -1,7 +1,7 @@
 """Options that commands share, under TRL's names where TRL has them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import PretrainedConfig
@@ -12,6 +12,11 @@ from ..quantization.config import MoeBitsAndBytesConfig
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def help_of(owner: type, name: str) -> Mapping[str, str]:
+    """The metadata of an option with the help text that the field `name` of the dataclass `owner` has."""
+    return {"help": next(item.metadata["help"] for item in fields(owner) if item.name == name)}
 
 
 @dataclass
@@ -59,53 +64,39 @@ def weights_dtype(config: PretrainedConfig, name: str) -> torch.dtype:
 
 
 @dataclass
-class AdapterArguments:
-    """The adapter's configuration: the fields of OrdMoEConfig that are set per run."""
+class AdapterSizeArguments:
+    """The fields of [`OrdMoEConfig`] that also decide what training takes of memory."""
 
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    targets: list[str] = field(default_factory=lambda: ["router", "experts"], metadata=help_of(OrdMoEConfig, "targets"))
+    num_tiers: int = field(default=OrdMoEConfig.num_tiers, metadata=help_of(OrdMoEConfig, "num_tiers"))
+    rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
+    advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
+
+
+@dataclass
+class AdapterArguments(AdapterSizeArguments):
+    """The adapter's configuration: the fields of [`OrdMoEConfig`] that are set per run."""
+
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
-    targets: list[str] = field(
-        default_factory=lambda: ["router", "experts"],
-        metadata={"help": "Roles to adapt: router, experts, shared_experts, attention."},
-    )
-    num_tiers: int = field(default=3, metadata={"help": "Tiers C; 1 is supervised fine-tuning."})
-    grouping: str = field(default="uniform", metadata={"help": "How tiers are cut: uniform, high_only or random."})
-    layer_scope: list[str] = field(
-        default_factory=lambda: ["all"],
-        metadata={"help": "MoE layers held to tiers: all, shallow, deep, or indices."},
-    )
-    token_scope: str = field(
-        default="sequence", metadata={"help": "Positions of a row that follow its tier: sequence or response."}
-    )
+    grouping: str = field(default=OrdMoEConfig.grouping, metadata=help_of(OrdMoEConfig, "grouping"))
+    layer_scope: list[str] = field(default_factory=lambda: ["all"], metadata=help_of(OrdMoEConfig, "layer_scope"))
+    token_scope: str = field(default=OrdMoEConfig.token_scope, metadata=help_of(OrdMoEConfig, "token_scope"))
     tier_weights: str = field(
         default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
     )
-    rewards: list[float] | None = field(
-        default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
-    )
-    advantages: str = field(default="zscore", metadata={"help": "What rewards become: zscore, center or none."})
-    tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
+    tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
 
     def adapter_config(self) -> OrdMoEConfig:
         """The configuration that was asked for."""
+        settings = dict(vars(self))
         # A recipe may give one name or index instead of a list.
         given = self.layer_scope if isinstance(self.layer_scope, list) else [self.layer_scope]
         scope = [str(part) for part in given]
-        return OrdMoEConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            use_rslora=self.use_rslora,
-            targets=self.targets,
-            num_tiers=self.num_tiers,
-            grouping=self.grouping,
-            layer_scope=[int(part) for part in scope] if all(part.isdecimal() for part in scope) else " ".join(scope),
-            token_scope=self.token_scope,
-            tier_weights=self.tier_weights,
-            rewards=self.rewards,
-            advantages=self.advantages,
-            tier_seed=self.tier_seed,
-        )
+        is_indices = all(part.isdecimal() for part in scope)
+        settings["layer_scope"] = [int(part) for part in scope] if is_indices else " ".join(scope)
+        return OrdMoEConfig(r=settings.pop("lora_r"), **settings)
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,9 @@
 """How much slower this CPU multiplies in 16 bits than in 32: some 30 times where it has no instructions for it.
 
-It is measured, since what decides (the CPU, torch's build, limits set for oneDNN) no one function of torch tells.
+It is measured: no one function of torch says what decides (the CPU, torch's build, limits set for oneDNN).
 """
 
-import time
+import timeit
 from functools import cache
 
 import torch
@@ -22,12 +22,7 @@ def slowdown(dtype: torch.dtype) -> float:
 def _seconds(dtype: torch.dtype) -> float:
     """The least of a few: what disturbs a measurement only adds to it."""
     matrix = torch.ones(SIDE, SIDE, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=4))
 
 
 def describe_cpu() -> str:

@@ -38,7 +38,7 @@ def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any 
 
 
 def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArguments | None = None) -> None:
-    """Say once that this CPU is slow in 16 bits, where the model of `dtype` is computed in them there.
+    """Say once that this CPU is slow in 16 bits, where a model that is computed in them is on it.
 
     Args:
         options ([`ModelArguments`]): how it was loaded.
@@ -46,40 +46,32 @@ def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArgu
         args ([`~transformers.TrainingArguments`], *optional*): of its training, which may be in mixed precision.
     """
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    computed = {name: half for name, half in mixed.items() if args is not None and getattr(args, name)}
-    instead = [f"--{name} false" for name in computed]
+    # What to give instead → the 16-bit dtype that is used now.
+    used = {f"--{name} false": half for name, half in mixed.items() if args is not None and getattr(args, name)}
     if dtype in mixed.values():
-        computed["dtype"] = dtype
-        instead.append("--dtype float32")
+        used["--dtype float32"] = dtype
     if options.load_in_4bit and options.bnb_4bit_compute_dtype in ("bfloat16", "float16"):
-        computed["4 bits"] = DTYPES[options.bnb_4bit_compute_dtype]
-        instead.append("--bnb_4bit_compute_dtype float32")
-    slow = max(map(slowdown, computed.values()), default=0)
+        used["--bnb_4bit_compute_dtype float32"] = DTYPES[options.bnb_4bit_compute_dtype]
+    slow = max(map(slowdown, used.values()), default=0)
     if slow > WORTH_A_WORD:
-        names = " and ".join(sorted({str(half).removeprefix("torch.") for half in computed.values()}))
+        names = " and ".join(sorted({str(half).removeprefix("torch.") for half in used.values()}))
         logger.warning_once(
             f"This CPU has no fast products in {names}: they take {slow:.0f} times what they take in float32. Give "
-            f"{' '.join(instead)}."
+            f"{' '.join(used)}."
         )
 
 
 def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> Any:
     """The base's processor, or its tokenizer where it has no other modality."""
+    name = options.model_name_or_path
     try:
         processing_class = AutoProcessor.from_pretrained(
-            options.model_name_or_path, revision=options.model_revision, trust_remote_code=trust_remote_code
+            name, revision=options.model_revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise OrdMoEModelError(
-            f"No tokenizer or processor can be loaded from {options.model_name_or_path}: {error}"
-        ) from error
-    check_processing_class(processing_class, options.model_name_or_path)
+        raise OrdMoEModelError(f"No tokenizer or processor can be loaded from {name}: {error}") from error
+    check_processing_class(processing_class, name)
     return processing_class
-
-
-def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """`model` with the adapter at `adapter` (folder or hub id) on it."""
-    return PeftModel.from_pretrained(model, adapter)
 
 
 def load_split(name: str | None, config: str | None, split: str, streaming: bool = False) -> Any:
@@ -109,13 +101,11 @@ def load_subject(model_options: ModelArguments, options: SampleArguments) -> tup
     model = load_base(model_options, options.trust_remote_code, device_map)
     if device_map is None:
         warn_if_slow(model_options, model.dtype)
-    return model if options.adapter is None else load_adapter(model, options.adapter), processing_class
+    return model if options.adapter is None else PeftModel.from_pretrained(model, options.adapter), processing_class
 
 
 def tier_cut(model: Any, options: SampleArguments) -> dict[str, Any]:
     """`num_tiers` and `grouping` as asked for, else the adapter's."""
     config = adapter_config(model)
-    return {
-        "num_tiers": config.num_tiers if options.num_tiers is None else options.num_tiers,
-        "grouping": config.grouping if options.grouping is None else options.grouping,
-    }
+    asked = {"num_tiers": options.num_tiers, "grouping": options.grouping}
+    return {name: getattr(config, name) if value is None else value for name, value in asked.items()}

@@ -11,17 +11,17 @@ import yaml
 from ..errors import OrdMoEError
 
 
-# Command → (module, what it does). Modules are imported only when their command runs.
+# Command → what it does. The module of its name is imported only when it runs.
 COMMANDS = {
-    "plan": ("ordmoe_peft.cli.plan", "say what training takes of a card's memory, from the configuration alone"),
-    "train": ("ordmoe_peft.cli.train", "train an OrdMoE adapter on a MoE model"),
-    "inspect": ("ordmoe_peft.cli.inspect", "say whether a model's routing can be cut into tiers, and why not"),
-    "evaluate": ("ordmoe_peft.cli.evaluate", "exact match and likelihood of answers, per tier on request"),
-    "ablate": ("ordmoe_peft.cli.ablate", "compare settings with a baseline, over several seeds"),
-    "rollouts": ("ordmoe_peft.cli.rollouts", "write what each tier answers, as a data set of ranked responses"),
-    "tiers": ("ordmoe_peft.cli.tiers", "what each tier is worth: order, answers, routing, diversity"),
-    "merge": ("ordmoe_peft.cli.merge", "write a base with an adapter merged into it, on disk, stack by stack"),
-    "export": ("ordmoe_peft.cli.export", "write an adapter in a form that plain PEFT loads"),
+    "plan": "say what training takes of a card's memory, from the configuration alone",
+    "train": "train an OrdMoE adapter on a MoE model",
+    "inspect": "say whether a model's routing can be cut into tiers, and why not",
+    "evaluate": "exact match and likelihood of answers, per tier on request",
+    "ablate": "compare settings with a baseline, over several seeds",
+    "rollouts": "write what each tier answers, as a data set of ranked responses",
+    "tiers": "what each tier is worth: order, answers, routing, diversity",
+    "merge": "write a base with an adapter merged into it, on disk, stack by stack",
+    "export": "write an adapter in a form that plain PEFT loads",
 }
 # What users cause: our own errors, missing files and repositories, values that upstream refuses, broken YAML.
 USER_ERRORS = (OrdMoEError, OSError, ValueError, yaml.YAMLError)
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, help_text) in COMMANDS.items():
+    for name, help_text in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)
     return parser
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code: 0, or 2 after an error that was printed."""
     options, rest = build_parser().parse_known_args(arguments)
-    module = importlib.import_module(COMMANDS[options.command][0])
+    module = importlib.import_module(f"ordmoe_peft.cli.{options.command}")
     try:
         module.main(rest)
     except USER_ERRORS as error:

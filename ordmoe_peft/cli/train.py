@@ -5,8 +5,10 @@ file of `examples/accelerate`. With `--resume_from_checkpoint auto` the same com
 that was killed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from peft import get_peft_model
 from transformers import set_seed
@@ -48,13 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     adapter_config = adapter_options.adapter_config()
     resume, overwrite = training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     RunFolder(training_args.output_dir).check_free(resume, overwrite)
-    data = (script_options.dataset_name, script_options.dataset_config)
-    train_dataset = load_split(*data, script_options.dataset_train_split, script_options.dataset_streaming)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_split(*data, script_options.dataset_test_split, script_options.dataset_streaming)
-    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-        checked_data(dataset, training_args, name)
+    datasets = load_data(script_options, training_args)
     processing_class = load_processing_class(model_options, training_args.trust_remote_code)
     # LoRA's first factors are drawn when the adapter is attached, before the trainer sets its seed.
     set_seed(training_args.seed)
@@ -63,18 +59,36 @@ def main(arguments: Sequence[str]) -> None:
         print(coverage_report(model))
         if training_args.device.type == "cpu":
             warn_if_slow(model_options, model.dtype, training_args)
-
-    trainer = OrdMoETrainer(
-        model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processing_class,
-    )
+    trainer = OrdMoETrainer(model, args=training_args, processing_class=processing_class, **datasets)
     if trainer.is_finished(resume):
         if trainer.is_world_process_zero():
             print(f"The run in {training_args.output_dir} is already finished.")
         return
+    metrics = train(trainer, resume)
+    if not trainer.is_world_process_zero():
+        return
+    print_metrics(metrics)
+    print(f"Adapter in {training_args.output_dir}")
+    if report_options.report is not None:
+        # The trainer's own dictionary hides tokens.
+        settings = asdict(model_options) | asdict(adapter_options) | asdict(script_options) | training_args.to_dict()
+        print(f"Report: {write_report(report_options.report, trainer, metrics, settings)}")
+
+
+def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) -> dict[str, Any]:
+    """The trainer's data sets, with answers to learn from; that of evaluation is `None` where there is none."""
+    data = (options.dataset_name, options.dataset_config)
+    train_dataset = load_split(*data, options.dataset_train_split, options.dataset_streaming)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_split(*data, options.dataset_test_split, options.dataset_streaming)
+    for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+        checked_data(dataset, training_args, name)
+    return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+
+
+def train(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[str, Any]:
+    """Train, save adapter, metrics and state, and return the metrics."""
     peak_before = peak_memory()  # tier_passes="auto" sets the count back
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -88,29 +102,23 @@ def main(arguments: Sequence[str]) -> None:
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     trainer.finish()
-    if not trainer.is_world_process_zero():
-        return
-    print_table(
-        "Trained",
-        ("steps", "loss", "seconds per step", "peak memory"),
-        [
-            (
-                str(steps),
-                f"{result.training_loss:.4f}",
-                f"{metrics['train_seconds_per_step']:.2f}",
-                f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB",
-            )
-        ],
+    return metrics
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """A table of one row: how long it took, to what loss and with how much memory."""
+    row = (
+        str(metrics["train_steps"]),
+        f"{metrics.get('train_loss', math.nan):.4f}",
+        f"{metrics['train_seconds_per_step']:.2f}",
+        f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB",
     )
-    print(f"Adapter in {training_args.output_dir}")
-    if report_options.report is not None:
-        # The trainer's own dictionary hides tokens.
-        settings = {**asdict(model_options), **asdict(adapter_options), **asdict(script_options)}
-        settings |= training_args.to_dict()
-        history = trainer.state.log_history
-        vocab_size = model.config.get_text_config().vocab_size
-        findings = training_findings(history, vocab_size=vocab_size, erl_coef=training_args.erl_coef)
-        page = train_report(
-            [*history, metrics], settings, report_options.report, [finding.to_dict() for finding in findings]
-        )
-        print(f"Report: {page}")
+    print_table("Trained", ("steps", "loss", "seconds per step", "peak memory"), [row])
+
+
+def write_report(folder: str, trainer: OrdMoETrainer, metrics: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """Write the report of a run, and return the page's path."""
+    history = trainer.state.log_history
+    vocab_size = trainer.model.config.get_text_config().vocab_size
+    findings = training_findings(history, vocab_size=vocab_size, erl_coef=trainer.args.erl_coef)
+    return train_report([*history, metrics], settings, folder, [finding.to_dict() for finding in findings])

@@ -1,6 +1,9 @@
+from dataclasses import fields
+
 import pytest
 
-from ordmoe_peft.cli.arguments import AdapterArguments
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.cli.arguments import AdapterArguments, help_of, with_model_first
 from ordmoe_peft.errors import OrdMoEConfigError
 
 
@@ -15,3 +18,17 @@ def test_layers_as_options_and_recipes_give_them(given, wanted):
 def test_layers_that_nothing_names(given):
     with pytest.raises(OrdMoEConfigError, match="layer_scope must be one of"):
         AdapterArguments(layer_scope=given).adapter_config()
+
+
+def test_options_of_the_adapter_default_to_its_configuration():
+    options, config = AdapterArguments(), OrdMoEConfig()
+    own = [item.name for item in fields(AdapterArguments) if item.name not in ("lora_r", "lora_alpha", "layer_scope")]
+    assert {name: getattr(options, name) for name in own} == {name: getattr(config, name) for name in own}
+    assert help_of(AdapterArguments, "grouping") == help_of(OrdMoEConfig, "grouping")
+
+
+def test_the_model_may_stand_first():
+    assert with_model_first(["base", "--limit", "3"]) == ["--model_name_or_path", "base", "--limit", "3"]
+    assert with_model_first(["adapter"], "--adapter") == ["--adapter", "adapter"]
+    for named in ([], ["--model_name_or_path", "base"]):
+        assert with_model_first(named) == named

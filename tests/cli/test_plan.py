@@ -7,9 +7,9 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ordmoe_peft import MoeBitsAndBytesConfig
-from ordmoe_peft.cli import plan as plan_command
 from ordmoe_peft.cli.arguments import ModelArguments
 from ordmoe_peft.cli.main import main
+from ordmoe_peft.tools.plan import known_models
 from tests import models
 from tests.cli.test_main import error_of
 
@@ -100,7 +100,7 @@ def test_nothing_makes_it_fit(folder, capsys):
 
 
 def test_a_known_model_needs_no_hub(capsys, monkeypatch):
-    monkeypatch.setattr(plan_command.AutoConfig, "from_pretrained", None)
+    monkeypatch.setattr(known_models.AutoConfig, "from_pretrained", None)
     assert (
         run(
             "allenai/OLMoE-1B-7B-0125-Instruct",
@@ -162,7 +162,7 @@ def test_an_unknown_model_names_the_known_ones(tmp_path, capsys, monkeypatch):
     def offline(*args, **kwargs):
         raise OfflineModeIsEnabled("no hub")
 
-    monkeypatch.setattr(plan_command.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(known_models.AutoConfig, "from_pretrained", offline)
     error = error_of(capsys, ["plan", "nobody/nothing"])
     assert "No configuration of 'nobody/nothing'" in error
     assert "Qwen3-30B-A3B" in error

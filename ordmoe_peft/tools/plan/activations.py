@@ -4,20 +4,20 @@ A step is traced on fake tensors ([`MemoryTrace`]) with as many decoder layers a
 the others are added by kind.
 """
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from ..._compat import FakeTensorMode
 from ...data.images import encode_images
 from ...errors import OrdMoEConfigError
 from ...experts.forward import ExpertLora, frozen_step, grouped_forward, taken
@@ -27,37 +27,9 @@ from ...moe_model import find_moe_layers
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
 from .lm_head import log_probs_as_on_cuda
+from .settings import PlanSettings
 from .trace import MemoryTrace, fake_of
 from .weights import replace_tensor
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The rows of one forward and how it is run.
-
-    Args:
-        samples (`int`): samples of a batch.
-        sequence_length (`int`): tokens in each row, all of them used, image tokens included.
-        tiers (`int`, defaults to 1): tiers that run in the forward, with a row for each sample.
-        images_per_row (`int`, defaults to 0), image_tokens (`int`, defaults to 0): images in a row, and the tokens that
-            the language model sees of each.
-        encodes_first (`bool`, defaults to `False`): encode each image once, ahead, as the trainer does where there are
-            tiers.
-        gradient_checkpointing (`bool`, defaults to `True`): run layers again in backward.
-        autocast (`torch.dtype`, *optional*): dtype of mixed precision (`bf16=True` of the training arguments).
-        device (`str`, defaults to `"cuda"`): whose LM head and dense experts are traced: on CPU, TRL's head makes
-            several more copies, and experts run one after another.
-    """
-
-    samples: int
-    sequence_length: int
-    tiers: int = 1
-    images_per_row: int = 0
-    image_tokens: int = 0
-    encodes_first: bool = False
-    gradient_checkpointing: bool = True
-    autocast: torch.dtype | None = torch.bfloat16
-    device: str = "cuda"
 
 
 @dataclass(frozen=True)
@@ -77,39 +49,41 @@ class Activations:
         return self.kept + self.working
 
 
-def estimate_activations(model: nn.Module, shape: StepShape) -> Activations:
+def estimate_activations(model: nn.Module, settings: PlanSettings) -> Activations:
     """Trace a training step of `model`, which is used up: its layers are cut and its weights made fake.
 
     Args:
         model (`nn.Module`): a [`~peft.PeftModel`] on the meta device.
-        shape ([`StepShape`]): the rows of the step.
+        settings ([`PlanSettings`]): the rows of the largest forward, and how it is run.
 
     Raises:
         [`OrdMoEConfigError`]: the images do not fit the sequence, or the model's vision tower is of an unknown kind.
     """
     base = model.get_base_model()
-    inputs = step_inputs(base.config, shape)
-    _stand_in_for_experts(model, shape.device)
-    if shape.device != "cuda":
+    inputs, tiers = step_inputs(base.config, settings), settings.tiers_at_once
+    for layer in find_moe_layers(model):
+        layer.experts.forward = partial(_run_experts, layer.experts, settings.device)
+    if settings.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
-    missing = _cut_layers(model, _unlike_the_rest(base.config, shape))
+    representatives = _cut_layers(model, _num_atypical_layers(base.config, settings))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     at_hand = _make_fake(model, fakes)
     model.train()
-    if shape.gradient_checkpointing:  # as the trainers do
+    if settings.gradient_checkpointing:  # as the trainers do
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     trace = MemoryTrace(fakes, at_hand)
-    with fakes, trace, _watched_layers(model, trace) as watch:
+    watch = _LayerWatch(model, trace)
+    with fakes, trace:
         inputs |= {name: make() for name, make in inputs.items() if callable(make)}
-        with nullcontext() if shape.autocast is None else torch.autocast("cpu", shape.autocast):
-            if shape.encodes_first:
+        with nullcontext() if settings.autocast_used is None else torch.autocast("cpu", settings.autocast_used):
+            if settings.num_tiers > 1:  # the trainer encodes each image once for all tiers
                 inputs = encode_images(model, inputs)
-            loss = _loss(model, stack_rows([inputs] * shape.tiers, pad_token_id=0), shape.device)
+            loss = _loss(model, stack_rows([inputs] * tiers, pad_token_id=0), settings.device)
         kept = trace.live
         loss.backward()
     steps = [after - before for before, after in itertools.pairwise(watch.live)]
-    kept, peak = (size + sum(steps[place] for place in missing) for size in (kept, trace.peak))
+    kept, peak = (size + sum(steps[layer] for layer in representatives) for size in (kept, trace.peak))
     return Activations(kept, max(peak, watch.peak_before) - kept)
 
 
@@ -124,71 +98,75 @@ def _loss(model: nn.Module, inputs: dict[str, Any], device: str) -> torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
-def step_inputs(config: PretrainedConfig, shape: StepShape) -> dict[str, Any]:
+def step_inputs(config: PretrainedConfig, settings: PlanSettings) -> dict[str, Any]:
     """A batch of full rows, one for each sample; what has no numbers is a function that makes it."""
-    ids = torch.ones(shape.samples, shape.sequence_length, dtype=torch.long)
+    ids = torch.ones(settings.batch_size, settings.sequence_length, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    return inputs | _images(config, shape, ids) if shape.images_per_row else inputs
+    return inputs | _images(config, settings, ids) if settings.images_per_sample else inputs
 
 
-def _images(config: PretrainedConfig, shape: StepShape, ids: torch.Tensor) -> dict[str, Any]:
-    vision = getattr(config, "vision_config", None)
+def _images(config: PretrainedConfig, settings: PlanSettings, ids: torch.Tensor) -> dict[str, Any]:
+    """Inputs of Qwen-VL's kind. Writes each image into `ids`, as a start token, its image tokens and an end token."""
+    vision: Any = getattr(config, "vision_config", None)
     if not all(hasattr(vision, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")):
         raise OrdMoEConfigError(
-            f"images_per_sample={shape.images_per_row} needs a vision tower of Qwen-VL's kind, which "
+            f"images_per_sample={settings.images_per_sample} needs a vision tower of Qwen-VL's kind, which "
             f"{config.model_type!r} does not have. Leave it at 0 to plan for text."
         )
-    taken = shape.images_per_row * (shape.image_tokens + 2)
-    if shape.image_tokens < 1 or taken > shape.sequence_length:
+    tokens, width = settings.image_tokens, settings.image_tokens + 2
+    if tokens < 1 or settings.images_per_sample * width > settings.sequence_length:
         raise OrdMoEConfigError(
-            f"{shape.images_per_row} images of image_tokens={shape.image_tokens}, with a token before and after each, "
-            f"take {taken} tokens of a sequence of {shape.sequence_length}. Give at least one token an image, and a "
-            "sequence that they fit in."
+            f"{settings.images_per_sample} images of image_tokens={tokens}, with a token before and after each, take "
+            f"{settings.images_per_sample * width} tokens of a sequence of {settings.sequence_length}. Give at least "
+            "one token an image, and a sequence that they fit in."
         )
-    for image in range(shape.images_per_row):
-        start = image * (shape.image_tokens + 2)
-        ids[:, start], ids[:, start + shape.image_tokens + 1] = config.vision_start_token_id, config.vision_end_token_id
-        ids[:, start + 1 : start + shape.image_tokens + 1] = config.image_token_id
-    images, merge = shape.samples * shape.images_per_row, vision.spatial_merge_size
-    height = next(side for side in range(int(shape.image_tokens**0.5), 0, -1) if shape.image_tokens % side == 0)
+    for start in range(0, settings.images_per_sample * width, width):
+        ids[:, start], ids[:, start + width - 1] = config.vision_start_token_id, config.vision_end_token_id
+        ids[:, start + 1 : start + width - 1] = config.image_token_id
+    images, merge = settings.batch_size * settings.images_per_sample, vision.spatial_merge_size
+    height = next(side for side in range(int(tokens**0.5), 0, -1) if tokens % side == 0)
     patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
         "mm_token_type_ids": (ids == config.image_token_id).long(),
-        "image_grid_thw": torch.tensor([[1, height * merge, shape.image_tokens // height * merge]] * images),
-        "pixel_values": lambda: torch.empty(images * shape.image_tokens * merge**2, patch_width),
+        "image_grid_thw": torch.tensor([[1, height * merge, tokens // height * merge]] * images),
+        "pixel_values": lambda: torch.empty(images * tokens * merge**2, patch_width),
     }
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-def _unlike_the_rest(config: PretrainedConfig, shape: StepShape) -> int:
-    """How many of the first layers hold something else than others of their kind.
+def _num_atypical_layers(config: PretrainedConfig, settings: PlanSettings) -> int:
+    """Number of leading layers whose memory is atypical.
 
-    Backward ends at the first adapter, so without checkpointing the layer that has it keeps less; and Qwen3-VL adds
+    Backward ends at the first adapter, so without checkpointing the layer that has it keeps less. Qwen3-VL adds
     features of the vision tower to what its first layers give; when the layer behind them begins, what the last of them
     gave without features is still held, too.
     """
     deepstack = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ())
-    return max(0 if shape.gradient_checkpointing else 1, len(deepstack) + 1 if shape.images_per_row else 0)
+    return max(0 if settings.gradient_checkpointing else 1, len(deepstack) + 1 if settings.images_per_sample else 0)
 
 
-def _cut_layers(model: nn.Module, unlike: int) -> list[int]:
-    """Drop the decoder layers that only repeat earlier ones. Returns, for each, the place of a kept one of its kind.
+def _cut_layers(model: nn.Module, num_atypical: int) -> list[int]:
+    """Drop the decoder layers that only repeat earlier ones. Returns a representative's index for each.
 
-    The one after the first `unlike` of a kind speaks for it. Behind it a layer stays, so that the memory between two
-    layers' beginnings is seen.
+    It is the first of their kind behind the first `num_atypical` of that kind. A layer stays behind the last
+    representative, so that the memory between two layers' beginnings is seen:
+
+        kinds            A  B  A  A  A  B  A  …      num_atypical 1
+        representatives           A        B
+        kept             A  B  A  A  A  B  A
     """
     owner_name, _, list_name = find_moe_layers(model)[0].decoder_layers_name.rpartition(".")
     owner = model.get_submodule(owner_name)
     kinds = [_kind(layer) for layer in getattr(owner, list_name)]
-    places = {kind: [place for place, other in enumerate(kinds) if other == kind] for kind in kinds}
-    spokesman = {kind: at[min(unlike, len(at) - 1)] for kind, at in places.items()}
-    kept = max(spokesman.values()) + 2
-    setattr(owner, list_name, getattr(owner, list_name)[:kept])
-    return [spokesman[kind] for kind in kinds[kept:]]
+    indices = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
+    representative = {kind: of_kind[min(num_atypical, len(of_kind) - 1)] for kind, of_kind in indices.items()}
+    num_kept = max(representative.values()) + 2
+    setattr(owner, list_name, getattr(owner, list_name)[:num_kept])
+    return [representative[kind] for kind in kinds[num_kept:]]
 
 
 def _kind(layer: nn.Module) -> tuple:
-    """What tells layers apart: parameters and settings of their modules, but not their places."""
+    """What tells layers apart: parameters and settings of their modules, but not their indices."""
     settings = tuple(
         (name, key, value)
         for name, module in layer.named_modules()
@@ -198,45 +176,33 @@ def _kind(layer: nn.Module) -> tuple:
     return tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()), settings
 
 
-def _stand_in_for_experts(model: nn.Module, device: str) -> None:
-    """Have experts run with the memory that they take on `device`, in few operations.
-
-    Dense ones run grouped on CUDA, and expert by expert on the CPU, where fake tensors are.
-    """
-    for layer in find_moe_layers(model):
-        is_grouped = device == "cuda" and not is_packed(layer.experts.down_proj)
-        layer.experts.forward = functools.partial(_forward_grouped if is_grouped else _forward_at_once, layer.experts)
-
-
 class _OneBlock(Part):
     """A part of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
-    one after another takes.
+    one after another takes, in a third of the operations.
     """
 
     def blocks(self, *tensors_MI: torch.Tensor) -> Iterable[tuple]:
         return [(self.experts[0], *tensors_MI)]
 
 
-def _forward_grouped(
+def _run_experts(
     experts: nn.Module,
+    device: str,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     expert_lora: ExpertLora | None = None,
 ) -> torch.Tensor:
-    return grouped_forward(experts, x_TH, index_TK, weights_TK, taken(expert_lora))
+    """The experts' forward with the memory that it takes on `device`.
 
-
-def _forward_at_once(
-    experts: nn.Module,
-    x_TH: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    expert_lora: ExpertLora | None = None,
-) -> torch.Tensor:
-    frozen, slots = frozen_step(experts, index_TK, taken(expert_lora))
+    Dense experts run grouped on CUDA, and expert by expert on the CPU, where fake tensors are.
+    """
+    lora = taken(expert_lora)
+    if device == "cuda" and not is_packed(experts.down_proj):
+        return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
+    frozen, slots = frozen_step(experts, index_TK, lora)
     at_once = replace(slots, parts=[_OneBlock(**vars(part)) for part in slots.parts])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 
@@ -261,32 +227,22 @@ def _make_fake(model: nn.Module, fakes: FakeTensorMode) -> list[torch.Tensor]:
     return tensors
 
 
-@dataclass
-class _Watch:
+class _LayerWatch:
     """What is held when each decoder layer begins in the first forward, and the most that was held before them.
 
-    Apart, since what runs before the decoder, such as a vision tower, runs while its layers keep nothing yet.
+    These are apart, since what runs before the decoder, such as a vision tower, runs while its layers keep nothing yet:
+    the trace's peak starts anew at the first decoder layer.
     """
 
-    live: list[int] = field(default_factory=list)
-    peak_before: int = 0
+    def __init__(self, model: nn.Module, trace: MemoryTrace):
+        self.trace, self.peak_before = trace, 0
+        self.live: list[int] = []
+        self.layers = model.get_submodule(find_moe_layers(model)[0].decoder_layers_name)
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._note)
 
-
-@contextmanager
-def _watched_layers(model: nn.Module, trace: MemoryTrace) -> Iterator[_Watch]:
-    """Within the block, fills a [`_Watch`]; the trace's peak starts anew at the first decoder layer."""
-    layers, watch = find_moe_layers(model), _Watch()
-    stack = model.get_submodule(layers[0].decoder_layers_name)
-
-    def note(module: nn.Module, args: tuple) -> None:
-        if not watch.live:
-            watch.peak_before, trace.peak = trace.peak, trace.live
-        if len(watch.live) < len(stack):
-            watch.live.append(trace.live)
-
-    handles = [layer.register_forward_pre_hook(note) for layer in stack]
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _note(self, module: nn.Module, args: tuple) -> None:
+        if not self.live:
+            self.peak_before, self.trace.peak = self.trace.peak, self.trace.live
+        if len(self.live) < len(self.layers):  # layers run again in backward
+            self.live.append(self.trace.live)

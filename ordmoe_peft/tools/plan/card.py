@@ -1,8 +1,14 @@
 """What a card has for training, from the size that it is sold as, and whether a plan fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from ...errors import OrdMoEConfigError
+from .plan import MemoryPlan, tokens_at_once
+from .settings import PlanSettings
+from .suggestions import suggest
 
 
 GIB = 2**30
@@ -15,19 +21,20 @@ CLOSE_SHARE = 0.03
 
 @dataclass(frozen=True)
 class Card:
-    """A card and what is to be left free on it.
-
-    Args:
-        sold_gb (`float`): its size, as cards are sold.
-        reserve_gb (`float`, defaults to 1.0): GiB that training's tensors cannot have: CUDA's context and libraries
-            take some 0.5, fragments and what kernels allocate inside the rest.
+    """A card of the size that it is sold as, and what is to be left free on it.
 
     Raises:
         [`OrdMoEConfigError`]: a size that cannot be.
     """
 
     sold_gb: float
-    reserve_gb: float = 1.0
+    reserve_gb: float = field(
+        default=1.0,
+        metadata={
+            "help": "GiB to leave free: CUDA's context and libraries take some 0.5, fragments and what kernels "
+            "allocate inside the rest."
+        },
+    )
 
     def __post_init__(self):
         if not 0 < self.sold_gb < float("inf"):
@@ -68,3 +75,15 @@ class Card:
         if answer["is_close"]:
             return f"fits, but within {100 * CLOSE_SHARE:g} % of the limit"
         return "fits" if answer["fits"] else "does not fit"
+
+
+def fit_to_card(config: PretrainedConfig, settings: PlanSettings, plan: MemoryPlan, card: Card) -> dict[str, Any]:
+    """Whether the `plan` of a model of `config` fits, and what would make it fit, as plain data, sizes in bytes."""
+
+    def answered(plan: MemoryPlan) -> dict[str, Any]:
+        return {**plan.to_dict(), **card.answer(plan.total)}
+
+    at_once = tokens_at_once(plan, settings, card.room) if plan.total <= card.room else None
+    ways = [{"options": way.options, **answered(way.plan)} for way in suggest(config, settings, plan, card.safe_room)]
+    of_card = {"usable": card.usable, "reserve": card.reserve, "room": card.room}
+    return {**answered(plan), **of_card, "tokens_at_once": at_once, "suggestions": ways}

@@ -1,9 +1,8 @@
 """Run a model without its numbers and see how much memory it would hold at each moment.
 
 Floating-point tensors are fake: they have a shape, a dtype and a device, and no data. Integers are real, so whatever
-decides shapes (positions, image grids, which rows an expert gets) is computed as always, and code that reads them goes
-on working. The one thing that has to be made up is a router's choice, which would need numbers: tokens are shared out
-evenly over the experts.
+decides shapes (positions, image grids, which rows an expert gets) is computed as always. A router's choice would need
+numbers, so it is made up: tokens are shared out evenly over the experts.
 
 The model's own code runs, with autograd and checkpointing, so the result follows every change to it. What kernels
 allocate inside themselves is not seen.
@@ -14,14 +13,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..._compat import storage_id
+from ..._compat import (
+    GROUPED_MM,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_id,
+    tree_leaves,
+    tree_map,
+    unset_fake_temporarily,
+)
 
 
 aten = torch.ops.aten
+CHOICES = (aten.topk.default, aten.sort.default, aten.sort.stable)
 DEVICE = torch.device("cpu")
 
 
@@ -49,33 +55,28 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = self._run(func, args, kwargs or {})
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
+        for tensor in _tensors(output):
+            self._count(tensor.untyped_storage())
         return output
 
     def _run(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(_is_fake(tensor) for tensor in tensors):
+        tensors = _tensors((args, kwargs))
+        if tensors and not any(map(_is_fake, tensors)):
             return _really(func, args, kwargs)
         if func is aten.index.Tensor:
-            args = (args[0], _indices(args[1]))
-        if any(_is_meta(tensor) for tensor in tensors):
-            args, kwargs = tree_map(self._as_fake, (args, kwargs))
-        if func is aten._grouped_mm.default:
+            args = (args[0], _without_masks(args[1]))
+        if any(map(_is_meta, tensors)):
+            args, kwargs = tree_map(lambda leaf: fake_of(leaf, self.fakes) if _is_meta(leaf) else leaf, (args, kwargs))
+        if func is GROUPED_MM:
             return _grouped_product(*args, **kwargs)
         output = func(*args, **kwargs)
-        if func in (aten.topk.default, aten.sort.default, aten.sort.stable):
-            return (output[0], _really(_even_choice, (output[1].shape, tensors[0].shape[-1])))
+        if func in CHOICES:
+            return output[0], _really(_even_choice, (output[1].shape, tensors[0].shape[-1]))
         if not tensors and isinstance(output, FakeTensor) and not output.is_floating_point():
             return _really(func, args, kwargs)
         return output
 
-    def _as_fake(self, leaf: Any) -> Any:
-        return fake_of(leaf, self.fakes) if _is_meta(leaf) else leaf
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage_id(storage)
         if key in self._counted:
             return
@@ -86,6 +87,10 @@ class MemoryTrace(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._counted.pop(key)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_meta(leaf: Any) -> bool:
@@ -101,9 +106,9 @@ def _really(func: Callable, args: tuple, kwargs: dict[str, Any] | None = None) -
         return func(*args, **(kwargs or {}))
 
 
-def _indices(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Indices with masks spelled out: of a fake mask nobody knows how many entries are true."""
-    spelled = []
+def _without_masks(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Indices with masks spelled out: nobody knows how many entries of a fake mask are true."""
+    spelled: list[torch.Tensor | None] = []
     for index in indices:
         is_mask = index is not None and index.dtype == torch.bool and not _is_fake(index)
         spelled += _really(torch.nonzero, (index,)).unbind(1) if is_mask else [index]
@@ -111,7 +116,7 @@ def _indices(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None
 
 
 def _grouped_product(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """What `torch._grouped_mm` returns. Its own rule for fake tensors takes bf16 alone, the operator all dtypes."""
+    """What `grouped_mm` returns. Its own rule for fake tensors takes bf16 alone, the operator all dtypes."""
     groups = [] if right.dim() == 3 else [len(offs)]  # rows by stack, or the gradient of a stack
     return left.new_empty(*groups, left.shape[0], right.shape[-1])
 

@@ -6,7 +6,6 @@ loader's decision: [`~ordmoe_peft.quantization_census`] of it is that of the loa
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import transformers
@@ -19,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import local_torch_dtype
 
 from ..._compat import dtypes_kept, quantize_linear_weight_
 from ...errors import OrdMoEModelError
@@ -40,7 +40,7 @@ def build_meta_model(
     Raises:
         [`OrdMoEModelError`]: it has no MoE layers, or they cannot be quantised.
     """
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"), local_torch_dtype(dtype):
         model = model_class(config)(copy.deepcopy(config))  # loading writes into it
     find_moe_layers(model)
     for name, kept in dtypes_kept(model, dtype).items():
@@ -68,22 +68,13 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return known
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _quantise(model: PreTrainedModel, dtype: torch.dtype, config: MoeBitsAndBytesConfig) -> None:
     """Take `model` through what `from_pretrained` does to it, by the loader's own functions."""
     quantizer = MoeBnb4BitHfQuantizer(config, pre_quantized=False)
     dense = {name: parameter.data for name, parameter in model.named_parameters()}
-    _fill_code_table_cache()
-    with _default_dtype(dtype):  # that of the biases of the layers that it puts in
+    # bitsandbytes keeps the first code table that it makes, which must not be one without numbers.
+    bnb_functional.quantize_blockwise(torch.zeros(1))
+    with local_torch_dtype(dtype):  # that of the biases of the layers that it puts in
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
     for name, weight in dense.items():
         if quantizer.is_stack(name):
@@ -107,13 +98,7 @@ class _FirstOf:
         return iter(self.weight_EOI[:1])
 
 
-def _fill_code_table_cache() -> None:
-    """Quantise something real: bitsandbytes keeps the first code table it makes, which must not be a meta tensor."""
-    bnb_functional.quantize_blockwise(torch.zeros(1))
-
-
 def replace_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put `tensor` in the place of the parameter or buffer `name`."""
     owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
+    setattr(model.get_submodule(owner_name), leaf, tensor)

@@ -12,7 +12,8 @@ from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.tools.plan import activations
-from ordmoe_peft.tools.plan.activations import StepShape, estimate_activations, step_inputs
+from ordmoe_peft.tools.plan.activations import estimate_activations, step_inputs
+from ordmoe_peft.tools.plan.settings import PlanSettings
 from ordmoe_peft.tools.plan.weights import build_meta_model
 from tests import models
 
@@ -24,8 +25,13 @@ def adapted(model):
     return get_peft_model(model, OrdMoEConfig(r=4, num_tiers=1), low_cpu_mem_usage=model.device.type == "meta")
 
 
-def planned(config, shape, quantization=None):
-    return estimate_activations(adapted(build_meta_model(config, torch.bfloat16, quantization)), shape)
+def step(batch_size, sequence_length, **settings):
+    """Settings of supervised fine-tuning, unless said otherwise."""
+    return PlanSettings(**({"num_tiers": 1, "batch_size": batch_size, "sequence_length": sequence_length} | settings))
+
+
+def planned(config, settings):
+    return estimate_activations(adapted(build_meta_model(config, torch.bfloat16, settings.quantization)), settings)
 
 
 def profiled(run):
@@ -39,16 +45,16 @@ def share_out_evenly(experts, args):
     return hidden_states, torch.arange(index_TK.numel()).view_as(index_TK) % experts.num_experts, *others
 
 
-def measured(model, shape) -> tuple[int, int]:
+def measured(model, settings) -> tuple[int, int]:
     """What a step holds at the end of the forward, and the most that it holds, with tokens as the plan takes them."""
     tuned = adapted(model).train()
     for layer in find_moe_layers(tuned):
         layer.experts.register_forward_pre_hook(share_out_evenly)
     add_fused_lm_head(tuned.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    if shape.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tuned.enable_input_require_grads()
-    inputs = step_inputs(model.config, shape)
+    inputs = step_inputs(model.config, settings)
     made = {name: make() for name, make in inputs.items() if callable(make)}  # pixels, which the plan counts
     inputs |= made
 
@@ -68,11 +74,11 @@ def measured(model, shape) -> tuple[int, int]:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "gpt_oss", "deepseek_v3"])
 def test_estimate_is_near_what_is_allocated(family, checkpointing):
-    images = {"images_per_row": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
-    shape = StepShape(2, 48, gradient_checkpointing=checkpointing, device="cpu", **images)
+    images = {"images_per_sample": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
+    settings = step(2, 48, gradient_checkpointing=checkpointing, device="cpu", **images)
     model = getattr(models, family)(num_hidden_layers=5).to(torch.bfloat16)
-    estimate = planned(model.config, shape)
-    kept, peak = measured(model, shape)
+    estimate = planned(model.config, settings)
+    kept, peak = measured(model, settings)
     # Checkpointing keeps the random state of each layer, 5 KB, which is much for so small a model and nothing else.
     kept -= checkpointing * 5 * torch.get_rng_state().nbytes
     assert estimate.kept == pytest.approx(kept, rel=0.02)
@@ -80,11 +86,11 @@ def test_estimate_is_near_what_is_allocated(family, checkpointing):
 
 
 def test_packed_experts_are_near_what_is_allocated(tmp_path):
-    shape = StepShape(2, 48, gradient_checkpointing=False, device="cpu")
+    settings = step(2, 48, gradient_checkpointing=False, device="cpu", quantization=NF4)
     models.qwen3_moe(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(tmp_path)
     model = type(models.qwen3_moe()).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=NF4)
-    estimate = planned(models.qwen3_moe(num_hidden_layers=4).config, shape, NF4)
-    kept, peak = measured(model, shape)
+    estimate = planned(models.qwen3_moe(num_hidden_layers=4).config, settings)
+    kept, peak = measured(model, settings)
     assert estimate.kept == pytest.approx(kept, rel=0.02)
     assert estimate.peak == pytest.approx(peak, rel=0.02)
 
@@ -93,10 +99,10 @@ def test_packed_experts_are_near_what_is_allocated(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])
 def test_further_layers_take_what_layers_take(family, checkpointing):
     """What is kept grows by the same for each further layer, traced or not, also behind layers that get features."""
-    images = {"images_per_row": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
-    shape = StepShape(1, 16, gradient_checkpointing=checkpointing, **images)
+    images = {"images_per_sample": 1, "image_tokens": 9} if family == "qwen3_vl_moe" else {}
+    settings = step(1, 16, gradient_checkpointing=checkpointing, **images)
     build = getattr(models, family)
-    kept = [planned(with_layers(build().config, layers), shape).kept for layers in (4, 5, 9)]
+    kept = [planned(with_layers(build().config, layers), settings).kept for layers in (4, 5, 9)]
     assert kept[2] - kept[1] == pytest.approx(4 * (kept[1] - kept[0]), rel=0.01)
     assert kept[1] - kept[0] >= 16 * build().config.get_text_config().hidden_size * 2, "at least its input"
 
@@ -108,34 +114,34 @@ def with_layers(config, layers):
 
 def test_more_rows_take_more_and_checkpointing_less():
     config = models.qwen3_moe(num_hidden_layers=6).config
-    one, two = (planned(config, StepShape(rows, 64, gradient_checkpointing=False)) for rows in (1, 2))
+    one, two = (planned(config, step(rows, 64, gradient_checkpointing=False)) for rows in (1, 2))
     assert 1.5 * one.kept < two.kept <= 2 * one.kept
-    assert planned(config, StepShape(2, 64)).kept < two.kept / 3
+    assert planned(config, step(2, 64)).kept < two.kept / 3
 
 
 def test_tiers_take_rows_of_their_own_and_share_images():
     """Text of two tiers is text of two samples; images are encoded once, before what is kept."""
+    two_tiers = step(2, 32, num_tiers=2, tier_passes="batched")
+    two_samples = step(4, 32, num_tiers=2, tier_passes="sequential")
     text = models.qwen3_moe().config
-    two_tiers, two_samples = StepShape(2, 32, tiers=2), StepShape(4, 32)
     assert planned(text, two_tiers) == planned(text, two_samples)
-    images = {"images_per_row": 1, "image_tokens": 9, "encodes_first": True}
     config = models.qwen3_vl_moe(vision_config={"depth": 12}).config
-    two_tiers, two_samples = (planned(config, replace(shape, **images)) for shape in (two_tiers, two_samples))
-    assert two_tiers.peak < two_samples.peak
+    of_images = [replace(settings, images_per_sample=1, image_tokens=9) for settings in (two_tiers, two_samples)]
+    assert planned(config, of_images[0]).peak < planned(config, of_images[1]).peak
 
 
 def test_the_head_on_cuda_takes_less_than_on_cpu():
     config = models.qwen3_moe(vocab_size=4096).config
-    on_cuda, on_cpu = (planned(config, StepShape(1, 64, device=device), NF4).peak for device in ("cuda", "cpu"))
-    assert on_cuda < on_cpu
+    on_cuda, on_cpu = (planned(config, step(1, 64, device=device, quantization=NF4)) for device in ("cuda", "cpu"))
+    assert on_cuda.peak < on_cpu.peak
 
 
 def test_dense_experts_on_cuda_keep_what_autograd_keeps_of_grouped_products():
     config = models.qwen3_moe(num_experts_per_tok=4).config
-    shapes = [StepShape(2, 64, gradient_checkpointing=False, device=device) for device in ("cuda", "cpu")]
-    on_cuda, on_cpu = (planned(config, shape).kept for shape in shapes)
+    both = [step(2, 64, gradient_checkpointing=False, device=device) for device in ("cuda", "cpu")]
+    on_cuda, on_cpu = (planned(config, settings).kept for settings in both)
     assert on_cuda > on_cpu
-    on_cuda, on_cpu = (planned(config, shape, NF4).kept for shape in shapes)
+    on_cuda, on_cpu = (planned(config, replace(settings, quantization=NF4)).kept for settings in both)
     assert on_cuda == pytest.approx(on_cpu, rel=0.1), "packed ones run one after another on both"
 
 
@@ -144,20 +150,21 @@ def test_dense_experts_on_cuda_keep_what_autograd_keeps_of_grouped_products():
 def test_all_experts_at_once_take_what_one_after_another_take(quantization, checkpointing, monkeypatch):
     """Where some of the 8 experts have no tokens (3 tokens of 2 each), and where loads are uneven (21)."""
     config = models.qwen3_moe().config
-    shapes = [StepShape(1, length, gradient_checkpointing=checkpointing, device="cpu") for length in (3, 21)]
-    at_once = [planned(config, shape, quantization) for shape in shapes]
+    shared = {"gradient_checkpointing": checkpointing, "device": "cpu", "quantization": quantization}
+    both = [step(1, length, **shared) for length in (3, 21)]
+    at_once = [planned(config, settings) for settings in both]
     monkeypatch.delattr(activations._OneBlock, "blocks")
-    assert at_once == [planned(config, shape, quantization) for shape in shapes]
+    assert at_once == [planned(config, settings) for settings in both]
 
 
 @pytest.mark.parametrize(
     ("family", "images", "message"),
     [
-        ("qwen3_moe", {"images_per_row": 1, "image_tokens": 4}, "needs a vision tower"),
-        ("qwen3_vl_moe", {"images_per_row": 2, "image_tokens": 9}, "take 22 tokens of a sequence of 16"),
-        ("qwen3_vl_moe", {"images_per_row": 1}, "at least one token an image"),
+        ("qwen3_moe", {"images_per_sample": 1, "image_tokens": 4}, "needs a vision tower"),
+        ("qwen3_vl_moe", {"images_per_sample": 2, "image_tokens": 9}, "take 22 tokens of a sequence of 16"),
+        ("qwen3_vl_moe", {"images_per_sample": 1}, "at least one token an image"),
     ],
 )
 def test_images_that_cannot_be(family, images, message):
     with pytest.raises(OrdMoEConfigError, match=message):
-        planned(getattr(models, family)().config, StepShape(1, 16, **images))
+        planned(getattr(models, family)().config, step(1, 16, **images))

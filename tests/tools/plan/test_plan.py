@@ -8,7 +8,8 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
-from ordmoe_peft.tools.plan.plan import PlanSettings, plan_memory, suggest, tokens_at_once
+from ordmoe_peft.tools.plan.plan import plan_memory, tokens_at_once
+from ordmoe_peft.tools.plan.settings import PlanSettings
 from tests import models, text
 
 
@@ -39,79 +40,6 @@ def test_adapter_is_what_the_trainer_trains(quantization, tmp_path):
     assert all(parts)
 
 
-@pytest.mark.parametrize(
-    ("settings", "tiers", "rows"),
-    [
-        ({"num_tiers": 1}, [1], 2),
-        ({"num_tiers": 3}, [1, 3], 4),  # the middle tier of three has advantage 0
-        ({"num_tiers": 3, "rewards": (1.0, 0.9, 0.0)}, [1, 2, 3], 6),
-        ({"num_tiers": 3, "advantages": "none"}, [1, 2], 4),
-        ({"num_tiers": 4}, [1, 2, 3, 4], 8),
-        ({"num_tiers": 4, "objective": "logistic"}, [1, 4], 4),
-        ({"num_tiers": 4, "tier_passes": "sequential"}, [1, 2, 3, 4], 2),
-        ({"num_tiers": 4, "tier_passes": "auto"}, [1, 2, 3, 4], 2),
-    ],
-)
-def test_rows_of_a_forward(settings, tiers, rows):
-    settings = PlanSettings(**(SMALL | {"tier_passes": "batched"} | settings))
-    assert settings.tiers_run() == tiers
-    assert settings.rows == rows
-
-
-def test_suggestions_come_in_order_and_stop_where_it_fits():
-    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=1).config
-    small = SMALL | {"sequence_length": 1024, "r": 16}
-    settings = PlanSettings(gradient_checkpointing=False, tier_passes="batched", **small)
-    plan = plan_memory(config, settings)
-    assert list(suggest(config, settings, plan, limit=plan.total)) == []
-
-    ways = list(suggest(config, settings, plan, limit=0))
-    options = [way.options for way in ways]
-    expected = ["--load_in_4bit", "--gradient_checkpointing", "--tier_passes", "--per_device", "--optim"]
-    expected += ["--max_length 512", "--max_length 256", "--lora_r 8"]
-    assert [
-        option.startswith(prefix)
-        for option, prefix in zip([o for o in options if "nested" not in o], expected, strict=True)
-    ] == [True] * len(expected)
-    totals = [plan.total, *(way.plan.total for way in ways)]
-    assert totals == sorted(totals, reverse=True)
-    assert len(set(totals)) == len(totals), "what takes no less is not suggested"
-    assert ways[-1].settings.rows == 1
-
-    enough = ways[2].plan.total
-    assert [way.options for way in suggest(config, settings, plan, limit=enough)] == options[:3]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"sequence_length": -4}, "sequence_length must be at least 1, got -4"),
-        ({"image_tokens": -1}, "image_tokens must not be negative, got -1"),
-        ({"tier_passes": "both"}, "tier_passes must be one of .*'both'"),
-        ({"optimizer": "adam"}, "optimizer must be one of .*'adam'"),
-        ({"objective": "ppo"}, "objective must be one of .*'ppo'"),
-    ],
-)
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(OrdMoEConfigError, match=message):
-        PlanSettings(**settings)
-
-
-def test_a_suggestion_keeps_the_rest_of_the_quantisation():
-    config = models.qwen3_moe(num_hidden_layers=4, moe_intermediate_size=1024).config
-    quantization = MoeBitsAndBytesConfig(bnb_4bit_blocksize=128, llm_int8_skip_modules=["lm_head"])
-    settings = PlanSettings(quantization=quantization, **(SMALL | {"batch_size": 1}))
-    plan = plan_memory(config, settings)
-    (way,) = suggest(config, settings, plan, limit=plan.total - 1)
-    assert way.options == "--use_bnb_nested_quant true"
-    assert way.settings.quantization.to_dict() == quantization.to_dict() | {"bnb_4bit_use_double_quant": True}
-    assert not quantization.bnb_4bit_use_double_quant, "what was given stays as it is"
-
-    stored = replace(settings, is_stored_packed=True)
-    assert "nested" not in next(suggest(config, stored, plan, limit=plan.total - 1)).options
-
-
 @pytest.mark.parametrize("quantization", [None, {}], ids=["dense", "nf4"])
 def test_weights_are_counted_in_their_dtype(quantization):
     config = models.qwen3_moe().config
@@ -123,15 +51,6 @@ def test_weights_are_counted_in_their_dtype(quantization):
     assert plans[torch.bfloat16].activations.peak < plans[torch.float32].activations.peak
     half = plans[torch.float16].activations.peak
     assert half == pytest.approx(plans[torch.bfloat16].activations.peak, rel=0.2)
-
-
-def test_4_bits_of_fp16_weights_are_suggested_without_bf16():
-    """torch's bf16 autocast refuses the outputs of such layers, in training as well."""
-    config = models.qwen3_moe().config
-    settings = PlanSettings(dtype=torch.float16, **SMALL)
-    way = next(suggest(config, settings, plan_memory(config, settings), limit=0))
-    assert way.options == "--load_in_4bit true --bf16 false"
-    assert way.settings.autocast is None
 
 
 def test_auto_decides_by_the_rule_of_the_trainer():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ordmoe_peft._compat import FakeTensorMode
 from ordmoe_peft.tools.plan.trace import MemoryTrace, fake_of
 
 

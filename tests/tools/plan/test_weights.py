@@ -6,10 +6,11 @@ from transformers import AutoConfig
 
 from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.arguments import ModelArguments
-from ordmoe_peft.cli.plan import PlanArguments, load_config, plan_settings
+from ordmoe_peft.cli.plan import PlanArguments, plan_settings
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.quantization.memory_by_role import QuantizationCensus
 from ordmoe_peft.quantization.storage import is_packed
+from ordmoe_peft.tools.plan.known_models import load_config
 from ordmoe_peft.tools.plan.weights import build_meta_model
 from tests import models
 

@@ -1,0 +1,106 @@
+"""How a model is trained, as far as memory depends on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...adapter.config import OrdMoEConfig
+from ...errors import OrdMoEConfigError
+from ...objectives.advantages import tier_advantages
+from ...objectives.registry import OBJECTIVES
+from ...quantization.config import MoeBitsAndBytesConfig
+from ...training.arguments import CHOICES
+from .lm_head import tile_bytes
+from .optimizers import OPTIMIZERS
+
+
+CHOICES_OF = {"tier_passes": CHOICES["tier_passes"], "objective": tuple(OBJECTIVES), "optimizer": tuple(OPTIMIZERS)}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """How a model is trained.
+
+    `tier_passes="auto"` is planned as `"sequential"`: the trainer begins so and changes where half of what is free
+    suffices, see [`~ordmoe_peft.tools.plan.plan.tokens_at_once`]. With `"batched"` each tier's rows have a prompt of
+    their own.
+
+    Raises:
+        [`OrdMoEConfigError`]: a value that cannot work.
+    """
+
+    dtype: torch.dtype = torch.bfloat16  # of unquantised weights
+    quantization: MoeBitsAndBytesConfig | None = None  # 4-bit loading
+    is_stored_packed: bool = False  # the checkpoint is in 4 bits already, so `quantization` is fixed
+    # The adapter's. Its tiers, objective, rewards and advantages decide which tiers are run.
+    r: int = 16
+    targets: Sequence[str] = ("router", "experts")
+    num_tiers: int = 3
+    objective: str = "erl"
+    rewards: Sequence[float] | None = None
+    advantages: str = "zscore"
+    tier_passes: str = "auto"
+    batch_size: int = 8  # samples at a time on the card
+    sequence_length: int = 1024  # tokens of each, all of them used, image tokens included
+    images_per_sample: int = 0
+    image_tokens: int = 0  # that the language model sees of each image
+    gradient_checkpointing: bool = True  # run layers again in backward
+    optimizer: str = "adamw_torch_fused"  # a key of OPTIMIZERS
+    autocast: torch.dtype | None = torch.bfloat16  # dtype of mixed precision, see `autocast_used`
+    # Whose LM head and dense experts are planned: on CPU, TRL's head makes several more copies, and experts run one
+    # after another.
+    device: str = "cuda"
+
+    def __post_init__(self):
+        for name in ("r", "num_tiers", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("images_per_sample", "image_tokens"):
+            if getattr(self, name) < 0:
+                raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name, known in CHOICES_OF.items():
+            if getattr(self, name) not in known:
+                raise OrdMoEConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+
+    def adapter_config(self) -> OrdMoEConfig:
+        """The adapter's configuration."""
+        return OrdMoEConfig(
+            r=self.r,
+            targets=list(self.targets),
+            num_tiers=self.num_tiers,
+            rewards=None if self.rewards is None else list(self.rewards),
+            advantages=self.advantages,
+        )
+
+    def tiers_run(self) -> list[int]:
+        """The tiers that a step runs with gradient, from 1: tier 1, and those that the objective looks at."""
+        if self.num_tiers == 1:
+            return [1]
+        advantages = tier_advantages(self.rewards, self.num_tiers, self.advantages)
+        return sorted({1, *OBJECTIVES[self.objective].active_tiers(advantages)})
+
+    @property
+    def autocast_used(self) -> torch.dtype | None:
+        """The dtype of mixed precision; `None` where training would end with an error under it.
+
+        Autocast takes one 16-bit dtype, and layers in 4 bits give out that of the weights, so fp16 and bf16 would meet:
+        "Unexpected floating ScalarType in at::autocast::prioritize".
+        """
+        is_refused = self.quantization and {self.dtype, self.autocast} == {torch.float16, torch.bfloat16}
+        return None if is_refused else self.autocast
+
+    @property
+    def tiers_at_once(self) -> int:
+        """Tiers whose rows are in one forward."""
+        return len(self.tiers_run()) if self.tier_passes == "batched" else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest forward."""
+        return self.batch_size * self.tiers_at_once
+
+    @property
+    def logits_bytes(self) -> int:
+        """The most that exists of logits at a time."""
+        return tile_bytes(self.rows * self.sequence_length, self.autocast_used or self.dtype)
