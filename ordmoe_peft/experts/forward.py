@@ -170,9 +170,15 @@ def _projection(experts: nn.Module, name: str, lora: tuple[LowRank, ...]) -> Pro
 def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
     """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
     if is_packed(weight):
-        unpack = expert_unpacker(weight, in_place=True)
+        unpack = expert_unpacker(weight, _piece_size(weight))
         return unpack if is_transposed else lambda expert: unpack(expert).t()
     return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
+
+
+def _piece_size(weight: torch.Tensor) -> int | None:
+    dtype, num_weights = weight.quant_state.dtype, logical_shape(weight)[1:].numel()
+    is_large = weight.device.type == "cpu" and dtype.itemsize == 2 and num_weights >= 1 << 20
+    return 1 << 18 if is_large else None
 
 
 def grouped_forward(
