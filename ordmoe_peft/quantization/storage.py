@@ -131,43 +131,41 @@ def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callab
         )
     state = packed.quant_state
     num_experts, out_features, in_features = state.shape
-    bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1, 1)
+    bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1)
     absmax = state.absmax
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    absmax_E = absmax.float().view(num_experts, -1)
+    # bitsandbytes' CPU kernel shares rows out among threads, but mixes up the scales of rows that are not whole blocks
+    # (0.50.2). Such an expert is unpacked as one row, and what filled its last block up is cut off.
+    has_whole_rows = in_features % state.blocksize == 0
+    width = in_features if has_whole_rows else 2 * bytes_E.shape[1]
+    bytes_ERP = bytes_E.view(num_experts, -1, width // 2)
+    absmax_ERN = absmax.float().view(num_experts, -1, width // state.blocksize)
 
-    def dequantize(bytes_P1: torch.Tensor, absmax_N: torch.Tensor, *shape: int) -> torch.Tensor:
-        of_part = bnb_functional.QuantState(
-            absmax=absmax_N,
-            shape=torch.Size(shape),
+    def unpack(expert: int, rows: slice) -> torch.Tensor:
+        bytes_RP, absmax_RN = bytes_ERP[expert, rows], absmax_ERN[expert, rows]
+        of_rows = bnb_functional.QuantState(
+            absmax=absmax_RN.reshape(-1),
+            shape=torch.Size([len(bytes_RP), width]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        return bnb_functional.dequantize_4bit(bytes_P1, of_part)
+        return bnb_functional.dequantize_4bit(bytes_RP.reshape(-1, 1), of_rows)
 
-    def unpack_flat(expert: int) -> torch.Tensor:
-        weights = dequantize(bytes_E[expert], absmax_E[expert], 2 * bytes_E.shape[1])
-        return weights.view(-1)[: out_features * in_features].view(out_features, in_features)
+    def unpack_whole(expert: int) -> torch.Tensor:
+        weights = unpack(expert, slice(None)).view(-1)
+        return weights[: out_features * in_features].view(out_features, in_features)
 
-    def unpack(expert: int) -> torch.Tensor:
-        return dequantize(bytes_E[expert], absmax_E[expert], out_features, in_features)
-
-    # bitsandbytes' CPU kernel shares rows out among threads, but mixes up the scales of rows that are not whole blocks
-    # (0.50.2). Those are unpacked flat, and what filled the last block up is cut off.
-    if in_features % state.blocksize:
-        return unpack_flat
-    if piece_size is None:
-        return unpack
-    rows = max(1, piece_size // in_features)
+    if piece_size is None or not has_whole_rows:
+        return unpack_whole
+    step = max(1, piece_size // in_features)
     matrix_OI = torch.empty(out_features, in_features, dtype=state.dtype, device=packed.device)
 
     def unpack_by_pieces(expert: int) -> torch.Tensor:
-        bytes_of_pieces = bytes_E[expert].split(rows * in_features // 2)
-        scales_of_pieces = absmax_E[expert].split(rows * in_features // state.blocksize)
-        for piece_OI, bytes_P1, absmax_N in zip(matrix_OI.split(rows), bytes_of_pieces, scales_of_pieces, strict=True):
-            piece_OI.copy_(dequantize(bytes_P1, absmax_N, *piece_OI.shape))
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            matrix_OI[rows] = unpack(expert, rows)
         return matrix_OI
 
     return unpack_by_pieces
