@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
-from ..experts.expert_lora import ParamWrapper, check_finite
+from ..experts.expert_lora import ExpertLora, check_finite
 from ..moe_model import without_wrappers
 from ..quantization.dequantization import packed_names, put_dense_
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
@@ -67,7 +67,7 @@ class PackedWeight:
             base_OI = unpack(index).float()
             if not self.adapters:
                 yield base_OI, base_OI
-            elif isinstance(self.layer, ParamWrapper):
+            elif isinstance(self.layer, ExpertLora):
                 yield base_OI, base_OI + self.layer.delta(self.adapters, index)
             else:
                 yield base_OI, _merged_linear(self.layer, self.adapters, base_OI)
@@ -106,7 +106,7 @@ def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[Pa
     """All packed weights of `model`, each with what is to be merged into it."""
     layers = {}
     for module in model.modules():
-        if isinstance(module, ParamWrapper):
+        if isinstance(module, ExpertLora):
             layers[module.get_base_layer(), module.parameter_name] = module
         elif isinstance(module, LoraLinear4bit):
             layers[module.get_base_layer(), "weight"] = module

@@ -20,9 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ...data.images import encode_images
 from ...errors import OrdMoEConfigError
-from ...experts.forward import ExpertLora, frozen_step, grouped_forward, taken
+from ...experts.forward import LoraHandover, frozen_step, take_updates
 from ...experts.frozen import run_frozen_experts
-from ...experts.layout import Part
+from ...experts.grouped import grouped_forward
+from ...experts.layout import ExpertChunk
 from ...moe_model import find_moe_layers
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
@@ -208,8 +209,8 @@ def _stand_in_for_experts(model: nn.Module, device: str) -> None:
         layer.experts.forward = functools.partial(_forward_grouped if is_grouped else _forward_at_once, layer.experts)
 
 
-class _OneBlock(Part):
-    """A part of which all slots are multiplied with the first expert's matrix, at once.
+class _OneBlock(ExpertChunk):
+    """A chunk of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
     one after another takes.
@@ -224,9 +225,9 @@ def _forward_grouped(
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    expert_lora: ExpertLora | None = None,
+    expert_lora: LoraHandover | None = None,
 ) -> torch.Tensor:
-    return grouped_forward(experts, x_TH, index_TK, weights_TK, taken(expert_lora))
+    return grouped_forward(experts, x_TH, index_TK, weights_TK, take_updates(expert_lora))
 
 
 def _forward_at_once(
@@ -234,10 +235,10 @@ def _forward_at_once(
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    expert_lora: ExpertLora | None = None,
+    expert_lora: LoraHandover | None = None,
 ) -> torch.Tensor:
-    frozen, slots = frozen_step(experts, index_TK, taken(expert_lora))
-    at_once = replace(slots, parts=[_OneBlock(**vars(part)) for part in slots.parts])
+    frozen, layout = frozen_step(experts, index_TK, take_updates(expert_lora))
+    at_once = replace(layout, chunks=[_OneBlock(**vars(chunk)) for chunk in layout.chunks])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 
 
