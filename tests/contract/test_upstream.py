@@ -5,6 +5,7 @@ import pickle
 from dataclasses import fields
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
@@ -16,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 import ordmoe_peft  # noqa: F401
+from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
 from ordmoe_peft.experts.expert_lora import ExpertLora
 from ordmoe_peft.experts.router_lora import RouterLora
 from ordmoe_peft.moe_model import is_fused_experts
@@ -76,8 +78,17 @@ def test_experts_carry_the_flags_and_take_further_arguments():
         experts = Experts(Config())
         assert is_fused_experts(experts)
         assert experts(1, 2, 3, expert_lora="factors") == "factors"
+        assert is_expert_parallel(experts) is False
+        assert callable(activation_of(experts))
     finally:
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop("contract_test")
+
+
+def test_accelerate_keeps_its_hook_on_the_module():
+    linear, hook = torch.nn.Linear(2, 2), ModelHook()
+    assert accelerate_hook(linear) is None
+    add_hook_to_module(linear, hook)
+    assert accelerate_hook(linear) is hook
 
 
 def test_saving_reverts_the_conversions_that_the_model_lists():
