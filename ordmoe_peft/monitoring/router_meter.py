@@ -14,7 +14,7 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, running_forward
 from ..moe_model import MoELayer, find_moe_layers, text_models
 from ..router_output import read_router_output
-from ..tiers.plan import TierPlan
+from ..tiers.plan import TierPlan, TierSettings
 from ..tiers.routing import check_router, install_tier_hooks, route
 from .health import LayerHealth, drift_columns, layer_health, routing_columns, tier_columns
 
@@ -183,7 +183,8 @@ class RouterMeter:
         return finish
 
     def _tier(self, meter: _LayerMeter, tier: int, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        plan = TierPlan(torch.tensor([tier]), meter.num_tiers, self.grouping, frozenset(), self.seed, step=0)
+        settings = TierSettings(meter.num_tiers, self.grouping, seed=self.seed)
+        plan = TierPlan(torch.tensor([tier]), settings, frozenset())
         return _read(meter.layer, route(meter.layer, plan, *args, **kwargs))
 
 
@@ -192,8 +193,8 @@ def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tenso
 
     def counted() -> torch.Tensor:
         plan = forward.plan
-        if plan is not None and plan.places is not None:  # rows that share prompts; they have a 4-D mask
-            counted_T = plan.places.reshape(-1).to(device) >= 0
+        if plan is not None and plan.draw.positions is not None:  # rows that share prompts; they have a 4-D mask
+            counted_T = plan.draw.positions.reshape(-1).to(device) >= 0
         else:
             counted_T = _is_real(forward, device)
         return counted_T if plan is None else counted_T & (forward.tier_of_token(device) == 1)

@@ -18,6 +18,7 @@ from torch import nn
 from ..data.responses import IGNORED_LABEL
 from ..monitoring.router_records import recorded_router_outputs
 from ..router_output import RouterOutput
+from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .random_state import RandomState
@@ -247,7 +248,7 @@ class TierPasses:
         batch_size = len(groups[0].inputs["labels"])
         tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
         tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
-        with tier_routing(self.moe_model, tiers, num_samples=batch_size, **self.draw):
+        with tier_routing(self.moe_model, tiers, draw=RandomDraw(num_samples=batch_size, **self.draw)):
             outputs = self._score(rows)
         return Forward(
             outputs,
@@ -262,7 +263,7 @@ class TierPasses:
 
     def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
         """One forward, a row for each sample."""
-        with tier_routing(self.moe_model, packed.tiers_NS, places=packed.places_NS, **self.draw):
+        with tier_routing(self.moe_model, packed.tiers_NS, draw=RandomDraw(positions=packed.places_NS, **self.draw)):
             outputs = packed.as_separate_rows(self._score(packed.inputs))
         labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
         mask_BS = groups[0].inputs["attention_mask"]

@@ -26,6 +26,7 @@ from ..objectives.balance import balance_loss
 from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
 from ..objectives.registry import OBJECTIVES, ObjectiveInputs
 from ..quantization.fsdp import keep_packed_when_sharded
+from ..tiers.plan import RandomDraw
 from ._compat import WholeCheckpoints
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 from .callbacks import FailureWatch
@@ -395,7 +396,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             end_ids=self.end_of_sequence_ids,
             pad_token_id=self._pad_token_id,
             rows_per_call=self.args.generation_batch_size,
-            routing=draw,
+            routing={"draw": RandomDraw(**draw)},
             **self.args.sampling,
         )
         return [with_responses(prompts, *response) for response in zip(written.ids_CBS, written.mask_CBS, strict=True)]

@@ -11,6 +11,7 @@ from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelEr
 from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.monitoring.router_records import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
+from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.training import arguments as arguments_module
 from ordmoe_peft.training import trainer as trainer_module
 from tests import models, reference, text
@@ -72,12 +73,12 @@ def one_batch(trainer) -> dict[str, torch.Tensor]:
     return next(iter(trainer.get_train_dataloader()))
 
 
-def likelihoods(model, batch, num_tiers, **routing):
+def likelihoods(model, batch, num_tiers, **draw):
     """L̄ of each sample and tier, `(B, C)`, from one pass per tier, and tier 1's token log-probabilities."""
     columns, first = [], None
     labels = batch["labels"][:, 1:]
     for tier in range(1, num_tiers + 1):
-        with tier_routing(model, tier, num_samples=len(labels), **routing):
+        with tier_routing(model, tier, draw=RandomDraw(num_samples=len(labels), **draw)):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         token = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         token = token.masked_fill(labels == -100, 0)
