@@ -27,7 +27,7 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 from .few_rows import run_few_rows
 from .frozen import FrozenExperts, LowRank, Projection, run_frozen_experts
-from .grouped import grouped_forward, up_name
+from .grouped import combine_by_token, group_by_expert, grouped_lora, grouped_matmul
 from .layout import PaddedLayout, lay_out_by_expert
 from .tuning import BIN_COST_BYTES, CHUNK_BYTES, FEW_ROWS, LARGE_EXPERT, PIECE, ROW_STEP
 
@@ -113,6 +113,11 @@ def check_experts(experts: nn.Module, is_any_packed: bool) -> None:
         )
 
 
+def up_name(experts: nn.Module) -> str:
+    """What the up-projection is called."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
 def is_trained(experts: nn.Module) -> bool:
     """Whether gradients of the experts' own parameters are asked for."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in experts.parameters())
@@ -177,3 +182,32 @@ def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torc
     is_large = is_in_16_bits_on_cpu and logical_shape(weight)[1:].numel() >= LARGE_EXPERT
     unpack = expert_unpacker(weight, PIECE if is_large else None)
     return unpack if is_transposed else lambda expert: unpack(expert).t()
+
+
+def grouped_forward(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    lora: dict[str, list[LowRank]],
+) -> torch.Tensor:
+    """[`experts_forward`] of dense experts through `grouped_mm`, LoRA too; `lora` has each projection's updates."""
+    order_N, ends_E = group_by_expert(index_TK, experts.num_experts)
+    top_k = index_TK.shape[-1]
+
+    def project(name: str, x_NI: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)
+        x_NI = x_NI.to(weight.dtype)
+        y_NO = grouped_matmul(x_NI, weight if experts.is_transposed else weight.transpose(1, 2), ends_E)
+        if experts.has_bias:
+            y_NO = y_NO + getattr(experts, f"{name}_bias")[index_TK.reshape(-1)[order_N]]
+        for update in lora.get(name, ()):
+            y_NO = y_NO + grouped_lora(x_NI, update, ends_E)
+        return y_NO.to(weight.dtype)
+
+    rows_NF = activation_of(experts)(project(up_name(experts), x_TH[order_N // top_k]))
+    rows_NH = project("down_proj", rows_NF)
+    if experts.has_post_expert_norm:
+        rows_NH = experts.post_expert_norm(rows_NH)
+    rows_NH = rows_NH * weights_TK.reshape(-1)[order_N].unsqueeze(-1)
+    return combine_by_token(rows_NH, order_N, top_k).to(x_TH.dtype)

@@ -1,16 +1,14 @@
-"""Experts through `grouped_mm`, with LoRA, by operators that autograd knows.
+"""Grouped products, dense or low-rank, by operators that autograd knows, and the order of rows that they take.
 
-For dense experts on other devices than CPU, and for experts that are trained themselves: no host sync is needed, and
-gradients reach the stacks, too. `frozen.py` is what to use where the host knows the blocks and the stacks are frozen.
+These need no host sync, and are differentiable in the matrices, too. `frozen.py` is what to use where the host knows
+each expert's rows and the matrices are frozen.
 
 Shape suffixes as in `experts/__init__.py`.
 """
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from .._compat import activation_of
 from .frozen import LowRank
 
 
@@ -41,40 +39,6 @@ def combine_by_token(rows_NH: torch.Tensor, order_N: torch.Tensor, top_k: int) -
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     return rows_NH[inverse_N].view(-1, top_k, rows_NH.shape[-1]).sum(dim=1)
-
-
-def grouped_forward(
-    experts: nn.Module,
-    x_TH: torch.Tensor,
-    index_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    lora: dict[str, list[LowRank]],
-) -> torch.Tensor:
-    """[`~ordmoe_peft.experts.forward.experts_forward`] of dense experts; `lora` has the updates of each projection."""
-    order_N, ends_E = group_by_expert(index_TK, experts.num_experts)
-    top_k = index_TK.shape[-1]
-
-    def project(name: str, x_NI: torch.Tensor) -> torch.Tensor:
-        weight = getattr(experts, name)
-        x_NI = x_NI.to(weight.dtype)
-        y_NO = grouped_matmul(x_NI, weight if experts.is_transposed else weight.transpose(1, 2), ends_E)
-        if experts.has_bias:
-            y_NO = y_NO + getattr(experts, f"{name}_bias")[index_TK.reshape(-1)[order_N]]
-        for update in lora.get(name, ()):
-            y_NO = y_NO + grouped_lora(x_NI, update, ends_E)
-        return y_NO.to(weight.dtype)
-
-    rows_NF = activation_of(experts)(project(up_name(experts), x_TH[order_N // top_k]))
-    rows_NH = project("down_proj", rows_NF)
-    if experts.has_post_expert_norm:
-        rows_NH = experts.post_expert_norm(rows_NH)
-    rows_NH = rows_NH * weights_TK.reshape(-1)[order_N].unsqueeze(-1)
-    return combine_by_token(rows_NH, order_N, top_k).to(x_TH.dtype)
-
-
-def up_name(experts: nn.Module) -> str:
-    """What the up-projection is called."""
-    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def grouped_matmul(x_NI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ...data.images import encode_images
 from ...errors import OrdMoEConfigError
-from ...experts.forward import LoraHandover, frozen_step, take_updates
+from ...experts.forward import LoraHandover, frozen_step, grouped_forward, take_updates
 from ...experts.frozen import run_frozen_experts
-from ...experts.grouped import grouped_forward
 from ...experts.layout import ExpertChunk
 from ...moe_model import find_moe_layers
 from ...quantization.storage import is_packed, stored_tensors
