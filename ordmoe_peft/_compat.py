@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from accelerate.hooks import ModelHook
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.utils.peft_types import PeftType
 from torch import nn
@@ -61,9 +62,29 @@ def attention_implementation(model: nn.Module) -> str:
     return model.config.get_text_config()._attn_implementation
 
 
+def as_parameter_wrapper(layer: type) -> type:
+    """Give a LoRA layer on parameters the class name by which PEFT recognises such layers.
+
+    PEFT nests them, and finds those of an earlier adapter, by `__class__.__name__ == "ParamWrapper"`
+    (`BaseTuner._inject_parameters`, peft 0.21.2). Remove when it asks for the class.
+    """
+    layer.__name__ = "ParamWrapper"
+    return layer
+
+
 def experts_implementation(experts: nn.Module) -> str | None:
     """The name of the function that these experts run; the public getter answers for whole models alone (5.23)."""
     return experts.config._experts_implementation
+
+
+def is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether `ep_size` shards these experts; transformers' own experts functions read the same attribute (5.23)."""
+    return experts._is_expert_parallel
+
+
+def activation_of(experts: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What these experts do between their two projections: the gate, whose method is private (5.23), or a function."""
+    return experts._apply_gate if experts.has_gate else experts.act_fn
 
 
 def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
@@ -96,6 +117,16 @@ def save_in_own_names(model: nn.Module) -> None:
 def save_in_original_format(model: nn.Module) -> None:
     """Undo [`save_in_own_names`]: `save_pretrained` uses the conversions of the model's family."""
     model._weight_conversions = None
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from initialising `module`, whose weights were quantised while they were loaded (5.23)."""
+    module._is_hf_initialized = True
+
+
+def accelerate_hook(module: nn.Module) -> ModelHook | None:
+    """accelerate's hook on `module`, which moves its inputs between devices; there is no public getter (1.15)."""
+    return getattr(module, "_hf_hook", None)
 
 
 def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

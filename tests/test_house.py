@@ -41,7 +41,7 @@ LIBRARIES = {
     "rich": {"cli"},
 }
 # What knows tensors alone.
-TENSORS_ALONE = ("objectives", "tiers.ranking", "experts.layout", "experts.grouped", "experts.frozen")
+TENSORS_ALONE = ("objectives", "tiers.ranking", "experts.layout", "experts.grouped", "experts.frozen", "experts.tuning")
 # Tests of a promise that several modules keep together.
 WHOLE_STORIES = {
     "experts/test_replaced_forwards.py",

@@ -5,9 +5,9 @@
 Makes a sharded bf16 checkpoint of the Qwen3-MoE class with random weights (2.2 GB) in both forms that experts have on
 disk, loads it in a fresh process for each way, and prints a table. The files go to a temporary folder and are removed.
 
-Memory is what the process holds beyond what it held before the load. On CPU it is resident memory as the kernel counts
-it, which includes the pages of checkpoint files that are mapped into memory. A tensor in bf16 may stay in the mapped
-file and count only once it is read, so bf16 experts can look smaller than they are. On a CUDA device it is what torch
+Memory is what the process holds beyond what it held before the load. On CPU it is resident memory without the pages of
+checkpoint files that are mapped into memory: they are clean, so the kernel takes them back when it needs room. A tensor
+in bf16 may stay in the mapped file, so bf16 experts can look smaller than they are. On a CUDA device it is what torch
 allocated there.
 """
 
@@ -25,7 +25,7 @@ from ordmoe_peft import MoeBitsAndBytesConfig, quantization_census
 from ordmoe_peft.cli.tables import print_table
 from ordmoe_peft.quantization.memory_by_role import in_units
 
-from .measuring import in_a_fresh_process, print_cpu, resident_peak_of
+from .measuring import in_a_fresh_process, print_cpu, private_peak_of
 
 
 HIDDEN, EXPERT_WIDTH, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 384, 128, 16, 4, 64, 1024
@@ -75,7 +75,7 @@ def load(checkpoint: str, way: str) -> dict[str, float]:
     arguments = {"dtype": torch.bfloat16, "quantization_config": WAYS[way], "device_map": device_map}
     loaded = []
     start = time.perf_counter()
-    peak = resident_peak_of(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)))
+    peak = private_peak_of(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(checkpoint, **arguments)))
     return {"seconds": time.perf_counter() - start, "peak": peak, "model": quantization_census(*loaded).bytes}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.moe_model import find_moe_layers
@@ -74,7 +74,7 @@ def build_base(shape: Shape, dtype: torch.dtype, nf4: bool, device: str) -> Qwen
     )
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     rotary = type(model.model.rotary_emb)(config).to(device)
     model = model.to_empty(device=device).requires_grad_(False)
     model.model.rotary_emb = rotary

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..experts import expert_lora as param_wrapper
-from ..experts import router_lora as router_wrapper
+from ..experts.expert_lora import ExpertLora
+from ..experts.router_lora import RouterLora
 from ..merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from ..moe_model import (
     EXPERTS_IMPLEMENTATION,
@@ -108,8 +108,8 @@ class OrdMoEModel(LoraModel):
     def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if kwargs.get("parameter_name"):
             arguments = {name: kwargs[name] for name in ("parameter_name", "r", "lora_alpha")}
-            layer = param_wrapper if is_fused_experts(unwrapped(target)) else router_wrapper
-            return layer.ParamWrapper(target, adapter_name, config=lora_config, **arguments)
+            layer = ExpertLora if is_fused_experts(unwrapped(target)) else RouterLora
+            return layer(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -9,27 +9,25 @@ from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .._compat import experts_implementation
+from .._compat import as_parameter_wrapper, experts_implementation
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..moe_model import EXPERTS_IMPLEMENTATION
 from ..quantization.storage import is_packed, logical_shape
-from .forward import ExpertLora
+from .forward import LoraHandover
 from .frozen import LowRank
 
 
-class ParamWrapper(lora_layer.ParamWrapper):
+@as_parameter_wrapper
+class ExpertLora(lora_layer.ParamWrapper):
     """PEFT's [`~peft.tuners.lora.layer.ParamWrapper`] for a fused expert stack, at the cost of LoRA alone.
 
     PEFT's own adds the product of the factors to the whole stack in every forward. This one hands the factors to the
     experts function `"ordmoe"` as an argument, which applies them to the rows that each expert sees. Parameters, their
     names and shapes are PEFT's, so the adapter's file is too.
-
-    It bears the same name because PEFT recognises wrappers that it may nest by their class name
-    (`BaseTuner._inject_parameters`).
     """
 
     def _get_in_out_features(self, module: torch.nn.Module) -> tuple[int, int]:
-        """Like upstream, from the logical shape: a packed stack is a column of bytes."""
+        """As upstream, from the logical shape: a packed stack is a column of bytes."""
         self.num_experts, in_features, out_features = logical_shape(self.get_param())
         self._param_ndim = 3
         return in_features, out_features
@@ -89,13 +87,13 @@ class ParamWrapper(lora_layer.ParamWrapper):
         if not active:
             return self.base_layer(x, *args, **kwargs)
         update = [self.low_rank(name) for name in active]
-        if "expert_lora" in kwargs:  # from the wrapper of the other projection around this one
+        if "expert_lora" in kwargs:  # from the LoRA layer of the other projection, around this one
             kwargs["expert_lora"].updates[self.parameter_name] = update
             return self.base_layer(x, *args, **kwargs)
         check_takes_lora(self.get_base_layer())
-        expert_lora = ExpertLora({self.parameter_name: update})
-        output = self.base_layer(x, *args, expert_lora=expert_lora, **kwargs)
-        if not expert_lora.is_taken:
+        handover = LoraHandover({self.parameter_name: update})
+        output = self.base_layer(x, *args, expert_lora=handover, **kwargs)
+        if not handover.is_taken:
             raise OrdMoERuntimeError(
                 f"{type(self.get_base_layer()).__name__} passed over the adapter on its experts: something replaced "
                 "its forward, and does not hand `expert_lora` on. Take that off."

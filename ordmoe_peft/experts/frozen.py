@@ -1,25 +1,25 @@
-"""Frozen experts with low-rank updates as one differentiable function: what to compute forward, what to keep, and how
-to come back.
+"""Frozen experts with low-rank updates as one differentiable function, where the host knows each expert's rows.
 
-Where the host knows which expert has which rows (always on CPU, and for packed weights, which are unpacked expert by
-expert), a base product is one `torch.mm` per expert that has rows, on a block of contiguous rows, as `grouped_mm` does
-on CPU. The products with LoRA's factors are too small for that: they are batched over a bin of experts
-(`ops/dispatch.py`). Work goes through part after part of the experts, so that little exists beside what is kept.
+That is so on CPU, and for packed weights, which are unpacked expert by expert. A base product is one `torch.mm` per
+expert that has rows, on a block of contiguous rows, as `grouped_mm` does on CPU. The products with LoRA's factors are
+too small for that: they are batched over a bin of experts (`layout.py`). Work goes through one chunk of the experts
+after the other, so that little exists beside what is kept.
 
 Kept for backward are the tokens, the up-projection's output, and products with R columns. Frozen weights are kept by
 reference, and packed ones are unpacked again. The gate is run again. Nothing of width H per routed row is kept: the
 gradient of a routing weight is taken before the down-projection, as ⟨g, a W⟩ = ⟨g Wᵀ, a⟩.
 
-Shape suffixes as in `experts/__init__.py`; S slots, M slots of a part or of an expert of a bin, P experts in the order
-of their slots, B experts of a bin (`ExpertSlots`).
+Shape suffixes as in `experts/__init__.py`; S slots, M slots of a chunk or of an expert of a bin, P experts in the order
+of their slots, B experts of a bin ([`~ordmoe_peft.experts.layout.PaddedLayout`]).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .layout import ExpertSlots, Part
+from .layout import ExpertChunk, PaddedLayout
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ class LowRank:
     @property
     def B_EOR(self) -> torch.Tensor:
         return self.B.view(-1, self.r, self.num_experts).permute(2, 0, 1)
-
-
-def transposed_B(lora: LowRank, dtype: torch.dtype) -> torch.Tensor:
-    """`B` with columns as rows (`torch.Tensor` of shape `(R, E, O)`), which products can read as it is."""
-    return lora.B.detach().to(dtype).t().contiguous().view(lora.r, lora.num_experts, -1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class FrozenExperts:
 
 
 def run_frozen_experts(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, slots: ExpertSlots
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, experts: FrozenExperts, layout: PaddedLayout
 ) -> torch.Tensor:
     """Each token through its experts, summed by routing weight.
 
@@ -104,13 +99,13 @@ def run_frozen_experts(
         x_TH (`torch.Tensor` of shape `(T, H)`): tokens.
         weights_TK (`torch.Tensor` of shape `(T, K)`): routing weights.
         experts ([`FrozenExperts`]): what to run.
-        slots ([`ExpertSlots`]): which rows go to which expert.
+        layout ([`~ordmoe_peft.experts.layout.PaddedLayout`]): which rows go to which expert.
 
     Returns:
         `torch.Tensor` of shape `(T, H)`, in the dtype of `x_TH`.
     """
     factors = [factor for lora in (*experts.up.lora, *experts.down.lora) for factor in (lora.A, lora.B)]
-    return _FrozenExperts.apply(experts, slots, x_TH, weights_TK, *factors)
+    return _FrozenExperts.apply(experts, layout, x_TH, weights_TK, *factors)
 
 
 def weighted_sum_(y_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -124,241 +119,241 @@ def weighted_sum_(y_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor
 
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, experts, slots, x_TH, weights_TK, *factors):
-        num_slots = len(slots.token_S)
+    def forward(ctx: Any, experts: FrozenExperts, layout: PaddedLayout, x_TH: Any, weights_TK: Any, *factors: Any):
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
         with torch.autocast(x_TH.device.type, enabled=False):
             x_in_dtype_TH = x_TH.to(experts.up.dtype)
-            up, down = (_Run(projection, slots) for projection in (experts.up, experts.down))
-            up_SO = x_in_dtype_TH.new_empty(num_slots, experts.up.out_features)
-            down_SH = x_in_dtype_TH.new_empty(num_slots, experts.down.out_features, dtype=experts.down.dtype)
-            for part in slots.parts:
-                up_MO = up.forward(part, slots.rows(part, x_in_dtype_TH), up_SO[part.slots])
-                a_MF = experts.gate(up_MO).to(experts.down.dtype)
-                down.forward(part, a_MF, down_SH[part.slots], gaps_count=experts.norm is not None)
+            up, down = (ProjectionPass(projection, layout) for projection in (experts.up, experts.down))
+            up_SO, down_SH = (
+                x_TH.new_empty(len(layout.token_S), projection.out_features, dtype=projection.dtype)
+                for projection in (experts.up, experts.down)
+            )
+            for chunk in layout.chunks:
+                up_MO = up_SO[chunk.slots]
+                up.forward(chunk, layout.rows(chunk, x_in_dtype_TH), up_MO)
+                down.forward(chunk, experts.gate(up_MO).to(experts.down.dtype), down_SH[chunk.slots])
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
-            y_TH = weighted_sum_(slots.by_token(y_SH), weights_TK).to(x_TH.dtype)
-        ctx.experts, ctx.slots = experts, slots
+            y_TH = weighted_sum_(layout.by_token(y_SH), weights_TK).to(x_TH.dtype)
+        ctx.experts, ctx.layout = experts, layout
         kept_SH = None if experts.norm is None else down_SH
-        ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *up.saved, *down.saved, *factors)
+        ctx.save_for_backward(x_TH, weights_TK, up_SO, kept_SH, *up.kept(), *down.kept(), *factors)
         return y_TH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_TH):
-        experts, slots = ctx.experts, ctx.slots
-        x_TH, weights_TK, up_SO, down_SH, *saved = ctx.saved_tensors
+    def backward(ctx: Any, grad_TH: torch.Tensor):
+        experts, layout = ctx.experts, ctx.layout
+        saved = ctx.saved_tensors  # read once: checkpointing refuses a second time
+        kept, factors = saved[:4], saved[4:]
         num_up, num_down = 2 * len(experts.up.lora), 2 * len(experts.down.lora)
         _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        with torch.autocast(x_TH.device.type, enabled=False):
-            up = _Run(experts.up, slots, saved[:num_up], needs[:num_up])
-            down = _Run(experts.down, slots, saved[num_up : num_up + num_down], needs[num_up:])
-            grad_x_TH, grad_weights_TK = _back_through_parts(
-                up, down, experts, x_TH, weights_TK, grad_TH, up_SO, down_SH, needs_x
-            )
-            grads = *up.take_factor_grads(), *down.take_factor_grads()
-        return None, None, grad_x_TH, grad_weights_TK if needs_weights else None, *grads
+        with torch.autocast(grad_TH.device.type, enabled=False):
+            up = ProjectionPass(experts.up, layout, factors[:num_up], needs[:num_up])
+            down = ProjectionPass(experts.down, layout, factors[num_up : num_up + num_down], needs[num_up:])
+            grad_x_TH, grad_weights_TK = _back_through_chunks(up, down, experts, kept, grad_TH, needs_x)
+            factor_grads = *up.take_factor_grads(), *down.take_factor_grads()
+        return None, None, grad_x_TH, grad_weights_TK if needs_weights else None, *factor_grads
 
 
-def _back_through_parts(
-    up: "_Run",
-    down: "_Run",
+def _back_through_chunks(
+    up: "ProjectionPass",
+    down: "ProjectionPass",
     experts: FrozenExperts,
-    x_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
+    kept: Sequence[torch.Tensor],
     grad_TH: torch.Tensor,
-    up_SO: torch.Tensor,
-    down_SH: torch.Tensor | None,
     needs_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradients of the tokens, where they are needed, and of the routing weights. `up` and `down` note those of
     their factors."""
-    slots = up.slots
+    layout, (x_TH, weights_TK, up_SO, down_SH) = up.layout, kept
     x_in_dtype_TH, grad_TH = x_TH.to(experts.up.dtype), grad_TH.to(experts.down.dtype)
-    weight_S = weights_TK.new_zeros(len(slots.token_S)).index_copy_(0, slots.slot_N, weights_TK.reshape(-1))
+    weight_S = weights_TK.new_zeros(len(layout.token_S)).index_copy_(0, layout.slot_N, weights_TK.reshape(-1))
     weight_S1 = weight_S.to(grad_TH.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
     grad_weight_S = torch.empty_like(weight_S1).squeeze(1)
-    grad_x_SH = x_in_dtype_TH.new_empty(len(slots.token_S), x_TH.shape[-1]) if needs_x else None
-    for part in slots.parts:
-        grad_MH, weight_M1 = slots.rows(part, grad_TH), weight_S1[part.slots]
+    grad_x_SH = x_in_dtype_TH.new_empty(len(layout.token_S), x_TH.shape[-1]) if needs_x else None
+    for chunk in layout.chunks:
+        grad_MH, weight_M1 = layout.rows(chunk, grad_TH), weight_S1[chunk.slots]
         if experts.norm is not None:
-            y_MH, through_norm = _rerun(experts.norm, down_SH[part.slots])
-            grad_weight_S[part.slots] = (grad_MH * y_MH).sum(dim=-1)
+            y_MH, through_norm = _rerun(experts.norm, down_SH[chunk.slots])
+            grad_weight_S[chunk.slots] = (grad_MH * y_MH).sum(dim=-1)
             grad_MH, weight_M1 = through_norm(grad_MH * weight_M1), torch.ones_like(weight_M1)
-        grad_a_MF, *small_grads = down.input_grad(part, grad_MH)
-        a_MF, through_gate = _rerun(experts.gate, up_SO[part.slots])
+        grad_a_MF = grad_MH.new_empty(len(grad_MH), experts.down.in_features)
+        down_small_grads = down.input_grad(chunk, grad_MH, grad_a_MF)
+        a_MF, through_gate = _rerun(experts.gate, up_SO[chunk.slots])
         if experts.norm is None:
-            grad_weight_S[part.slots] = (grad_a_MF * a_MF).sum(dim=-1)
+            grad_weight_S[chunk.slots] = (grad_a_MF * a_MF).sum(dim=-1)
             if experts.down.bias_EO is not None:
-                for expert, grad_H, weight_M in part.blocks(grad_MH, grad_weight_S[part.slots]):
+                for expert, grad_H, weight_M in chunk.blocks(grad_MH, grad_weight_S[chunk.slots]):
                     weight_M += grad_H @ experts.down.bias_EO[expert]
-        down.add_factor_grads(part, a_MF, grad_MH, small_grads, weight_M1)
-        if not needs_x and not any(up.needs):
+        down.add_factor_grads(chunk, a_MF, grad_MH, down_small_grads, weight_M1)
+        if not needs_x and not up.needs_factors:
             continue
         del grad_MH
         grad_up_MO = through_gate(grad_a_MF.mul_(weight_M1))
-        grad_x_MH = grad_x_SH[part.slots] if needs_x else None
-        _, *small_grads = up.input_grad(part, grad_up_MO, grad_x_MH, needed=needs_x, gaps_count=False)
-        if any(up.needs):
-            up.add_factor_grads(part, slots.rows(part, x_in_dtype_TH), grad_up_MO, small_grads)
-    grad_x_TH = slots.sum_by_token(grad_x_SH).to(x_TH.dtype) if needs_x else None
-    return grad_x_TH, slots.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+        up_small_grads = up.input_grad(chunk, grad_up_MO, None if grad_x_SH is None else grad_x_SH[chunk.slots])
+        if up.needs_factors:
+            up.add_factor_grads(chunk, layout.rows(chunk, x_in_dtype_TH), grad_up_MO, up_small_grads)
+    grad_x_TH = None if grad_x_SH is None else layout.sum_by_token(grad_x_SH).to(x_TH.dtype)
+    return grad_x_TH, layout.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
 
 
-class _Run:
+class ProjectionPass:
     """A projection on its way through the slots, forward or backward.
 
     Args:
         projection ([`Projection`]): what to run.
-        slots ([`ExpertSlots`]): through what.
-        saved (`list` of `torch.Tensor`, *optional*): what the forward kept: for each update scaled `x Aᵀ` (S, R), and
-            `B` (P, R, O).
+        layout ([`~ordmoe_peft.experts.layout.PaddedLayout`]): through what.
+        kept (`Sequence` of `torch.Tensor`, *optional*): in backward, what [`kept`] of the forward's pass was.
         needs (`Sequence` of `bool`, defaults to none): whether gradients of each update's A and B are asked for.
     """
 
     def __init__(
         self,
         projection: Projection,
-        slots: ExpertSlots,
-        saved: list[torch.Tensor] | None = None,
+        layout: PaddedLayout,
+        kept: Sequence[torch.Tensor] = (),
         needs: Sequence[bool] = (),
     ):
-        self.projection, self.slots, self.needs = projection, slots, list(needs)
-        self.matrix, dtype = projection.open(), projection.dtype
-        self.A_PRI = [_A_of_experts(lora, slots, dtype) for lora in projection.lora]
-        if saved is None:
-            small_SR = [A_PRI.new_empty(len(slots.token_S), A_PRI.shape[1]) for A_PRI in self.A_PRI]
-            B_PRO = [_B_of_experts(lora, slots, dtype) for lora in projection.lora]
-            saved = [tensor for pair in zip(small_SR, B_PRO, strict=True) for tensor in pair]
-        self.saved, self.small_SR, self.B_PRO = saved, saved[::2], saved[1::2]
-        factors = [factor for pair in zip(self.A_PRI, self.B_PRO, strict=True) for factor in pair]
-        self.grads = [
-            slots.empty_for(projection.lora[place // 2].num_experts, factors[place]) if needed else None
-            for place, needed in enumerate(self.needs)
+        self.projection, self.layout, self.needs_factors = projection, layout, any(needs)
+        self.matrix = projection.open()
+        pairs = range(0, 2 * len(projection.lora), 2)
+        self.lora = [
+            _LoraPass(lora, layout, projection.dtype, kept[place : place + 2], needs[place : place + 2])
+            for lora, place in zip(projection.lora, pairs, strict=True)
         ]
 
-    def forward(self, part: Part, x_MI: torch.Tensor, y_MO: torch.Tensor, gaps_count: bool = True) -> torch.Tensor:
-        """Write the output of a part's slots into `y_MO`."""
+    def kept(self) -> list[torch.Tensor]:
+        """What backward needs of each update: scaled `x Aᵀ` (S, R) and B (P, R, O)."""
+        return [tensor for lora in self.lora for tensor in (lora.small_SR, lora.B_PRO)]
+
+    def forward(self, chunk: ExpertChunk, x_MI: torch.Tensor, y_MO: torch.Tensor) -> None:
+        """Write the output of a chunk's slots into `y_MO`."""
         bias_EO = self.projection.bias_EO
-        for expert, x_I, y_O in part.blocks(x_MI, y_MO):
+        for expert, x_I, y_O in chunk.blocks(x_MI, y_MO):
             torch.mm(x_I, self.matrix(expert), out=y_O)
             if bias_EO is not None:
                 y_O += bias_EO[expert]
-        if gaps_count:  # what memory held there may be no number, which times 0 is none either
-            part.blank_gaps_(y_MO)
-        for lora, A_PRI, small_SR, B_PRO in zip(
-            self.projection.lora, self.A_PRI, self.small_SR, self.B_PRO, strict=True
-        ):
-            small_MR = _times(part, x_MI, A_PRI, lora.scaling, out=small_SR[part.slots])
-            _add_product(part, y_MO, small_MR, B_PRO)
-        return y_MO
+        chunk.zero_gaps_(y_MO)
+        for lora in self.lora:
+            small_MR = _times(chunk, x_MI, lora.A_PRI, lora.scaling, out=lora.small_SR[chunk.slots])
+            _add_product(chunk, y_MO, small_MR, lora.B_PRO)
 
-    def input_grad(
-        self,
-        part: Part,
-        grad_MO: torch.Tensor,
-        grad_MI: torch.Tensor | None = None,
-        needed: bool = True,
-        gaps_count: bool = True,
-    ) -> list[torch.Tensor | None]:
-        """The gradient of the input in a part's slots, where `needed`, and scaled `grad B` (M, R) of each update.
-
-        Gaps are left as they are where they do not count, because no sum runs over them.
-        """
-        if needed:
-            if grad_MI is None:
-                grad_MI = grad_MO.new_empty(len(grad_MO), self.projection.in_features)
-            for expert, grad_O, grad_I in part.blocks(grad_MO, grad_MI):
+    def input_grad(self, chunk: ExpertChunk, grad_MO: torch.Tensor, grad_MI: torch.Tensor | None) -> list[torch.Tensor]:
+        """Scaled `grad B` (M, R) of each update. Writes the gradient of a chunk's input into `grad_MI`, if given."""
+        if grad_MI is not None:
+            for expert, grad_O, grad_I in chunk.blocks(grad_MO, grad_MI):
                 torch.mm(grad_O, self.matrix(expert).t(), out=grad_I)
-            if gaps_count:
-                part.blank_gaps_(grad_MI)
+            chunk.zero_gaps_(grad_MI)
         small_grads = []
-        for lora, A_PRI, B_PRO in zip(self.projection.lora, self.A_PRI, self.B_PRO, strict=True):
-            small_grads.append(_times(part, grad_MO, B_PRO, lora.scaling))
-            if needed:
-                _add_product(part, grad_MI, small_grads[-1], A_PRI)
-        return [grad_MI, *small_grads]
+        for lora in self.lora:
+            small_grads.append(_times(chunk, grad_MO, lora.B_PRO, lora.scaling))
+            if grad_MI is not None:
+                _add_product(chunk, grad_MI, small_grads[-1], lora.A_PRI)
+        return small_grads
 
     def add_factor_grads(
         self,
-        part: Part,
+        chunk: ExpertChunk,
         x_MI: torch.Tensor,
         grad_MO: torch.Tensor,
         small_grads: list[torch.Tensor],
         weight_M1: torch.Tensor | None = None,
     ) -> None:
-        """Note the gradients of a part's factors. `grad_MO` is yet to be scaled by `weight_M1`, if given."""
+        """Note the gradients of a chunk's factors. `grad_MO` is yet to be scaled by `weight_M1`, if given.
+
+        Of an expert, with its slots as rows: ∂A = (weight · scaling · grad B)ᵀ x, ∂B = (weight · scaling · x Aᵀ)ᵀ grad.
+        """
 
         def weighted(small_MR: torch.Tensor) -> torch.Tensor:
             return small_MR if weight_M1 is None else small_MR * weight_M1
 
-        for small_grad_MR, small_SR, grad_A_PRI, grad_B_PRO in zip(
-            small_grads, self.small_SR, self.grads[::2], self.grads[1::2], strict=True
-        ):
-            if grad_A_PRI is not None:
-                _outer(part, weighted(small_grad_MR), x_MI, out=grad_A_PRI)
-            if grad_B_PRO is not None:
-                _outer(part, weighted(small_SR[part.slots]), grad_MO, out=grad_B_PRO)
+        for lora, small_grad_MR in zip(self.lora, small_grads, strict=True):
+            if lora.grad_A_PRI is not None:
+                _outer(chunk, weighted(small_grad_MR), x_MI, out=lora.grad_A_PRI)
+            if lora.grad_B_PRO is not None:
+                _outer(chunk, weighted(lora.small_SR[chunk.slots]), grad_MO, out=lora.grad_B_PRO)
 
     def take_factor_grads(self) -> list[torch.Tensor | None]:
-        """Gradients of each update's A and B, as they are stored. What they are made of is let go of one by one."""
-        self.A_PRI.clear()
-        grads = []
-        for lora in self.projection.lora:
-            grad_A_PRI, grad_B_PRO = self.grads.pop(0), self.grads.pop(0)
-            grad_A = grad_B = None
-            if grad_A_PRI is not None:
-                grad_A_ERI, grad_A_PRI = self.slots.by_expert(grad_A_PRI, lora.num_experts), None
-                grad_A = grad_A_ERI.view(lora.A.shape).to(lora.A.dtype)
-                del grad_A_ERI
-            if grad_B_PRO is not None:
-                grad_B_REO, grad_B_PRO = self.slots.by_expert(grad_B_PRO, lora.num_experts, r_first=True), None
-                # Two dimensions in 16 bits are what torch transposes fast.
-                grad_B_OX = grad_B_REO.view(lora.B.shape[::-1]).t().contiguous()
-                del grad_B_REO
-                grad_B = grad_B_OX.to(lora.B.dtype)
-            grads += [grad_A, grad_B]
-        return grads
+        """Gradients of each update's A and B, as they are stored."""
+        return [grad for lora in self.lora for grad in (lora.take_grad_A(), lora.take_grad_B())]
+
+
+class _LoraPass:
+    """The factors of one update in the order of slots and in the products' dtype, what the forward keeps, and the
+    factors' gradients. See [`ProjectionPass`]."""
+
+    def __init__(
+        self,
+        lora: LowRank,
+        layout: PaddedLayout,
+        dtype: torch.dtype,
+        kept: Sequence[torch.Tensor],
+        needs: Sequence[bool],
+    ):
+        self.lora, self.layout, self.scaling = lora, layout, lora.scaling
+        A_ERI = lora.A_ERI.detach()
+        is_any_absent = len(layout.expert_P) < lora.num_experts  # then cast what is there alone
+        A_ERI = A_ERI if is_any_absent else A_ERI.to(dtype)
+        self.A_PRI: Any = A_ERI.index_select(0, layout.expert_P).to(dtype)
+        self.small_SR, self.B_PRO = kept or (
+            self.A_PRI.new_empty(len(layout.token_S), lora.r),
+            self._B_of_experts(dtype),
+        )
+        grads = (
+            layout.empty_for(lora.num_experts, factor) if needed else None
+            for factor, needed in zip((self.A_PRI, self.B_PRO), needs or (False, False), strict=True)
+        )
+        self.grad_A_PRI, self.grad_B_PRO = grads
+
+    def _B_of_experts(self, dtype: torch.dtype) -> torch.Tensor:
+        """B of the experts in the order of their slots, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
+        lora, expert_P = self.lora, self.layout.expert_P
+        B_XO = lora.B.detach().to(dtype).t().contiguous()
+        row_PR = expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=expert_P.device)
+        return B_XO.index_select(0, row_PR.view(-1)).view(-1, lora.r, B_XO.shape[-1])
+
+    # What a gradient is made of is let go of as soon as the next form is there.
+    def take_grad_A(self) -> torch.Tensor | None:
+        self.A_PRI = None
+        if self.grad_A_PRI is None:
+            return None
+        grad_A_ERI, self.grad_A_PRI = self.layout.by_expert(self.grad_A_PRI, self.lora.num_experts), None
+        return grad_A_ERI.view(self.lora.A.shape).to(self.lora.A.dtype)
+
+    def take_grad_B(self) -> torch.Tensor | None:
+        if self.grad_B_PRO is None:
+            return None
+        grad_B_REO = self.layout.by_expert(self.grad_B_PRO, self.lora.num_experts, r_first=True)
+        self.grad_B_PRO = None
+        # Two dimensions in 16 bits are what torch transposes fast.
+        grad_B_OX = grad_B_REO.view(self.lora.B.shape[::-1]).t().contiguous()
+        del grad_B_REO
+        return grad_B_OX.to(self.lora.B.dtype)
 
 
 def _times(
-    part: Part, x_MI: torch.Tensor, factor_PRI: torch.Tensor, scaling: float, out: torch.Tensor | None = None
+    chunk: ExpertChunk, x_MI: torch.Tensor, factor_PRI: torch.Tensor, scaling: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Each slot times its expert's factor, scaled (`torch.Tensor` of shape `(M, R)`)."""
     small_MR = x_MI.new_empty(len(x_MI), factor_PRI.shape[1]) if out is None else out
-    bins = zip(part.by_bin(x_MI), part.factors_by_bin(factor_PRI), part.by_bin(small_MR), strict=True)
+    bins = zip(chunk.by_bin(x_MI), chunk.factors_by_bin(factor_PRI), chunk.by_bin(small_MR), strict=True)
     for x_BMI, factor_BRI, small_BMR in bins:
         torch.bmm(x_BMI, factor_BRI.transpose(1, 2), out=small_BMR)
     return small_MR.mul_(scaling)
 
 
-def _add_product(part: Part, y_MI: torch.Tensor, small_MR: torch.Tensor, factor_PRI: torch.Tensor) -> None:
+def _add_product(chunk: ExpertChunk, y_MI: torch.Tensor, small_MR: torch.Tensor, factor_PRI: torch.Tensor) -> None:
     """Add to each slot what its R columns times its expert's factor give."""
-    bins = zip(part.by_bin(y_MI), part.by_bin(small_MR), part.factors_by_bin(factor_PRI), strict=True)
+    bins = zip(chunk.by_bin(y_MI), chunk.by_bin(small_MR), chunk.factors_by_bin(factor_PRI), strict=True)
     for y_BMI, small_BMR, factor_BRI in bins:
         y_BMI.baddbmm_(small_BMR, factor_BRI)
 
 
-def _outer(part: Part, small_MR: torch.Tensor, x_MI: torch.Tensor, out: torch.Tensor) -> None:
+def _outer(chunk: ExpertChunk, small_MR: torch.Tensor, x_MI: torch.Tensor, out: torch.Tensor) -> None:
     """Write the sum of each expert's outer products into its place in `out` (`torch.Tensor` of shape `(P, R, I)`)."""
-    bins = zip(part.by_bin(small_MR), part.by_bin(x_MI), part.factors_by_bin(out), strict=True)
+    bins = zip(chunk.by_bin(small_MR), chunk.by_bin(x_MI), chunk.factors_by_bin(out), strict=True)
     for small_BMR, x_BMI, out_BRI in bins:
         torch.bmm(small_BMR.transpose(1, 2), x_BMI, out=out_BRI)
-
-
-def _A_of_experts(lora: LowRank, slots: ExpertSlots, dtype: torch.dtype) -> torch.Tensor:
-    """A of the experts in the order of their slots (`torch.Tensor` of shape `(P, R, I)`)."""
-    A_ERI = lora.A_ERI.detach()
-    if len(slots.expert_P) < lora.num_experts:
-        return A_ERI.index_select(0, slots.expert_P).to(dtype)
-    return A_ERI.to(dtype).index_select(0, slots.expert_P)
-
-
-def _B_of_experts(lora: LowRank, slots: ExpertSlots, dtype: torch.dtype) -> torch.Tensor:
-    """B of the experts in the order of their slots, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
-    B_REO = transposed_B(lora, dtype)
-    row_PR = slots.expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=B_REO.device)
-    return B_REO.view(-1, B_REO.shape[-1]).index_select(0, row_PR.view(-1)).view(-1, lora.r, B_REO.shape[-1])
 
 
 def _rerun(function: Callable, x_SI: torch.Tensor) -> tuple[torch.Tensor, Callable]:

@@ -1,7 +1,7 @@
-"""Multiply blocks of rows, each with its own expert's matrix, dense or low-rank, by operators that autograd knows.
+"""Grouped products, dense or low-rank, by operators that autograd knows, and the order of rows that they take.
 
-These need no host sync, and are differentiable in the matrices, too. `ops/frozen_experts.py` is what to use where the
-host knows the blocks and the matrices are frozen.
+These need no host sync, and are differentiable in the matrices, too. `frozen.py` is what to use where the host knows
+each expert's rows and the matrices are frozen.
 
 Shape suffixes as in `experts/__init__.py`.
 """
@@ -9,9 +9,36 @@ Shape suffixes as in `experts/__init__.py`.
 import torch
 from torch.nn import functional as F
 
+from .frozen import LowRank
+
 
 # Strides that `torch.nn.functional.grouped_mm` accepts are multiples of this many bytes, on CPU as on CUDA.
 GROUPED_MM_ALIGNMENT = 16
+
+
+def group_by_expert(top_k_index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order the N = T·K routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) by expert.
+
+    Known on the device alone, without a host sync.
+
+    Returns:
+        For each sorted row its place in the flattened routing (`torch.Tensor` of shape `(N,)`), and where each expert's
+        block of rows ends (`(E,)`, int32); an expert without tokens ends where its predecessor does.
+    """
+    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
+    # searchsorted rather than a histogram: it needs neither a float round trip on CPU nor a host sync on CUDA.
+    experts_E = torch.arange(num_experts, device=expert_N.device, dtype=expert_N.dtype)
+    return order_N, torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
+
+
+def combine_by_token(rows_NH: torch.Tensor, order_N: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Undo the grouping and sum each token's K rows (`torch.Tensor` of shape `(N, H)` → `(T, H)`).
+
+    A gather and a sum rather than `index_add_`, which is not deterministic on CUDA.
+    """
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return rows_NH[inverse_N].view(-1, top_k, rows_NH.shape[-1]).sum(dim=1)
 
 
 def grouped_matmul(x_NI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -30,20 +57,15 @@ def grouped_matmul(x_NI: torch.Tensor, weight_EIO: torch.Tensor, ends_E: torch.T
     return torch.cat(blocks) if blocks else x_NI.new_zeros(0, sizes[1])
 
 
-def grouped_lora(
-    x_NI: torch.Tensor,
-    lora_A_ERI: torch.Tensor,
-    lora_B_EOR: torch.Tensor,
-    scaling: float,
-    ends_E: torch.Tensor,
-) -> torch.Tensor:
+def grouped_lora(x_NI: torch.Tensor, update: LowRank, ends_E: torch.Tensor) -> torch.Tensor:
     """`scaling · x A_eᵀ B_eᵀ` for each row and its expert e (`torch.Tensor` of shape `(N, O)`).
 
     The factors meet the activations one after the other, so that no `(O, I)` delta ever exists.
     """
+    A_ERI, B_EOR = update.A_ERI.to(x_NI.dtype), update.B_EOR.to(x_NI.dtype)
     # Rank is padded with zeros to what grouped_mm accepts; zeros add nothing to the product or its gradients.
-    padding = -lora_A_ERI.shape[1] % (GROUPED_MM_ALIGNMENT // lora_A_ERI.element_size())
+    padding = -update.r % (GROUPED_MM_ALIGNMENT // A_ERI.element_size())
     if padding:
-        lora_A_ERI, lora_B_EOR = F.pad(lora_A_ERI, (0, 0, 0, padding)), F.pad(lora_B_EOR, (0, padding))
-    x_NR = grouped_matmul(x_NI, lora_A_ERI.transpose(1, 2), ends_E) * scaling
-    return grouped_matmul(x_NR, lora_B_EOR.contiguous().transpose(1, 2), ends_E)
+        A_ERI, B_EOR = F.pad(A_ERI, (0, 0, 0, padding)), F.pad(B_EOR, (0, padding))
+    x_NR = grouped_matmul(x_NI, A_ERI.transpose(1, 2), ends_E) * update.scaling
+    return grouped_matmul(x_NR, B_EOR.contiguous().transpose(1, 2), ends_E)

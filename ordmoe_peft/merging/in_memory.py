@@ -19,7 +19,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
-from ..experts.expert_lora import ParamWrapper, check_finite
+from ..experts.expert_lora import ExpertLora, check_finite
 from ..moe_model import without_wrappers
 from ..quantization.dequantization import packed_names, put_dense_
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
@@ -62,7 +62,7 @@ class BaseWeight:
         for index, matrix_OI in enumerate(unpacked(self.value)):
             base_OI = merged_OI = matrix_OI.float()
             if self.layer is not None and self.adapters:
-                if isinstance(self.layer, ParamWrapper):
+                if isinstance(self.layer, ExpertLora):
                     merged_OI = base_OI + self.layer.delta(self.adapters, index)
                 else:
                     merged_OI = _merged_linear(self.layer, self.adapters, base_OI)

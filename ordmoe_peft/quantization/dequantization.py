@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+from .._compat import accelerate_hook
 from .storage import dense_stack, is_packed, logical_shape
 
 
@@ -27,8 +28,9 @@ def put_dense_(model: nn.Module, name: str, weight: nn.Parameter) -> None:
         linear = nn.Linear(owner.in_features, owner.out_features, bias=False)
     linear.weight, linear.bias = weight, owner.bias
     linear.train(owner.training)
-    if hasattr(owner, "_hf_hook"):  # accelerate's, which moves inputs between devices
-        add_hook_to_module(linear, owner._hf_hook)
+    hook = accelerate_hook(owner)
+    if hook is not None:
+        add_hook_to_module(linear, hook)
     model.set_submodule(owner_name, linear)
 
 
@@ -50,10 +52,7 @@ def unpack_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def cast_rest_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give `dtype` to what was never packed and has the model's own dtype.
-
-    What is held in another one on purpose, such as a router in float32, stays.
-    """
+    """Cast what was never packed and has the model's own dtype. A router held in float32 on purpose stays so."""
     own = model.dtype
     for parameter in model.parameters():
         if parameter.dtype == own:

@@ -2,13 +2,12 @@
 
 accelerate leaves stacks presented as `uint8`, the default, whole on every process, with a warning; with
 `bnb_4bit_quant_storage="bfloat16"` they are sharded. What FSDP2 then gathers for a forward is a plain tensor of the
-same bytes, without the scales, which stay whole on every process: an eighth of the bytes, less with double
+same bytes, without the scales. Those stay whole on every process: an eighth of the bytes, less with double
 quantisation.
 """
 
 from typing import Any
 
-from bitsandbytes.functional import QuantState
 from torch import nn
 
 from ..moe_model import find_moe_layers
@@ -16,22 +15,21 @@ from .storage import is_packed
 
 
 def keep_packed_when_sharded(model: nn.Module) -> None:
-    """Have the experts of `model` find the scales of their packed stacks also on what FSDP2 gathers.
+    """Put the quantisation states of packed stacks back on what FSDP2 gathers, before each forward of the experts.
 
     Call it before the model is sharded.
     """
     for layer in find_moe_layers(model):
-        states = {
-            name: weight.quant_state for name in layer.projections if is_packed(weight := getattr(layer.experts, name))
-        }
+        weights = {name: getattr(layer.experts, name) for name in layer.projections}
+        states = {name: weight.quant_state for name, weight in weights.items() if is_packed(weight)}
         if states:
-            layer.experts.register_forward_pre_hook(_StatesOnStacks(states))
+            layer.experts.register_forward_pre_hook(_RestoreStates(states))
 
 
-class _StatesOnStacks:
-    """Forward pre-hook of fused experts: puts the quantisation state on each stack that lost it."""
+class _RestoreStates:
+    """Forward pre-hook of fused experts, of a class of its own so that models can be pickled."""
 
-    def __init__(self, states: dict[str, QuantState]):
+    def __init__(self, states: dict[str, Any]):
         self.states = states
 
     def __call__(self, experts: nn.Module, args: tuple[Any, ...]) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .._compat import storage_id
@@ -77,16 +76,14 @@ class QuantizationCensus:
         return f"{in_units(self.bytes)} in all, {experts or 'no fused experts'}."
 
     def __str__(self) -> str:
-        lines = [f"{'role':<16}{'dtype':<10}{'tensors':>9}{'weights':>18}{'bytes':>18}{'bits a weight':>15}"]
-        lines += [
+        tensors, weights = sum(row.tensors for row in self.rows), sum(row.weights for row in self.rows)
+        rows = [*self.rows, CensusRow("all", "", tensors, weights, self.bytes)]
+        header = f"{'role':<16}{'dtype':<10}{'tensors':>9}{'weights':>18}{'bytes':>18}{'bits a weight':>15}"
+        lines = [
             f"{row.role:<16}{row.dtype:<10}{row.tensors:>9,}{row.weights:>18,}{row.bytes:>18,}{row.bits:>15.2f}"
-            for row in self.rows
+            for row in rows
         ]
-        weights, tensors = sum(row.weights for row in self.rows), sum(row.tensors for row in self.rows)
-        lines.append(
-            f"{'all':<26}{tensors:>9,}{weights:>18,}{self.bytes:>18,}{8 * self.bytes / max(weights, 1):>15.2f}"
-        )
-        return "\n".join(lines)
+        return "\n".join([header, *lines])
 
 
 def quantization_census(model: nn.Module) -> QuantizationCensus:
@@ -95,27 +92,18 @@ def quantization_census(model: nn.Module) -> QuantizationCensus:
     Args:
         model (`nn.Module`): any model of transformers, or a [`~peft.PeftModel`] on one.
     """
-    role_of, counted = role_finder(model), set()
+    role_of = role_finder(model)
+    counted: set[int] = set()
     counts: dict[tuple[str, str], Counter] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         dtype = tensor.quant_state.quant_type if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
-        weights = logical_shape(tensor).numel()
+        storages = {storage_id(part.untyped_storage()): part.untyped_storage() for part in stored_tensors(tensor)}
+        num_bytes = sum(storage.nbytes() for key, storage in storages.items() if key not in counted)
+        counted.update(storages)
         row = counts.setdefault((role_of(without_wrappers(name)), dtype), Counter())
-        row.update(
-            tensors=1, weights=weights, bytes=sum(_bytes_of_new(part, counted) for part in stored_tensors(tensor))
-        )
+        row.update({"tensors": 1, "weights": logical_shape(tensor).numel(), "bytes": num_bytes})
     rows = [CensusRow(role, dtype, **count) for (role, dtype), count in counts.items()]
     return QuantizationCensus(sorted(rows, key=lambda row: (CENSUS_ROLES.index(row.role), row.dtype)))
-
-
-def _bytes_of_new(tensor: torch.Tensor, counted: set[int]) -> int:
-    """The bytes of the tensor's storage, 0 where it is among the `counted`, which it joins."""
-    storage = tensor.untyped_storage()
-    key = storage_id(storage)
-    if key in counted:
-        return 0
-    counted.add(key)
-    return storage.nbytes()
 
 
 def in_units(count: int) -> str:
@@ -140,28 +128,24 @@ def role_finder(model: nn.Module) -> Callable[[str], str]:
         if "lora_" in parameter_name:
             return "adapter"
         module = modules[name]
-        if not any(name.startswith(f"{layer.decoder_layers_name}.") for layer in layers):
-            return _role_outside_decoder(name, module, module is head)
-        return _role_in_decoder(parameter_name, module, layers, attention)
+        if any(name.startswith(f"{layer.decoder_layers_name}.") for layer in layers):
+            return _role_in_decoder(parameter_name, module, layers, attention)
+        if any(part.startswith(("visual", "vision")) for part in name.split(".")):
+            return "vision"
+        if module is head:
+            return "head"
+        if isinstance(module, nn.Embedding):
+            return "embeddings"
+        return "norms" if _is_norm(module) else "other"
 
     return role_of
 
 
-def _role_outside_decoder(name: str, module: nn.Module, is_head: bool) -> str:
-    if any(part.startswith(("visual", "vision")) for part in name.split(".")):
-        return "vision"
-    if is_head:
-        return "head"
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    return "norms" if _is_norm(module) else "other"
-
-
 def _role_in_decoder(parameter_name: str, module: nn.Module, layers: list[MoELayer], attention: tuple[str, ...]) -> str:
     name = parameter_name.rpartition(".")[0]
-    of_experts = [layer for layer in layers if f"{name}.".startswith(f"{layer.experts_name}.")]
-    if of_experts and not _is_norm(module):
-        return "experts" if parameter_name.endswith(of_experts[0].projections) else "expert_biases"
+    for layer in layers:
+        if f"{name}.".startswith(f"{layer.experts_name}.") and not _is_norm(module):
+            return "experts" if parameter_name.endswith(layer.projections) else "expert_biases"
     if any(is_of_router(name, module, layer) for layer in layers):
         return "router"
     if _is_norm(module):

@@ -31,19 +31,19 @@ def check_expert_storage(model: nn.Module) -> None:
         [`OrdMoEModelError`]: another quantiser has made the experts into something that cannot be adapted.
     """
     method = quant_method(getattr(model, "config", None))
+    fix = FIXES.get(method or "", OTHERWISE)
     for name, module in model.named_modules():
         kind = unreadable_kind(unwrapped(module))
         if kind is not None:
             raise OrdMoEModelError(
                 f"{without_wrappers(name)} is {kind}: the model is quantised by {method or 'something'}, whose experts "
-                f"OrdMoE cannot read. {FIXES.get(method, OTHERWISE)}"
+                f"OrdMoE cannot read. {fix}"
             )
-    if method in (None, QUANT_METHOD):
+    if method is None or method == QUANT_METHOD:
         return
     if not any(is_fused_experts(unwrapped(module)) for module in model.modules()):
         raise OrdMoEModelError(
-            f"{type(model).__name__} is quantised by {method} and has no fused experts that OrdMoE could adapt. "
-            f"{FIXES.get(method, OTHERWISE)}"
+            f"{type(model).__name__} is quantised by {method} and has no fused experts that OrdMoE could adapt. {fix}"
         )
     warn_of_dense_experts(model, method)
 
@@ -55,7 +55,7 @@ def check_unquantised(config: PreTrainedConfig, name: str) -> None:
         [`OrdMoEConfigError`]: something else has quantised it; transformers would refuse a second quantisation.
     """
     method = quant_method(config)
-    if method not in (None, QUANT_METHOD):
+    if method is not None and method != QUANT_METHOD:
         raise OrdMoEConfigError(
             f"{name} is quantised by {method}, so it cannot be loaded in 4 bits. Use an unquantised copy of it, or "
             f"leave `load_in_4bit` off. {FIXES.get(method, '')}".rstrip()
@@ -71,33 +71,28 @@ def quant_method(model_config: PreTrainedConfig | None) -> str | None:
 
 def unreadable_kind(module: nn.Module) -> str | None:
     """What `module` is, if it is an expert or a stack of experts in a form that cannot be read."""
-    if "Expert" not in type(module).__name__:
+    kind = type(module).__name__
+    if "Expert" not in kind:
         return None
-    weights = {
-        name: weight
-        for name, weight in module.named_parameters(recurse=False)
-        if not name.endswith("_bias") and weight.dim() > 1
-    }
-    for name, weight in weights.items():
-        if is_packed(weight) and is_fused_experts(module):
+    for name, weight in module.named_parameters(recurse=False):
+        if name.endswith("_bias") or weight.dim() < 2 or (is_packed(weight) and is_fused_experts(module)):
             continue
         # A parameter of a subclass holds who knows what, but for those that torch has sharded.
         if type(weight) is not nn.Parameter and not hasattr(weight, "device_mesh"):
-            return f"a {type(module).__name__} whose {name} is a {type(weight).__name__}"
+            return f"a {kind} whose {name} is a {type(weight).__name__}"
         if weight.dtype not in PACKABLE_DTYPES:
-            return f"a {type(module).__name__} whose {name} is {str(weight.dtype).removeprefix('torch.')}"
+            return f"a {kind} whose {name} is {str(weight.dtype).removeprefix('torch.')}"
     return None
 
 
 def warn_of_dense_experts(model: nn.Module, method: str) -> None:
     """Say how much memory the experts take that the quantiser left alone."""
-    # As a set: stacks of layers may share them.
-    stacks = list(
-        {getattr(layer.experts, projection) for layer in find_moe_layers(model) for projection in layer.projections}
-    )
+    layers = find_moe_layers(model)
+    # Without repetition: stacks of layers may share them.
+    stacks = list({getattr(layer.experts, name): None for layer in layers for name in layer.projections})
     dense = sum(stack.nbytes for stack in stacks if not is_packed(stack))
-    total = sum(parameter.nbytes for parameter in model.parameters())
     if dense:
+        total = sum(parameter.nbytes for parameter in model.parameters())
         logger.warning(
             f"The model was quantised by {method}, which leaves fused experts as they are: {in_units(dense)} of its "
             f"{in_units(total)} are experts in {str(stacks[0].dtype).removeprefix('torch.')}. Load it with "

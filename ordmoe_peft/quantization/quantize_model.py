@@ -66,7 +66,7 @@ def _check_dense(model: PreTrainedModel) -> None:
 def _check_stacks(model: PreTrainedModel, names: set[str]) -> None:
     if not names:
         raise OrdMoEModelError("llm_int8_skip_modules names all experts of the model: there is nothing to quantise.")
-    owners = {}
+    owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in names:
             continue

@@ -5,6 +5,7 @@ Source of the seam: `transformers/quantizers/quantizer_bnb_4bit.py`, whose linea
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -14,12 +15,11 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import logging
 
-from .._compat import keep_linear4bit_layout, save_in_original_format, save_in_own_names
+from .._compat import keep_linear4bit_layout, mark_initialized, save_in_original_format, save_in_own_names
 from ..errors import OrdMoEModelError
 from ..moe_model import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .config import MoeBitsAndBytesConfig
 from .dequantization import cast_rest_, unpack_
-from .file_pages import release_file_pages
 from .memory_by_role import quantization_census
 from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
@@ -33,11 +33,13 @@ logger = logging.get_logger(__name__)
 class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     """[`~transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer`] that also packs fused expert stacks."""
 
-    def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs):
+    expert_stacks: set[str]
+
+    def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any):
         # A copy: the modules to skip are written into it, and the caller may load another model with the original.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return super().param_needs_quantization(model, param_name, **kwargs) or self.is_stack(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -52,7 +54,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             operations = getattr(conversion, "operations", [])
             # What is merged in another way is packed when it is whole, by `get_quantize_ops`.
             if operations and packs_by_expert(operations):
-                conversion.operations = [PackWhileMerging(operations, self.pack, self.is_stack, self.release)]
+                conversion.operations = [PackWhileMerging(operations, self.pack, self.is_stack)]
         return conversions
 
     def is_serializable(self) -> bool:
@@ -74,14 +76,11 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         """The packed stack `name`."""
         return pack_experts(matrices, name, **self.quantization_config.packing())
 
-    def release(self, tensors: list[torch.Tensor]) -> None:
-        """Let go of what was read from the checkpoint for `tensors`."""
-        release_file_pages(tensors, self.checkpoint_files)
-
     def select(self, model: nn.Module, also_skipped: Iterable[str]) -> None:
-        """Settle what of `model` is packed: all but what the configuration skips, to which `also_skipped` is added.
+        """Choose the parameters to quantise: all except `llm_int8_skip_modules` and `also_skipped`.
 
-        The configuration is saved with the model, and says on loading what is packed there.
+        The latter are added to the former in the configuration, which is saved with the model and says on loading what
+        is packed there.
 
         Raises:
             [`OrdMoEModelError`]: there are no MoE layers, or experts of a kind or dtype that nothing can run packed.
@@ -96,8 +95,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             )
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
         self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
-        for name in [] if self.pre_quantized else sorted(self.expert_stacks):
-            check_packable(name, model.get_parameter(name).dtype)
+        if not self.pre_quantized:
+            for name in sorted(self.expert_stacks):
+                check_packable(name, model.get_parameter(name).dtype)
 
     def adopt(self, model: nn.Module) -> None:
         """Give `model`, whose stacks are packed, all that a model loaded by this quantizer has."""
@@ -106,12 +106,12 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         model.quantization_method = self.quantization_config.quant_method
         self.postprocess_model(model)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, device_map, checkpoint_files=None, **kwargs):
-        config, self.checkpoint_files = self.quantization_config, checkpoint_files or []
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
         if self.pre_quantized:
             # The checkpoint decides; its names have a prefix that a model without a head has not.
             skipped = [] if hasattr(model, model.base_model_prefix) else config.llm_int8_skip_modules or []
-            also_skipped = {name.removeprefix(f"{model.base_model_prefix}.") for name in skipped}
+            also_skipped = [name.removeprefix(f"{model.base_model_prefix}.") for name in skipped]
         else:
             also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
@@ -123,15 +123,16 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             if isinstance(module, Linear4bit):
                 module.weight.blocksize = linear_block_size(module.in_features, config.bnb_4bit_blocksize)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.packed_names(model):
             if not is_packed(model.get_parameter(name)):
                 raise OrdMoEModelError(
                     f"{name} was to be loaded in 4 bits but is {model.get_parameter(name).dtype}: the checkpoint's "
                     "weights for it were missing or of another shape. See the load report above."
                 )
-        for name in sorted({name.rpartition(".")[0] for name in self.expert_stacks}):
-            model.get_submodule(name).requires_grad_(False)  # biases, too: no gradient is computed of packed experts
+        for name in self.expert_stacks:
+            experts, _ = get_module_from_name(model, name)
+            experts.requires_grad_(False)  # biases, too: no gradient is computed of packed experts
         keep_linear4bit_layout(model)
         save_in_own_names(model)
         # No other experts function can read packed stacks.
@@ -159,12 +160,9 @@ class QuantizeLinearOrExperts(ConversionOps):
     """Packs a loaded tensor: expert stacks here, linear weights by transformers' own operation."""
 
     def __init__(self, hf_quantizer: MoeBnb4BitHfQuantizer, quantize_linear: ConversionOps):
-        self.hf_quantizer = hf_quantizer
-        self.quantize_linear = quantize_linear
+        self.hf_quantizer, self.quantize_linear = hf_quantizer, quantize_linear
 
-    def convert(
-        self, input_dict: dict[str, torch.Tensor], model: nn.Module | None = None, **kwargs
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Any]:
         converted = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
@@ -175,6 +173,5 @@ class QuantizeLinearOrExperts(ConversionOps):
             else:
                 converted |= self.quantize_linear.convert({name: tensor}, model=model, **kwargs)
             if self.hf_quantizer.is_stack(name):
-                get_module_from_name(model, name)[0]._is_hf_initialized = True
-            self.hf_quantizer.release([tensor])
+                mark_initialized(get_module_from_name(model, name)[0])
         return converted

@@ -15,11 +15,12 @@ ROUTER_NAMES = {"router", "gate"}
 def expert_stacks(layers: list[MoELayer], skip_modules: list[str] | None) -> set[str]:
     """Names of the fused stacks to pack: all but those that `skip_modules` names by transformers' rules, by
     themselves, by their module or by a parent of it."""
-    stacks = {f"{layer.experts_name}.{projection}": layer for layer in layers for projection in layer.projections}
     return {
-        name
-        for name, layer in stacks.items()
-        if should_convert_module(layer.experts_name, skip_modules) and should_convert_module(name, skip_modules)
+        f"{layer.experts_name}.{projection}"
+        for layer in layers
+        for projection in layer.projections
+        if should_convert_module(layer.experts_name, skip_modules)
+        and should_convert_module(f"{layer.experts_name}.{projection}", skip_modules)
     }
 
 
@@ -37,10 +38,9 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
             transformers' experts interface, so that they would stay unquantised.
     """
     for name, module in model.named_modules():
-        stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-        if "Expert" not in type(module).__name__ or not stacks or is_fused_experts(module):
-            continue
-        if should_convert_module(name, skip_modules):
+        has_stack = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        is_unserved = "Expert" in type(module).__name__ and has_stack and not is_fused_experts(module)
+        if is_unserved and should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"{name} ({type(module).__name__}) cannot be loaded in 4 bits: its class does not use transformers' "
                 "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
@@ -90,8 +90,7 @@ def is_of_router(name: str, module: nn.Module, layer: MoELayer) -> bool:
     """Whether the module `name` of `layer`'s block routes: it is in the router, or bears a router's name or shape."""
     if not name.startswith(f"{layer.block_name}."):
         return False
-    within = name.removeprefix(f"{layer.block_name}.").split(".")
-    is_known = layer.router_name and f"{name}.".startswith(f"{layer.router_name}.")
-    return (
-        bool(is_known) or not ROUTER_NAMES.isdisjoint(within) or getattr(module, "out_features", 0) == layer.num_experts
-    )
+    if layer.router_name and f"{name}.".startswith(f"{layer.router_name}."):
+        return True
+    names_within = name.removeprefix(f"{layer.block_name}.").split(".")
+    return not ROUTER_NAMES.isdisjoint(names_within) or getattr(module, "out_features", 0) == layer.num_experts

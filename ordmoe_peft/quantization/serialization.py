@@ -1,14 +1,17 @@
-"""Packed weights on disk: what is written beside their bytes, and how they are put together again.
+"""Packed weights on disk: what is written beside their bytes, and how a weight is assembled from it.
 
 A packed weight is saved as bitsandbytes saves that of a linear layer: its bytes under its own name, its scales, code
-book and sizes under that name with an ending. Source of the seam on loading: `Bnb4bitDeserialize` in
+table and sizes under that name with an ending. Source of the seam on loading: `Bnb4bitDeserialize` in
 `transformers/integrations/bitsandbytes.py`, which knows linear layers alone.
 """
+
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .storage import is_packed
@@ -34,30 +37,29 @@ def saved_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def state_dict_with_quant_states(model: nn.Module) -> dict[str, torch.Tensor]:
     """`model.state_dict()`, in which the state of each packed weight lies beside its bytes.
 
-    Of bitsandbytes' own layers it does so already; a fused stack is a parameter of a module that knows nothing of it.
-    A weight that is tied to another one on loading is left out, bytes and state: transformers would drop its bytes.
+    bitsandbytes adds it for its own layers; a fused stack is a parameter of a module that knows nothing of it. A weight
+    that is tied to another one on loading is left out, bytes and state: transformers would drop its bytes alone.
     """
     state_dict, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", {})
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not is_packed(parameter):
-            continue
-        saved = saved_tensors(name, parameter)
-        if name in tied:
-            state_dict = {key: tensor for key, tensor in state_dict.items() if key not in saved}
-        else:
-            state_dict |= saved
+        if is_packed(parameter):
+            saved = saved_tensors(name, parameter)
+            if name in tied:
+                state_dict = {key: tensor for key, tensor in state_dict.items() if key not in saved}
+            else:
+                state_dict |= saved
     return state_dict
 
 
-class PutTogether(ConversionOps):
+class AssembleQuantized(ConversionOps):
     """Makes one packed weight of its bytes and its state.
 
     Args:
-        hf_quantizer ([`~transformers.quantizers.HfQuantizer`]): transformers leaves the dtype of what an operation with
-            this attribute loads alone.
+        hf_quantizer ([`~transformers.quantizers.HfQuantizer`]): transformers does not cast what an operation with this
+            attribute loads.
     """
 
-    def __init__(self, hf_quantizer):
+    def __init__(self, hf_quantizer: HfQuantizer):
         self.hf_quantizer = hf_quantizer
 
     def convert(
@@ -66,35 +68,32 @@ class PutTogether(ConversionOps):
         target_patterns: list[str],
         full_layer_name: str,
         model: nn.Module,
-        **kwargs,
-    ) -> dict[str, torch.Tensor]:
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         if len(input_dict) == 1:
             return input_dict  # No state: the quantizer's check after loading says so by name.
         (name,) = target_patterns
-        tensors = {key.removeprefix(f"{name}."): tensors[0] for key, tensors in input_dict.items()}
-        packed_bytes = tensors.pop(name)
+        state = {key.removeprefix(f"{name}."): tensors[0] for key, tensors in input_dict.items()}
+        packed_bytes = state.pop(name)
         module, _ = get_module_from_name(model, full_layer_name)
-        packed = Params4bit.from_prequantized(
-            packed_bytes,
-            tensors,
-            device=packed_bytes.device,
-            module=module if isinstance(module, Linear4bit) else None,
-        )
-        if not isinstance(module, Linear4bit):
+        linear = module if isinstance(module, Linear4bit) else None
+        packed = Params4bit.from_prequantized(packed_bytes, state, device=packed_bytes.device, module=linear)
+        if linear is None:
             packed.quant_state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
         return {name: packed}
 
 
-def packed_weight_conversions(names: list[str], base_model_prefix: str, hf_quantizer) -> list[WeightConverter]:
-    """What puts the packed weights `names` together from a checkpoint in the model's own names.
+def packed_weight_conversions(
+    names: list[str], base_model_prefix: str, hf_quantizer: HfQuantizer
+) -> list[WeightConverter]:
+    """What assembles the packed weights `names` from a checkpoint in the model's own names.
 
-    One by name for each, without the prefix that a model without a head lacks: every other tensor of the checkpoint is
-    left to transformers, which loads it in the dtype that was asked for.
+    One conversion for each name, without the prefix that a model without a head lacks. Every other tensor of the
+    checkpoint is left to transformers, which loads it in the dtype that was asked for.
     """
+    assemble = AssembleQuantized(hf_quantizer)
     stems = [name.removeprefix(f"{base_model_prefix}.") for name in names]
     return [
-        WeightConverter(
-            [stem, *(f"{stem}.{ending}" for ending in QUANT_STATE_ENDINGS)], stem, [PutTogether(hf_quantizer)]
-        )
+        WeightConverter([stem, *(f"{stem}.{ending}" for ending in QUANT_STATE_ENDINGS)], stem, [assemble])
         for stem in stems
     ]

@@ -6,7 +6,6 @@ with zeros to whole blocks, so no block straddles two experts and one expert can
 `dequantize_4bit` knows nothing of the filling, and on CPU it mixes the scales of rows shorter than a block up (0.50.2).
 """
 
-import threading
 from collections.abc import Callable, Iterable, Sized
 from typing import Protocol
 
@@ -22,12 +21,6 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
-# Weights of an expert from which on it is unpacked by pieces to 16 bits where it may be overwritten, and those of a
-# piece. A large tensor that is freed leaves a hole in malloc's memory. There a kernel of 0.65 MB settles that oneDNN
-# compiles for another number of rows, and the next tensor does not fit: unpacked whole, experts of 8 MB made a process
-# grow to four times what it needs. Kernels do not fit into the holes of pieces. These cost a copy, so smaller experts
-# are not cut, nor are those in 32 bits, whose products are not compiled.
-LARGE_EXPERT, PIECE = 1 << 20, 1 << 18
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -89,20 +82,26 @@ def pack_experts(
     Raises:
         [`OrdMoEModelError`]: the stack is in a dtype that bitsandbytes does not pack.
     """
-    bytes_EP = absmax_EN = None
+    stored: list[torch.Tensor] = []  # bytes and scales of all experts
     for expert, matrix_OI in enumerate(matrices):
         check_packable(name, matrix_OI.dtype)
         weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
         packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
-        if expert == 0:
-            bytes_EP = packed.new_empty(len(matrices), packed.numel())
-            absmax_EN = state.absmax.new_empty(len(matrices), state.absmax.numel())
-            shape = torch.Size([len(matrices), *matrix_OI.shape])
-        bytes_EP[expert], absmax_EN[expert] = packed.view(-1), state.absmax
+        stored = stored or [part.new_empty(len(matrices), part.numel()) for part in (packed, state.absmax)]
+        for rows_E, part in zip(stored, (packed, state.absmax), strict=True):
+            rows_E[expert] = part.view(-1)
+    bytes_EP, absmax_EN = stored
+    state.shape, state.dtype = torch.Size([len(matrices), *matrix_OI.shape]), compute_dtype or state.dtype
+    state.absmax, state.nested = absmax_EN.view(-1), use_double_quant
+    if use_double_quant:  # the scales in 8 bits, as bitsandbytes' `quantize_4bit` has them
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = bnb_functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=NESTED_BLOCK_SIZE
+        )
     return Params4bit(
         bytes_EP.view(-1).view(quant_storage).view(-1, 1),
         requires_grad=False,
-        quant_state=_stack_state(state, absmax_EN.view(-1), shape, use_double_quant, compute_dtype),
+        quant_state=state,
         blocksize=blocksize,
         compress_statistics=use_double_quant,
         quant_type=quant_type,
@@ -111,55 +110,15 @@ def pack_experts(
     )
 
 
-def _stack_state(
-    of_expert: bnb_functional.QuantState,
-    absmax: torch.Tensor,
-    shape: torch.Size,
-    use_double_quant: bool,
-    compute_dtype: torch.dtype | None,
-) -> bnb_functional.QuantState:
-    """The state of a whole stack: `of_expert`'s with all experts' scales, in 8 bits as bitsandbytes does it."""
-    nested = {}
-    if use_double_quant:
-        offset = absmax.mean()
-        absmax, state2 = bnb_functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-        nested = {"offset": offset, "state2": state2}
-    return bnb_functional.QuantState(
-        absmax=absmax,
-        shape=shape,
-        dtype=compute_dtype or of_expert.dtype,
-        blocksize=of_expert.blocksize,
-        code=of_expert.code,
-        quant_type=of_expert.quant_type,
-        **nested,
-    )
-
-
-class _Room(threading.local):
-    """Where a thread unpacks large experts to, one over the other. It is kept, as large as the largest of them."""
-
-    memory: torch.Tensor | None = None
-
-    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        num_bytes = shape.numel() * dtype.itemsize
-        if self.memory is None or len(self.memory) < num_bytes:
-            with torch.inference_mode(False):  # what is made in that mode may not be written to outside
-                self.memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return self.memory[:num_bytes].view(dtype).view(shape)
-
-
-_room = _Room()
-
-
-def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int], torch.Tensor]:
+def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callable[[int], torch.Tensor]:
     """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
 
     The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
 
     Args:
         packed (`Params4bit`): the stack.
-        in_place (`bool`, defaults to `False`): a matrix may be overwritten by the next one that this thread unpacks so,
-            of whichever stack.
+        piece_size (`int`, *optional*): unpack about so many weights at a time, into one matrix that each call
+            overwrites. Where rows are not whole blocks, experts are unpacked whole all the same.
 
     Raises:
         [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
@@ -171,57 +130,50 @@ def expert_unpacker(packed: Params4bit, in_place: bool = False) -> Callable[[int
             "dtype of everything else as `dtype` of `from_pretrained`."
         )
     state = packed.quant_state
-    num_experts, matrix_shape = state.shape[0], torch.Size(state.shape[1:])
-    bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1, 1)
+    num_experts, out_features, in_features = state.shape
+    bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1)
     absmax = state.absmax
     if state.nested:
         absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    absmax_E = absmax.float().view(num_experts, -1)
-    # By rows, which bitsandbytes' CPU kernel shares out among threads; flat where rows are not whole blocks, whose
-    # scales it mixes up (0.50.2). What filled the last block up is cut off.
-    has_whole_rows = matrix_shape[-1] % state.blocksize == 0
-    unpacked_shape = matrix_shape if has_whole_rows else torch.Size([2 * bytes_E.shape[1]])
+    # bitsandbytes' CPU kernel shares rows out among threads, but mixes up the scales of rows that are not whole blocks
+    # (0.50.2). Such an expert is unpacked as one row, and what filled its last block up is cut off.
+    has_whole_rows = in_features % state.blocksize == 0
+    width = in_features if has_whole_rows else 2 * bytes_E.shape[1]
+    bytes_ERP = bytes_E.view(num_experts, -1, width // 2)
+    absmax_ERN = absmax.float().view(num_experts, -1, width // state.blocksize)
 
-    def dequantize(bytes_P1: torch.Tensor, absmax_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        some_state = bnb_functional.QuantState(
-            absmax=absmax_N,
-            shape=shape,
+    def unpack(expert: int, rows: slice) -> torch.Tensor:
+        bytes_RP, absmax_RN = bytes_ERP[expert, rows], absmax_ERN[expert, rows]
+        of_rows = bnb_functional.QuantState(
+            absmax=absmax_RN.reshape(-1),
+            shape=torch.Size([len(bytes_RP), width]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        return bnb_functional.dequantize_4bit(bytes_P1, some_state)
+        return bnb_functional.dequantize_4bit(bytes_RP.reshape(-1, 1), of_rows)
 
-    def unpack(expert: int) -> torch.Tensor:
-        weights = dequantize(bytes_E[expert], absmax_E[expert], unpacked_shape)
-        return weights.view(-1)[: matrix_shape.numel()].view(matrix_shape)
+    def unpack_whole(expert: int) -> torch.Tensor:
+        weights = unpack(expert, slice(None)).view(-1)
+        return weights[: out_features * in_features].view(out_features, in_features)
 
-    is_in_16_bits_on_cpu = packed.device.type == "cpu" and state.dtype.itemsize == 2
-    if not (in_place and is_in_16_bits_on_cpu and has_whole_rows and matrix_shape.numel() >= LARGE_EXPERT):
-        return unpack
-    return _by_pieces(dequantize, bytes_E, absmax_E, _room.tensor(matrix_shape, state.dtype), state.blocksize)
+    if piece_size is None or not has_whole_rows:
+        return unpack_whole
+    step = max(1, piece_size // in_features)
+    matrix_OI = torch.empty(out_features, in_features, dtype=state.dtype, device=packed.device)
 
-
-def _by_pieces(
-    dequantize: Callable, bytes_E: torch.Tensor, absmax_E: torch.Tensor, matrix_OI: torch.Tensor, blocksize: int
-) -> Callable[[int], torch.Tensor]:
-    """A function that unpacks an expert into `matrix_OI` by pieces of whole rows."""
-    rows = max(1, PIECE // matrix_OI.shape[1])
-    pieces_OI, num_weights = matrix_OI.split(rows), rows * matrix_OI.shape[1]
-
-    def unpack(expert: int) -> torch.Tensor:
-        bytes_of_pieces = bytes_E[expert].split(num_weights // 2)
-        scales_of_pieces = absmax_E[expert].split(num_weights // blocksize)
-        for piece_OI, bytes_P1, absmax_N in zip(pieces_OI, bytes_of_pieces, scales_of_pieces, strict=True):
-            piece_OI.copy_(dequantize(bytes_P1, absmax_N, piece_OI.shape))
+    def unpack_by_pieces(expert: int) -> torch.Tensor:
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            matrix_OI[rows] = unpack(expert, rows)
         return matrix_OI
 
-    return unpack
+    return unpack_by_pieces
 
 
 def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
     """The numbers that the packed stack stands for (`torch.Tensor` of shape `(E, O, I)`), one expert at a time."""
-    unpack = expert_unpacker(packed, in_place=True)
+    unpack = expert_unpacker(packed)
     weight_EOI = torch.empty(logical_shape(packed), dtype=dtype, device=packed.device)
     for expert, matrix_OI in enumerate(weight_EOI):
         matrix_OI.copy_(unpack(expert))

@@ -1,12 +1,15 @@
 """What we rely on upstream; each test fails when a shim in `_compat.py` may go, or must change."""
 
 import inspect
+import pickle
 from dataclasses import fields
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.peft_types import PeftType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from transformers import Trainer, modeling_layers
@@ -14,6 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 import ordmoe_peft  # noqa: F401
+from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
+from ordmoe_peft.experts.expert_lora import ExpertLora
+from ordmoe_peft.experts.router_lora import RouterLora
 from ordmoe_peft.moe_model import is_fused_experts
 from tests import models
 
@@ -27,6 +33,10 @@ def test_peft_type_is_a_member_like_any_other():
 def test_peft_recognises_nested_wrappers_by_class_name():
     source = inspect.getsource(tuners_utils.BaseTuner._inject_parameters)
     assert '__class__.__name__ != "ParamWrapper"' in source
+    for layer in (ExpertLora, RouterLora):
+        assert layer.__name__ == ParamWrapper.__name__ == "ParamWrapper"
+        assert issubclass(layer, ParamWrapper)
+        assert pickle.loads(pickle.dumps(layer)) is layer, "pickle goes by the qualified name"
 
 
 def test_bitsandbytes_layers_have_the_switch_for_repacking_on_cpu():
@@ -78,8 +88,17 @@ def test_experts_carry_the_flags_and_take_further_arguments():
         experts = Experts(Config())
         assert is_fused_experts(experts)
         assert experts(1, 2, 3, expert_lora="factors") == "factors"
+        assert is_expert_parallel(experts) is False
+        assert callable(activation_of(experts))
     finally:
         ALL_EXPERTS_FUNCTIONS._global_mapping.pop("contract_test")
+
+
+def test_accelerate_keeps_its_hook_on_the_module():
+    linear, hook = torch.nn.Linear(2, 2), ModelHook()
+    assert accelerate_hook(linear) is None
+    add_hook_to_module(linear, hook)
+    assert accelerate_hook(linear) is hook
 
 
 def test_saving_reverts_the_conversions_that_the_model_lists():

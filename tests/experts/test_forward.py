@@ -1,7 +1,5 @@
 """The experts function against one token and one expert at a time: every layout, dense and in 4 bits, with LoRA."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -9,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from ordmoe_peft.experts import forward as forward_of_experts
-from ordmoe_peft.experts.forward import ExpertLora
+from ordmoe_peft.experts.forward import LoraHandover
 from ordmoe_peft.experts.frozen import LowRank
-from ordmoe_peft.quantization.storage import dense_stack, expert_unpacker, pack_experts
+from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
 
@@ -20,7 +18,7 @@ NUM_EXPERTS, HIDDEN, WIDTH, R = 5, 16, 24, 3
 
 def experts_forward(module, x, index, weights, expert_lora=None):
     """The experts function, given factors as their wrappers hand them over."""
-    handed = None if expert_lora is None else ExpertLora(expert_lora)
+    handed = None if expert_lora is None else LoraHandover(expert_lora)
     output = forward_of_experts.experts_forward(module, x, index, weights, handed)
     assert handed is None or handed.is_taken
     return output
@@ -114,31 +112,6 @@ def test_values_and_gradients(flags, routing, packed):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
-@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
-def test_few_rows_of_a_forward_without_gradients(flags, routing, packed, monkeypatch):
-    module = build_experts(**flags).eval()
-    updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
-    dense = {name: getattr(module, name) for name in updates}
-    if packed:
-        for name, weight in dense.items():
-            setattr(module, name, pack_experts(weight.data, name))
-            dense[name] = dense_stack(getattr(module, name), torch.float32)
-    index = torch.tensor(routing)
-    x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
-    deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
-    stacks = {
-        name: dense[name] + (delta.transpose(1, 2) if module.is_transposed else delta) for name, delta in deltas.items()
-    }
-    monkeypatch.setattr(forward_of_experts, "FEW_ROWS", index.numel())
-    monkeypatch.setattr(forward_of_experts, "run_frozen_experts", None)  # not this way
-    with torch.no_grad():
-        got = experts_forward(module, x, index, weights, expert_lora=updates)
-        wanted = reference.experts(module, x, index, weights, stacks)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 def test_experts_that_are_trained_themselves(flags):
     """Through `grouped_mm` and autograd, which is also the way of dense experts on other devices."""
@@ -171,72 +144,6 @@ def test_without_an_adapter_the_bits_are_those_of_grouped_mm(tokens, dtype):
     x, weights = torch.randn(tokens, HIDDEN, dtype=dtype), torch.rand(tokens, 2, dtype=dtype)
     wanted = grouped_mm_experts_forward(module, x, index, weights)
     assert torch.equal(experts_forward(module, x, index, weights), wanted)
-
-
-def test_unpacked_scales_are_not_kept_between_forward_and_backward():
-    module = build_experts()
-    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
-    for name in lora:
-        setattr(module, name, pack_experts(getattr(module, name).data, name, use_double_quant=True))
-    num_scales = {getattr(module, name).quant_state.absmax.numel() for name in lora}
-
-    def unpacked_scales() -> list[torch.Tensor]:
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return [tensor for tensor in tensors if tensor.dtype == torch.float32 and tensor.numel() in num_scales]
-
-    before = len(unpacked_scales())
-    unpack = expert_unpacker(module.down_proj)
-    assert len(unpacked_scales()) > before, "this is how one sees them"
-    del unpack
-    x = torch.randn(3, HIDDEN, requires_grad=True)
-    output = experts_forward(module, x, torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2), expert_lora=lora)
-    assert len(unpacked_scales()) == before
-    output.sum().backward()
-    assert x.grad.any()
-
-
-def test_no_tokens_give_no_output_and_gradients_of_zero():
-    module = build_experts()
-    lora = build_lora(module)
-    x, weights = torch.empty(0, HIDDEN, requires_grad=True), torch.empty(0, 2, requires_grad=True)
-    index = torch.empty(0, 2, dtype=torch.long)
-    output = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
-    assert output.shape == (0, HIDDEN)
-    output.sum().backward()
-    assert x.grad.shape == x.shape
-    assert all(not tensor.grad.any() for ab in lora.values() for tensor in ab)
-
-
-def test_only_gradients_that_are_asked_for_are_computed():
-    module = build_experts()
-    index, weights = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.rand(3, 2)
-    x = torch.randn(3, HIDDEN)
-    everything = dict(zip(("A", "B"), build_lora(module)["gate_up_proj"], strict=True))
-
-    def gradients(asked: str) -> dict[str, torch.Tensor]:
-        leaves = {name: value.detach().requires_grad_(name in asked) for name, value in (everything | {"x": x}).items()}
-        lora = {"gate_up_proj": factors(leaves["A"], leaves["B"])}
-        output = experts_forward(module, leaves["x"], index, weights, expert_lora=lora)
-        output.pow(2).sum().backward()
-        return {name: leaf.grad for name, leaf in leaves.items()}
-
-    whole = gradients("ABx")
-    for asked in ("A", "B", "x", "Ax"):
-        for name, gradient in gradients(asked).items():
-            if name in asked:
-                torch.testing.assert_close(gradient, whole[name])
-            else:
-                assert gradient is None
-
-
-def test_a_second_derivative_is_refused():
-    module = build_experts()
-    lora = {name: factors(*ab) for name, ab in build_lora(module).items()}
-    x = torch.randn(1, HIDDEN, requires_grad=True)
-    output = experts_forward(module, x, torch.tensor([[0, 1]]), torch.rand(1, 2), expert_lora=lora)
-    (gradient,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_autocast_leaves_the_dtype_of_the_weights():

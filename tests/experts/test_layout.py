@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-from ordmoe_peft.experts.layout import (
-    combine_by_token,
-    filled_up,
-    group_by_expert,
-    into_bins,
-    into_parts,
-    lay_out_by_expert,
-)
+from ordmoe_peft.experts.layout import bin_experts, lay_out_by_expert, slots_for, split_bins
 
 
 ROUTINGS = {
@@ -18,35 +11,11 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-def test_each_block_holds_the_rows_of_its_expert(routing):
-    index_TK = torch.tensor(routing)
-    groups = group_by_expert(index_TK, num_experts=5)
-    start = 0
-    for expert, end in enumerate(groups.ends_E.tolist()):
-        rows = groups.order_N[start:end]
-        assert (index_TK.reshape(-1)[rows] == expert).all()
-        assert torch.equal(groups.token_N[start:end], rows // index_TK.shape[1])
-        start = end
-    assert sorted(groups.order_N.tolist()) == list(range(index_TK.numel()))
-
-
-@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
-def test_combine_sums_the_rows_of_each_token(routing):
-    index_TK = torch.tensor(routing)
-    groups = group_by_expert(index_TK, num_experts=5)
-    rows_NH = torch.randn(index_TK.numel(), 6)
-    expected = torch.zeros(len(index_TK), 6)
-    for place, token in enumerate(groups.token_N.tolist()):
-        expected[token] += rows_NH[place]
-    torch.testing.assert_close(combine_by_token(rows_NH, groups), expected)
-
-
 LAYOUTS = {"without gaps": {}, "in bins": {"bin_cost": 4}, "in steps": {"bin_cost": 4, "row_step": 2}}
 
 
-def slots_of(part) -> list[int]:
-    return list(range(part.slots.start, part.slots.stop))
+def slots_of(chunk) -> list[int]:
+    return list(range(chunk.slots.start, chunk.slots.stop))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -55,19 +24,19 @@ def slots_of(part) -> list[int]:
 def test_slots_hold_the_rows_of_their_expert(routing, num_experts, layout):
     index_TK = torch.tensor(routing)
     layout = lay_out_by_expert(index_TK, num_experts, **layout)
-    assert [slot for part in layout.parts for slot in slots_of(part)] == list(range(len(layout.token_S)))
-    assert sorted(expert for part in layout.parts for expert in part.experts) == index_TK.unique().tolist()
+    assert [slot for chunk in layout.chunks for slot in slots_of(chunk)] == list(range(len(layout.token_S)))
+    assert sorted(expert for chunk in layout.chunks for expert in chunk.experts) == index_TK.unique().tolist()
     assert len(set(layout.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
     expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
     for place, slot in enumerate(layout.slot_N.tolist()):
         assert layout.token_S[slot] == place // index_TK.shape[1]
-    for part in layout.parts:
-        x_M1 = torch.ones(len(slots_of(part)), 1)
-        part.blank_gaps_(x_M1)
-        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(part)]
+    for chunk in layout.chunks:
+        x_M1 = torch.ones(len(slots_of(chunk)), 1)
+        chunk.zero_gaps_(x_M1)
+        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(chunk)]
         # The blocks to multiply hold all rows of their expert and nobody else's.
-        numbered_M1 = torch.tensor(slots_of(part)).unsqueeze(1)
-        for expert, block in part.blocks(numbered_M1):
+        numbered_M1 = torch.tensor(slots_of(chunk)).unsqueeze(1)
+        for expert, block in chunk.blocks(numbered_M1):
             mine = {slot for slot, its in expert_of.items() if its == expert}
             assert mine == set(block.flatten().tolist()) & set(expert_of)
 
@@ -78,9 +47,9 @@ def test_slots_of_a_bin_are_in_the_order_of_its_experts(routing, num_experts):
     index_TK = torch.tensor(routing)
     layout = lay_out_by_expert(index_TK, num_experts, bin_cost=4)
     expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
-    for part in layout.parts:
-        slots_of_bins = part.by_bin(torch.tensor(slots_of(part)).unsqueeze(1))
-        for slots_BM1, experts_B in zip(slots_of_bins, part.factors_by_bin(layout.expert_P), strict=True):
+    for chunk in layout.chunks:
+        slots_of_bins = chunk.by_bin(torch.tensor(slots_of(chunk)).unsqueeze(1))
+        for slots_BM1, experts_B in zip(slots_of_bins, chunk.factors_by_bin(layout.expert_P), strict=True):
             for slots_M1, expert in zip(slots_BM1, experts_B.tolist(), strict=True):
                 assert {expert_of.get(slot, expert) for slot in slots_M1.flatten().tolist()} == {expert}
 
@@ -90,7 +59,7 @@ def test_slots_go_back_to_their_tokens(layout):
     index_TK = torch.tensor(ROUTINGS["mixed"])
     slots = lay_out_by_expert(index_TK, 5, **layout)
     x_TH = torch.randn(len(index_TK), 6)
-    rows = torch.cat([slots.rows(part, x_TH) for part in slots.parts])
+    rows = torch.cat([slots.rows(chunk, x_TH) for chunk in slots.chunks])
     assert torch.equal(slots.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
     torch.testing.assert_close(slots.sum_by_token(rows), 2 * x_TH)
 
@@ -111,34 +80,34 @@ def test_what_slots_give_goes_back_to_their_experts(routing, layout, num_experts
 
 
 def test_bins_are_few_and_nearly_full():
-    assert into_bins([32, 31, 30, 30], 64) == [(4, 32)], "even loads: one bin"
-    assert into_bins([1000, *[10] * 99], 64) == [(1, 1024), (96, 10), (2, 10), (1, 10)], (
+    assert bin_experts([32, 31, 30, 30], 64) == [(4, 32)], "even loads: one bin"
+    assert bin_experts([1000, *[10] * 99], 64) == [(1, 1024), (96, 10), (2, 10), (1, 10)], (
         "one load does not fill others up"
     )
-    assert into_bins([1000, 1000, 0, 0], 64) == [(2, 1024)], "experts without rows take no slots of note"
-    assert into_bins([9, *[8] * 4, *[0] * 123], 64) == [(8, 10)], "but complete a group"
-    assert into_bins([0, 0], 64) == [(1, 0)]
+    assert bin_experts([1000, 1000, 0, 0], 64) == [(2, 1024)], "experts without rows take no slots of note"
+    assert bin_experts([9, *[8] * 4, *[0] * 123], 64) == [(8, 10)], "but complete a group"
+    assert bin_experts([0, 0], 64) == [(1, 0)]
 
 
 @pytest.mark.parametrize("num_experts", [8, 60, 128, 256])
 def test_bins_take_in_all_rows(num_experts):
     loads = sorted((torch.rand(num_experts) ** 3 * 400).long().tolist(), reverse=True)
-    bins = into_bins(loads, 192, row_step=4)
+    bins = bin_experts(loads, 192, row_step=4)
     slots = [slots for experts, slots in bins for _ in range(experts)]
     assert all(rows <= room for rows, room in zip(loads, slots, strict=False)) and not any(loads[len(slots) :])
-    own = sum(filled_up(rows, row_step=4) for rows in loads)
+    own = sum(slots_for(rows, row_step=4) for rows in loads)
     assert sum(slots) <= own + 192 * len(bins)
     assert len(bins) < 24
 
 
-def test_parts_take_in_all_bins_and_are_not_small():
+def test_chunks_take_in_all_bins_and_are_not_small():
     bins = [(2, 2000), (8, 100), (8, 100), (8, 100), (100, 30), (3, 1)]
-    assert into_parts(bins, 2048) == [bins[:1], bins[1:4], bins[4:5], bins[5:]]
-    assert into_parts([], 2048) == []
+    assert split_bins(bins, 2048) == [bins[:1], bins[1:4], bins[4:5], bins[5:]]
+    assert split_bins([], 2048) == []
 
 
 def test_few_sizes_serve_all_loads():
-    sizes = {rows: filled_up(rows, row_step=4) for rows in range(1, 1025)}
+    sizes = {rows: slots_for(rows, row_step=4) for rows in range(1, 1025)}
     assert all(rows <= slots < max(4 + rows, 1.25 * rows) for rows, slots in sizes.items())
     assert len(set(sizes.values())) < 35
-    assert filled_up(1, row_step=4) == 1, "few rows are left as they are"
+    assert slots_for(1, row_step=4) == 1, "few rows are left as they are"

@@ -83,8 +83,8 @@ def test_only_experts_that_tokens_hit_are_unpacked(tmp_path, monkeypatch):
 
     unpacked = []
 
-    def counting(packed, in_place):
-        unpack = expert_unpacker(packed, in_place)
+    def counting(packed, piece_size):
+        unpack = expert_unpacker(packed, piece_size)
         return lambda expert: unpacked.append(expert) or unpack(expert)
 
     monkeypatch.setattr(experts_forward, "expert_unpacker", counting)

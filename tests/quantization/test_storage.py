@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.quantization import storage
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
 
 
@@ -25,31 +24,15 @@ def test_experts_unpack_one_at_a_time_to_what_bitsandbytes_gives_for_the_stack(q
 
 @pytest.mark.parametrize("use_double_quant", [False, True])
 @pytest.mark.parametrize("rows_of_a_piece", [0, 1, 3, 7, 12, 13])
-def test_experts_unpack_by_pieces_in_place(rows_of_a_piece, use_double_quant, monkeypatch):
-    monkeypatch.setattr(storage, "LARGE_EXPERT", 12 * 128)
-    monkeypatch.setattr(storage, "PIECE", rows_of_a_piece * 128 + 5)
+def test_experts_unpack_by_pieces_into_one_matrix(rows_of_a_piece, use_double_quant):
     packed = pack_experts(torch.randn(3, 12, 128).bfloat16(), "stack", use_double_quant=use_double_quant)
-    whole, in_place = expert_unpacker(packed), expert_unpacker(packed, in_place=True)
-    places = set()
+    whole, by_pieces = expert_unpacker(packed), expert_unpacker(packed, piece_size=rows_of_a_piece * 128 + 5)
+    addresses = set()
     for expert in (2, 0, 1):
-        matrix = in_place(expert)
+        matrix = by_pieces(expert)
         assert torch.equal(matrix, whole(expert))
-        places.add(matrix.data_ptr())
-    assert len(places) == 1
-
-
-def test_large_experts_of_all_stacks_are_unpacked_to_one_place_in_any_mode(monkeypatch):
-    monkeypatch.setattr(storage, "LARGE_EXPERT", 1)
-    monkeypatch.setattr(storage, "_room", storage._Room())
-    stacks = [pack_experts(torch.randn(2, rows, 128).bfloat16(), "stack") for rows in (4, 12, 8)]
-    with torch.inference_mode():
-        expert_unpacker(stacks[1], in_place=True)(0)
-    places = set()
-    for packed in stacks:
-        matrix = expert_unpacker(packed, in_place=True)(1)
-        assert torch.equal(matrix, expert_unpacker(packed)(1))
-        places.add(matrix.data_ptr())
-    assert len(places) == 1
+        addresses.add(matrix.data_ptr())
+    assert len(addresses) == 1
 
 
 def test_compute_dtype_is_that_of_the_unpacked_expert():

@@ -22,8 +22,8 @@ def merged() -> torch.Tensor:
     return torch.stack([torch.cat(pair) for pair in zip(*on_disk().values(), strict=True)])
 
 
-def operation(pack, is_stack=lambda name: True, release=lambda tensors: None) -> PackWhileMerging:
-    return PackWhileMerging([MergeModulelist(0), Concatenate(1)], pack, is_stack, release)
+def operation(pack, is_stack=lambda name: True) -> PackWhileMerging:
+    return PackWhileMerging([MergeModulelist(0), Concatenate(1)], pack, is_stack)
 
 
 def test_a_stack_is_packed_to_the_bytes_of_packing_it_whole():
@@ -35,19 +35,17 @@ def test_a_stack_is_packed_to_the_bytes_of_packing_it_whole():
 
 
 def test_experts_are_merged_when_their_turn_comes_and_let_go_after_it():
-    tensors, released, left = on_disk(), [], []
+    tensors, left = on_disk(), []
 
     def pack(matrices, name):
         for matrix in matrices:
             assert matrix.shape == (24, 32)
             left.append([len(per_expert) for per_expert in tensors.values()])
-            assert len(released) == 2 * (len(left) - 1)
         return "packed"
 
-    result = operation(pack, release=released.extend).convert(tensors, full_layer_name=NAME, **PATTERNS)
+    result = operation(pack).convert(tensors, full_layer_name=NAME, **PATTERNS)
     assert result == {NAME: "packed"}
     assert left == [[4, 4], [3, 3], [2, 2], [1, 1], [0, 0]]
-    assert [tensor.sum() for tensor in released[::2]] == [tensor.sum() for tensor in on_disk()["experts.*.gate"]]
 
 
 def test_a_stack_that_is_not_to_be_packed_is_merged_as_transformers_does():

@@ -20,9 +20,9 @@ from trl.trainer.utils import add_fused_lm_head
 from ..._compat import FakeTensorMode
 from ...data.images import encode_images
 from ...errors import OrdMoEConfigError
-from ...experts.forward import ExpertLora, frozen_step, grouped_forward, taken
+from ...experts.forward import LoraHandover, frozen_step, grouped_forward, take_updates
 from ...experts.frozen import run_frozen_experts
-from ...experts.layout import Part
+from ...experts.layout import ExpertChunk
 from ...moe_model import find_moe_layers
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
@@ -176,8 +176,8 @@ def _kind(layer: nn.Module) -> tuple:
     return tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()), settings
 
 
-class _OneBlock(Part):
-    """A part of which all slots are multiplied with the first expert's matrix, at once.
+class _OneBlock(ExpertChunk):
+    """A chunk of which all slots are multiplied with the first expert's matrix, at once.
 
     Products are written in place and one matrix is unpacked at a time, so this takes what going through the experts
     one after another takes, in a third of the operations.
@@ -193,17 +193,17 @@ def _run_experts(
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    expert_lora: ExpertLora | None = None,
+    expert_lora: LoraHandover | None = None,
 ) -> torch.Tensor:
     """The experts' forward with the memory that it takes on `device`.
 
     Dense experts run grouped on CUDA, and expert by expert on the CPU, where fake tensors are.
     """
-    lora = taken(expert_lora)
+    lora = take_updates(expert_lora)
     if device == "cuda" and not is_packed(experts.down_proj):
         return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
-    frozen, slots = frozen_step(experts, index_TK, lora)
-    at_once = replace(slots, parts=[_OneBlock(**vars(part)) for part in slots.parts])
+    frozen, layout = frozen_step(experts, index_TK, lora)
+    at_once = replace(layout, chunks=[_OneBlock(**vars(chunk)) for chunk in layout.chunks])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 
 

@@ -1,0 +1,27 @@
+"""Packed stacks whose scales FSDP2 drops, as it gathers plain tensors of the same bytes."""
+
+import copy
+
+import torch
+from torch import nn
+
+from ordmoe_peft import quantize_experts_
+from ordmoe_peft.quantization.fsdp import keep_packed_when_sharded
+from ordmoe_peft.quantization.storage import is_packed
+from tests import models
+
+
+def test_what_was_gathered_finds_its_scales_before_each_forward():
+    model = quantize_experts_(models.qwen3_moe())
+    with torch.no_grad():
+        wanted = model(**models.text_batch()).logits
+    keep_packed_when_sharded(model)
+    model = copy.deepcopy(model)
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    for module in experts:
+        for name in ("gate_up_proj", "down_proj"):
+            packed = getattr(module, name)
+            setattr(module, name, nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False))
+    assert not any(is_packed(module.down_proj) for module in experts)
+    with torch.no_grad():
+        assert torch.equal(model(**models.text_batch()).logits, wanted)
