@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..errors import OrdMoERuntimeError
 from .checkpoints import last_checkpoint
-from .tier_passes import TierScores
+from .tier_scores import TierScores
 
 
 logger = logging.get_logger(__name__)
@@ -216,10 +216,9 @@ class StepGuard(TrainerCallback):
 
 
 def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:
-    values = {f"log-likelihood under tier {tier}": scores.log_probs_CBS[tier - 1] for tier in scores.tiers}
-    if scores.reference_CBS is not None:
-        names = {tier: f"log-likelihood under tier {tier} of the frozen base" for tier in scores.tiers}
-        values |= {name: scores.reference_CBS[tier - 1] for tier, name in names.items()}
+    values = {f"log-likelihood under tier {tier}": scores.by_tier[tier][0] for tier in scores.tiers}
+    for tier in scores.tiers if scores.reference else ():
+        values[f"log-likelihood under tier {tier} of the frozen base"] = scores.reference[tier][0]
     return values | {"supervised loss": scores.ntp_loss}
 
 

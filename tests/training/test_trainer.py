@@ -12,6 +12,7 @@ from ordmoe_peft.moe_model import find_moe_layers
 from ordmoe_peft.monitoring.router_records import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.training import arguments as arguments_module
+from ordmoe_peft.training import settings_checks
 from ordmoe_peft.training import trainer as trainer_module
 from tests import models, reference, text
 
@@ -358,7 +359,7 @@ class TestWarnings:
     @pytest.fixture
     def warnings(self, monkeypatch):
         messages = []
-        for module in (arguments_module, trainer_module):
+        for module in (arguments_module, settings_checks, trainer_module):
             monkeypatch.setattr(module.logger, "warning", messages.append)
         return messages
 
