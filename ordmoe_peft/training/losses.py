@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 
 from ..data.responses import content_mask
 from ..errors import OrdMoEConfigError
 from ..objectives.balance import balance_loss
-from ..objectives.expert_rank import floor_lower_tiers, mean_log_likelihood
-from ..objectives.registry import Objective, ObjectiveInputs
+from ..objectives.expert_rank import floor_lower_tiers, log_floor, mean_log_likelihood
+from ..objectives.registry import OBJECTIVES, Objective, ObjectiveInputs
 from ..router_output import RouterOutput
+from .arguments import OrdMoETrainingArguments
 from .tier_scores import TierScores
 
 
@@ -34,6 +36,13 @@ class TierLoss:
     beta: float
     gamma: float
     floor: float | None = None
+
+    @classmethod
+    def of(cls, args: OrdMoETrainingArguments, advantages_C: torch.Tensor, vocab_size: int) -> "TierLoss":
+        """The loss that training's arguments ask for."""
+        objective = OBJECTIVES[args.objective]
+        floor = None if args.lower_tier_floor is None else log_floor(args.lower_tier_floor, vocab_size)
+        return cls(objective, advantages_C, args.objective_beta or objective.beta, args.simpo_gamma, floor)
 
     def __call__(self, scores: TierScores) -> torch.Tensor:
         """The mean over the batch's rows that have a response; tiers that were not run have a likelihood of 0."""
@@ -120,3 +129,12 @@ def tier_metrics(scores: TierScores, end_ids: torch.Tensor, with_lengths: bool) 
         if with_lengths:
             sums[f"tier_{tier}/response_length"] = (mask_BS.sum(), len(mask_BS))
     return sums
+
+
+def means_over_processes(sums: dict[str, Sum], accelerator: Accelerator) -> dict[str, float]:
+    """The means over all processes; left out where there is nothing to average."""
+    parts = [torch.as_tensor(part, dtype=torch.float32) for pair in sums.values() for part in pair]
+    local_n2 = torch.stack([part.to(accelerator.device) for part in parts]).view(-1, 2)
+    # Not `gather_for_metrics`, which drops processes where the last batch has fewer samples than there are.
+    summed_n2 = accelerator.reduce(local_n2, reduction="sum").tolist()
+    return {name: total / count for name, (total, count) in zip(sums, summed_n2, strict=True) if count}

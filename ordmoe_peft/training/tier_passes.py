@@ -24,46 +24,12 @@ from ..monitoring.router_records import recorded_router_outputs
 from ..tiers.routing import adapter_config, tier_routing
 from .losses import mean_balance_loss
 from .random_state import RandomState
+from .row_groups import RowGroup
 from .row_layout.prompt_sharing import PromptSharing
 from .row_layout.separate import SeparateRows, separate_rows, stack_rows
 from .row_layout.shared_prompt import SharedPromptRows
 from .score_labels import score_labelled
-from .tier_scores import SFT_ROWS, Scored, TierScores
-
-
-# TRL's head that computes log-probabilities without keeping logits, as TRL calls it.
-FUSED_HEAD = {"use_cache": False, "fused_lm_head": True}
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """A batch of rows: the tier whose response they hold, the tier that routes them, and the model's inputs."""
-
-    tier: int
-    routed_by: int
-    inputs: dict[str, Any]
-
-
-def row_groups(
-    inputs: dict[str, Any], tiers: Sequence[int], generated: Sequence[dict[str, Any]] | None, scored_by: str
-) -> list[RowGroup]:
-    """A micro-batch's rows, once for each tier that has a gradient; first those for supervised fine-tuning.
-
-    Args:
-        inputs (`dict`): the collated batch.
-        tiers (sequence of `int`): tiers that the objective has a gradient for.
-        generated (list of `dict`, *optional*): for each of `tiers` the batch's prompts with what it generated, as rows;
-            by default all tiers score the batch's own responses.
-        scored_by (`str`): `"tier"`, each generated response under the tier that generated it, or `"policy"`, tier 1.
-    """
-    inputs = inputs | FUSED_HEAD
-    if generated is None:
-        return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in tiers if tier != 1))]
-    shared = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-    return [RowGroup(SFT_ROWS, 1, inputs)] + [
-        RowGroup(tier, tier if scored_by == "tier" else 1, shared | rows)
-        for tier, rows in zip(tiers, generated, strict=True)
-    ]
+from .tier_scores import Scored, TierScores
 
 
 @dataclass(frozen=True)
@@ -128,12 +94,13 @@ class TierForward:
             self._judge(self.sharing, groups)
         by_pass = [[group] for group in groups] if is_sequential else [groups]
         states: list[RandomState | None] = [None] * len(by_pass)
-        scored: Scored = {}
         with torch.no_grad():
-            reference = self._reference(by_pass) if needs_reference else {}
+            reference: Scored = {}
+            if needs_reference:
+                with self.moe_model.disable_adapter():
+                    reference = self._scored(by_pass)
             logged = [RowGroup(tier, tier, groups[0].inputs) for tier in logged_tiers]
-            for together in [[group] for group in logged] if is_sequential else [logged] if logged else []:
-                scored |= self.run(together).scored
+            scored = self._scored([[group] for group in logged] if is_sequential else [logged] if logged else [])
             for index, together in enumerate(by_pass[1:] if precompute_scores else [], start=1):
                 states[index] = RandomState.now(together[0].inputs["input_ids"].device)
                 scored |= self.run(together).scored
@@ -186,11 +153,10 @@ class TierForward:
             ),
         )
 
-    def _reference(self, by_pass: list[list[RowGroup]]) -> Scored:
+    def _scored(self, batches: list[list[RowGroup]]) -> Scored:
         scored: Scored = {}
-        with self.moe_model.disable_adapter():
-            for together in by_pass:
-                scored |= self.run(together).scored
+        for groups in batches:
+            scored |= self.run(groups).scored
         return scored
 
     def _judge(self, sharing: PromptSharing, groups: list[RowGroup]) -> None:

@@ -15,7 +15,6 @@ rows under all tiers and answers with the batch's own rows, on tier 1:
 """
 
 import math
-import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,15 +28,13 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..adapter.config import OrdMoEConfig
-from ..data.generation import generate_by_tier, with_responses
 from ..data.images import encode_images
-from ..data.positions import check_fits, check_room, num_positions
+from ..data.positions import check_fits, num_positions
 from ..data.responses import IGNORED_LABEL, end_of_sequence_ids
 from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError
 from ..moe_model import find_moe_layers
 from ..objectives.advantages import tier_advantages
-from ..objectives.expert_rank import log_floor
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
 from ._compat import WholeCheckpoints
@@ -45,24 +42,21 @@ from .answers import has_conversations, with_answers
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
-from .losses import Sum, TierLoss, tier_metrics
-from .micro_batch import MICRO_BATCH, MicroBatch, NumberedBatches, index_over_processes
+from .losses import Sum, TierLoss, means_over_processes, tier_metrics
+from .micro_batch import MICRO_BATCH, TIER_PASS, MicroBatch, NumberedBatches, model_inputs, numbered
 from .parallelism_checks import check_placement, check_precision
 from .pass_schedule import PassSchedule
 from .router_health import RouterHealth
+from .row_groups import generated_rows, row_groups
 from .row_layout.prompt_sharing import PromptSharing
-from .row_layout.separate import left_padded_prompts
 from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
 from .settings_checks import check_settings
 from .step_guard import StepGuard
-from .tier_passes import TierForward, TierPass, row_groups
+from .tier_passes import TierForward, TierPass
 from .tier_scores import TierScores
 
 
 logger = logging.get_logger(__name__)
-
-# Key of `inputs` that carries a pass from `training_step` through upstream's to `compute_loss`.
-TIER_PASS = "tier_pass"
 
 
 class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
@@ -133,9 +127,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         has_loss_func = self.compute_loss_func is not None
         layers = find_moe_layers(self.model)
         check_settings(config, args, layers, self.advantages, self.padding_free, has_loss_func)
-        self._new_tokens = args.sampling.get("max_new_tokens") or 0
         if self._is_generated:
-            check_room_to_write(self.train_dataset, self._new_tokens, num_positions(self.model.config))
+            new_tokens = args.sampling.get("max_new_tokens") or 0
+            check_room_to_write(self.train_dataset, new_tokens, num_positions(self.model.config))
         self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
         self._pad_token_id = self._tokenizer.pad_token_id
         # We compute the loss, so set this: Qwen3-VL reports that it ignores `num_items_in_batch`, and Trainer would
@@ -145,28 +139,18 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         check_precision(self.model, args)
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
-        self._tier_loss = self._make_tier_loss()
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self._tier_loss = TierLoss.of(args, self.advantages, vocab_size)
         self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         self._schedule = PassSchedule(
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
         )
         self._guard = StepGuard(args.max_nonfinite_steps, self._metrics["train"])
-        vocab_size = self.model.config.get_text_config().vocab_size
         for callback in (self._schedule, self._guard, self._sharing, FailureWatch(vocab_size)):
             if callback is not None:
                 self.add_callback(callback)
         if args.log_router_health:
             RouterHealth.add_to(self)
-
-    def _make_tier_loss(self) -> TierLoss:
-        floor, vocab_size = self.args.lower_tier_floor, self.model.config.get_text_config().vocab_size
-        return TierLoss(
-            self.objective,
-            self.advantages,
-            beta=self.args.objective_beta or self.objective.beta,
-            gamma=self.args.simpo_gamma,
-            floor=None if floor is None else log_floor(floor, vocab_size),
-        )
 
     def _adapter_config(self) -> OrdMoEConfig:
         configs = self.model.peft_config if isinstance(self.model, PeftModel) else {}
@@ -238,21 +222,14 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             check_fits(self.model, batch)
         rows = [self._rows_with_response(batch) for batch in batches]
         self._guard.expect(rows)
-        is_mean_over_step = num_items is not None
-        rows_in_step, processes = torch.tensor(sum(rows), device=device), 1
-        if is_mean_over_step and self.args.average_tokens_across_devices:
-            # As for TRL's token count: of every process, whose gradients are then averaged.
-            rows_in_step, processes = self.accelerator.gather(rows_in_step).sum(), self.accelerator.num_processes
-        places = [
-            MicroBatch(
-                index_over_processes(self.accelerator, index),
-                num_in_step=len(batches) if is_mean_over_step else 1,
-                share_of_rows=own * processes / rows_in_step.clamp(min=1) if is_mean_over_step else 1.0,
-            )
-            for index, own in enumerate(rows)
-        ]
-        batches = [{**batch, MICRO_BATCH: place} for batch, place in zip(batches, places, strict=True)]
-        return batches, num_items
+        shares: list[Any] = [1.0] * len(rows)
+        if num_items is not None:
+            rows_in_step, processes = torch.tensor(sum(rows), device=device), 1
+            if self.args.average_tokens_across_devices:
+                # As for TRL's token count: of every process, whose gradients are then averaged.
+                rows_in_step, processes = self.accelerator.gather(rows_in_step).sum(), self.accelerator.num_processes
+            shares = [own * processes / rows_in_step.clamp(min=1) for own in rows]
+        return list(numbered(batches, self.accelerator, shares)), num_items
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """[`~transformers.Trainer`]'s; adds to each micro-batch where it stands in the evaluation."""
@@ -262,13 +239,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         if self._is_generated or "labels" not in inputs:
             return len(inputs["input_ids"])
         return int((inputs["labels"][:, 1:] != IGNORED_LABEL).any(1).sum())
-
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], MicroBatch, TierPass | None]:
-        """The model's inputs, and what travels with them."""
-        inputs = dict(inputs)
-        micro_batch = inputs.pop(MICRO_BATCH, None) or MicroBatch(index_over_processes(self.accelerator, 0))
-        tier_pass = inputs.pop(TIER_PASS, None)
-        return inputs, micro_batch, tier_pass
 
     # ----------------------------------------------------------------------------------------------------------- steps
     def training_step(
@@ -280,7 +250,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         L_NTP and L_balance along. Objectives other than `erl` are not a sum over tiers, so the likelihoods of the
         others are needed first: a further forward, without gradient, of each tier but the first.
         """
-        inputs = self._prepare_inputs(inputs)
         if self._is_plain_sft:
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._guard.check_pass([1], None, loss, self._gradients())
@@ -289,9 +258,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         model.train()
         if callable(set_training := getattr(self.optimizer, "train", None)):
             set_training()  # as upstream's training_step does, but before the forwards without gradient
-        losses = []
+        inputs, losses = self._prepare_inputs(inputs), []
         with self._schedule.of_training(inputs) as is_sequential:
-            passes = self._passes(model, inputs, is_sequential)
+            passes = self._passes(model, model_inputs(inputs), inputs.get(MICRO_BATCH, MicroBatch()), is_sequential)
             previous = passes[0].previous
             for planned in passes:
                 tier_pass = replace(planned, previous=previous)
@@ -317,47 +286,57 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of tier 1, and the two further losses; in a later tier pass what that adds to them."""
-        inputs, micro_batch, tier_pass = self._split(inputs)
+        tier_pass, micro_batch = inputs.get(TIER_PASS), inputs.get(MICRO_BATCH, MicroBatch())
+        inputs = model_inputs(inputs)
         if self._is_plain_sft:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tier_pass = tier_pass or self._only_pass(model, {**inputs, MICRO_BATCH: micro_batch})
-        rows = self._rows_with_response(inputs)
-        if tier_pass.index > 0:
-            tier_pass.run()
-            return self._erl_of_step(tier_pass, micro_batch, rows)
+        running = tier_pass or self._only_pass(model, inputs, micro_batch)
+        if running.index > 0:
+            running.run()
+            return self._erl_of_step(running, inputs, micro_batch)
 
-        def answer(**given: Any) -> Any:
-            return tier_pass.run() if given.get("fused_lm_head") else model(**given)
+        def answer(**given: Any) -> Any:  # in place of the model: see the top of this file
+            return running.run() if given.get("fused_lm_head") else model(**given)
 
         result = super().compute_loss(answer, inputs, return_outputs, num_items_in_batch)
         ntp, outputs = result if return_outputs else (result, None)
-        # Balance is a mean over the micro-batch, so it is averaged over the accumulation steps, as TRL's aux loss is.
-        balance_coef = self.args.balance_coef / micro_batch.num_in_step if rows else 0.0
-        further = self._erl_of_step(tier_pass, micro_batch, rows) + balance_coef * tier_pass.scores.balance_loss
-        loss = self.args.ntp_coef * ntp + further
+        loss = self.args.ntp_coef * ntp + (
+            self._erl_of_step(running, inputs, micro_batch)
+            + self._balance_coef(inputs, num_items_in_batch) * running.scores.balance_loss
+        )
         return (loss, outputs) if return_outputs else loss
 
-    def _erl_of_step(self, tier_pass: TierPass, micro_batch: MicroBatch, rows: int) -> torch.Tensor:
+    def _erl_of_step(self, tier_pass: TierPass, inputs: dict[str, Any], micro_batch: MicroBatch) -> torch.Tensor:
         """What a pass adds to the step's weighted L_ERL."""
         if tier_pass.is_last:
-            self._log_losses(tier_pass.scores, rows)
+            self._log_losses(tier_pass.scores, self._rows_with_response(inputs))
         erl = self._tier_loss.added(tier_pass.scores, tier_pass.previous if tier_pass.index > 0 else None)
         return self.args.erl_coef * micro_batch.share_of_rows * erl
 
+    def _balance_coef(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> float:
+        """A mean over the micro-batch, it is averaged over the accumulation steps, as TRL's aux loss is."""
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return self.args.balance_coef / steps if self._rows_with_response(inputs) else 0.0
+
     # ---------------------------------------------------------------------------------------------------------- passes
-    def _only_pass(self, model: nn.Module, inputs: dict[str, Any]) -> TierPass:
+    def _only_pass(self, model: nn.Module, inputs: dict[str, Any], micro_batch: MicroBatch) -> TierPass:
         """A batch in one pass; in evaluation the other tiers may have run before it, without a graph."""
         is_sequential = not self.model.training and self._schedule.is_tier_by_tier(inputs)
-        return replace(self._passes(model, inputs, is_sequential)[0], is_last=True)
+        return replace(self._passes(model, inputs, micro_batch, is_sequential)[0], is_last=True)
 
-    def _passes(self, model: nn.Module, inputs: dict[str, Any], is_sequential: bool) -> list[TierPass]:
-        inputs, micro_batch, _ = self._split(inputs)
+    def _passes(
+        self, model: nn.Module, inputs: dict[str, Any], micro_batch: MicroBatch, is_sequential: bool
+    ) -> list[TierPass]:
         if self.num_tiers > 1:
             with self.accelerator.autocast():  # as around the model's forward
                 inputs = encode_images(self.model, inputs)
         active, is_training = self._active_tiers, self.model.training
         step, every = self.state.global_step, self.args.log_tiers_every
         is_logged = not self._is_generated and (not is_training or (every and step % every == 0))
+        generated = None
+        if self._is_generated:
+            ids = {"end_ids": self.end_of_sequence_ids, "pad_token_id": self._pad_token_id}
+            generated = generated_rows(self.model, inputs, active, self.args, **ids, step=step, index=micro_batch.index)
         forward = TierForward(
             model,
             self.model,
@@ -367,7 +346,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             first_sample=micro_batch.index * self.args.per_device_train_batch_size,
             needs_balance=self.args.balance_coef > 0,
         )
-        generated = self._generated_rows(inputs, active, micro_batch, forward) if self._is_generated else None
         return forward.passes(
             row_groups(inputs, active, generated, self.args.scored_by),
             self.num_tiers,
@@ -376,27 +354,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             is_sequential=is_sequential,
             precompute_scores=not (is_training and self.objective.is_sum_over_tiers),
         )
-
-    def _generated_rows(
-        self, inputs: dict[str, Any], tiers: list[int], micro_batch: MicroBatch, forward: TierForward
-    ) -> list[dict[str, Any]]:
-        """The batch's prompts with what each of `tiers` generates; the same when the step is run again."""
-        prompts = left_padded_prompts(inputs, self._pad_token_id)
-        check_room(prompts["input_ids"].shape[1], self._new_tokens, num_positions(self.model.config))
-        drawn_from = (self.args.seed, self.model.training, forward.step, micro_batch.index)
-        generated = generate_by_tier(
-            self.model,
-            prompts,
-            tiers,
-            seed=random.Random(str(drawn_from)).getrandbits(63),
-            end_ids=self.end_of_sequence_ids,
-            pad_token_id=self._pad_token_id,
-            rows_per_call=self.args.generation_batch_size,
-            routing={"step": forward.step, "first_sample": forward.first_sample},
-            **self.args.sampling,
-        )
-        responses = zip(generated.ids_CBS, generated.mask_CBS, strict=True)
-        return [with_responses(prompts, *response) for response in responses]
 
     # --------------------------------------------------------------------------------------------------------- logging
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -413,12 +370,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             "balance_loss": (scores.balance_loss, 1),
             **tier_metrics(scores, self.end_of_sequence_ids, with_lengths=self._is_generated),
         }
-        device = scores.log_probs_CBS.device
-        parts = [torch.as_tensor(part, dtype=torch.float32, device=device) for pair in sums.values() for part in pair]
-        local_n2 = torch.stack(parts).view(-1, 2)
-        # Not `gather_for_metrics`, which drops processes where the last batch has fewer samples than there are.
-        summed_n2 = self.accelerator.reduce(local_n2, reduction="sum")
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, (total, count) in zip(sums, summed_n2.tolist(), strict=True):
-            if count:
-                metrics[name].append(total / count)
+        for name, mean in means_over_processes(sums, self.accelerator).items():
+            metrics[name].append(mean)

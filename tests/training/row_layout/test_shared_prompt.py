@@ -12,10 +12,11 @@ from trl.trainer.utils import add_fused_lm_head
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.data.generation import with_responses
 from ordmoe_peft.objectives.expert_rank import mean_log_likelihood
+from ordmoe_peft.training.row_groups import row_groups
 from ordmoe_peft.training.row_layout.prompt_sharing import PromptSharing
 from ordmoe_peft.training.row_layout.separate import left_padded_prompts
 from ordmoe_peft.training.row_layout.shared_prompt import branch_mask, shared_prompt_rows
-from ordmoe_peft.training.tier_passes import TierForward, row_groups
+from ordmoe_peft.training.tier_passes import TierForward
 from tests import models
 
 
