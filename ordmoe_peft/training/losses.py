@@ -87,12 +87,11 @@ class TierLoss:
 
 
 def mean_balance_loss(routing: Sequence[RouterOutput], mask_BS: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The balance loss averaged over MoE layers; 0 without any.
+    """The balance loss averaged over MoE layers, on the device of `like`; 0 without any layer.
 
     Args:
         routing (sequence of [`RouterOutput`]): each layer's, of the same tokens.
         mask_BS (`torch.Tensor` of shape `(B, S)`): which of them are no padding.
-        like (`torch.Tensor`): whose device and dtype the loss takes.
 
     Raises:
         [`OrdMoEConfigError`]: routers got other tokens than the rows have.

@@ -61,16 +61,9 @@ def generated_rows(
     step: int,
     index: int,
 ) -> list[dict[str, Any]]:
-    """A micro-batch's prompts with what each tier generates for them; the same when the step is run again.
+    """A micro-batch's prompts with what each of `tiers` generates for them, as rows.
 
-    Args:
-        model (`nn.Module`): the model that generates.
-        inputs (`dict`): the collated batch.
-        tiers (sequence of `int`): the tiers that generate.
-        args ([`OrdMoETrainingArguments`]): how.
-        end_ids (`torch.Tensor`): token ids that end a response.
-        pad_token_id (`int`): fills rows that ended.
-        step (`int`), index (`int`): the step, and the place of the micro-batch in it over all processes.
+    Drawn from the seed, the `step` and the `index` of the micro-batch in it, so the same when the step is run again.
     """
     prompts = left_padded_prompts(inputs, pad_token_id)
     check_room(prompts["input_ids"].shape[1], args.sampling.get("max_new_tokens") or 0, num_positions(model.config))

@@ -22,17 +22,10 @@ def check_settings(
     is_padding_free: bool,
     has_loss_func: bool,
 ) -> None:
-    """Refuse what cannot work together, and warn of what has no effect.
-
-    Args:
-        config ([`OrdMoEConfig`]), args ([`OrdMoETrainingArguments`]): the settings.
-        layers (sequence of [`~ordmoe_peft.moe_model.MoELayer`]): the model's.
-        advantages_C (`torch.Tensor` of shape `(C,)`): one advantage per tier.
-        is_padding_free (`bool`): whether the trainer puts several samples into one row.
-        has_loss_func (`bool`): whether the trainer was given a `compute_loss_func`.
+    """Warn of settings that have no effect. The last two say what the trainer does and was given.
 
     Raises:
-        [`OrdMoEConfigError`]: settings that have no effect or cannot work together.
+        [`OrdMoEConfigError`]: settings that cannot work together.
     """
     warn_of_idle_settings(config, args, layers)
     if config.num_tiers == 1:

@@ -33,8 +33,8 @@ from .tier_scores import Scored, TierScores
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one forward says of groups of rows, as if each had had a forward of its own.
+class ForwardScores:
+    """What one forward says of groups of rows, as if each group had a forward of its own.
 
     Args:
         first_group ([`~transformers.utils.ModelOutput`]): the per-token outputs of the first group's rows.
@@ -111,7 +111,7 @@ class TierForward:
             for index, (together, state) in enumerate(zip(by_pass, states, strict=True))
         ]
 
-    def run(self, groups: list[RowGroup], needs_balance: bool = False) -> Scores:
+    def run(self, groups: list[RowGroup], needs_balance: bool = False) -> ForwardScores:
         """One forward over all rows of `groups`."""
         rows: SeparateRows | SharedPromptRows | None = None
         if self.sharing is not None and self.sharing.is_judged:
@@ -128,7 +128,7 @@ class TierForward:
 
     def _run(
         self, groups: list[RowGroup], rows: SeparateRows | SharedPromptRows, needs_balance: bool = False
-    ) -> Scores:
+    ) -> ForwardScores:
         held = tier_routing(
             self.moe_model,
             rows.tiers,
@@ -145,7 +145,7 @@ class TierForward:
         labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
         labels_NS = labels["labels"][:, 1:].to(log_probs_NS.device)
         parts = zip(log_probs_NS.chunk(len(groups)), labels_NS.chunk(len(groups)), strict=True)
-        return Scores(
+        return ForwardScores(
             _first_rows(outputs, len(groups[0].inputs["labels"])),
             {group.tier: part for group, part in zip(groups, parts, strict=True)},
             mean_balance_loss(

@@ -37,7 +37,7 @@ from ..moe_model import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
-from ._compat import WholeCheckpoints
+from ._compat import WholeCheckpoints, logged_metrics
 from .answers import has_conversations, with_answers
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
@@ -130,8 +130,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         if self._is_generated:
             new_tokens = args.sampling.get("max_new_tokens") or 0
             check_room_to_write(self.train_dataset, new_tokens, num_positions(self.model.config))
-        self.end_of_sequence_ids = end_of_sequence_ids(self._tokenizer, self.model)
-        self._pad_token_id = self._tokenizer.pad_token_id
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.end_of_sequence_ids = end_of_sequence_ids(tokenizer, self.model)
+        self._pad_token_id = tokenizer.pad_token_id
         # We compute the loss, so set this: Qwen3-VL reports that it ignores `num_items_in_batch`, and Trainer would
         # average over micro-batches.
         self.model_accepts_loss_kwargs |= not self._is_plain_sft
@@ -145,7 +146,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self._schedule = PassSchedule(
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
         )
-        self._guard = StepGuard(args.max_nonfinite_steps, self._metrics["train"])
+        self._guard = StepGuard(args.max_nonfinite_steps, logged_metrics(self, "train"))
         for callback in (self._schedule, self._guard, self._sharing, FailureWatch(vocab_size)):
             if callback is not None:
                 self.add_callback(callback)
@@ -221,7 +222,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         for batch in () if self.padding_free else batches:
             check_fits(self.model, batch)
         rows = [self._rows_with_response(batch) for batch in batches]
-        self._guard.expect(rows)
+        self._guard.begin_step(rows)
         shares: list[Any] = [1.0] * len(rows)
         if num_items is not None:
             rows_in_step, processes = torch.tensor(sum(rows), device=device), 1
@@ -253,7 +254,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         if self._is_plain_sft:
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._guard.check_pass([1], None, loss, self._gradients())
-            self._guard.add_loss(loss)
             return loss
         model.train()
         if callable(set_training := getattr(self.optimizer, "train", None)):
@@ -269,9 +269,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
                 self._guard.check_pass(tier_pass.routed_by, tier_pass.scores, loss, self._gradients())
                 losses.append(loss)
                 previous = tier_pass.scores.detached()
-        total = torch.stack(losses).sum()
-        self._guard.add_loss(total)
-        return total
+        return torch.stack(losses).sum()
 
     def _gradients(self) -> list[torch.Tensor]:
         """The accumulated gradients; none where a scaler looks after them."""
@@ -370,6 +368,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             "balance_loss": (scores.balance_loss, 1),
             **tier_metrics(scores, self.end_of_sequence_ids, with_lengths=self._is_generated),
         }
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = logged_metrics(self, "train" if self.model.training else "eval")
         for name, mean in means_over_processes(sums, self.accelerator).items():
             metrics[name].append(mean)
