@@ -2,27 +2,33 @@
 
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import OrdMoEDataError
 from .arguments import OrdMoETrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 # Any of these sets of columns holds answers to learn from, in TRL's data set formats.
 ANSWER_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
 EMPTY_ANSWER = [{"role": "assistant", "content": ""}]
 
 
-def has_conversations(dataset: Any) -> bool:
-    """Whether the data set has whole conversations, prompts and answers in one column."""
-    return bool({"messages", "conversations"} & _columns(dataset))
-
-
 def with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
     """The data set as TRL takes it: prompts alone, where they suffice, get empty answers.
+
+    Warns of whole conversations, prompts and answers in one column, where prompts count as answers.
 
     Raises:
         [`OrdMoEDataError`]: there are no answers to learn from, and some are needed.
     """
-    columns = _columns(dataset)
+    columns = set(getattr(dataset, "column_names", None) or [])
+    if {"messages", "conversations"} & columns and not args.assistant_only_loss:
+        logger.warning(
+            "The data set has whole conversations and assistant_only_loss is off, so prompts count as part of the "
+            "responses that tiers are ranked on. Set assistant_only_loss=True, or give `prompt` and `completion`."
+        )
     if not columns or any(needed <= columns for needed in ANSWER_COLUMNS):
         return dataset
     if "prompt" not in columns or args.ntp_coef > 0 or args.responses == "reference":
@@ -32,7 +38,3 @@ def with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
             "responses='generated' and ntp_coef=0, which is not advised."
         )
     return dataset.map(lambda row: {"completion": "" if isinstance(row["prompt"], str) else EMPTY_ANSWER})
-
-
-def _columns(dataset: Any) -> set[str]:
-    return set(getattr(dataset, "column_names", None) or [])

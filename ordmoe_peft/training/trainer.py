@@ -24,7 +24,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..adapter.config import OrdMoEConfig
@@ -38,7 +37,7 @@ from ..objectives.advantages import tier_advantages
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
 from ._compat import WholeCheckpoints, logged_metrics
-from .answers import has_conversations, with_answers
+from .answers import with_answers
 from .arguments import OrdMoETrainingArguments
 from .callbacks import FailureWatch
 from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
@@ -54,9 +53,6 @@ from .settings_checks import check_settings
 from .step_guard import StepGuard
 from .tier_passes import TierForward, TierPass
 from .tier_scores import TierScores
-
-
-logger = logging.get_logger(__name__)
 
 
 class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
@@ -116,11 +112,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         check_processing_class(self.processing_class, "The model")
         num_given = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         check_prepared(self.train_dataset, args, num_given, num_positions(self.model.config))
-        if has_conversations(train_dataset) and not args.assistant_only_loss:
-            logger.warning(
-                "The data set has whole conversations and assistant_only_loss is off, so prompts count as part of the "
-                "responses that tiers are ranked on. Set assistant_only_loss=True, or give `prompt` and `completion`."
-            )
         config = self._adapter_config()
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
@@ -325,6 +316,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def _passes(
         self, model: nn.Module, inputs: dict[str, Any], micro_batch: MicroBatch, is_sequential: bool
     ) -> list[TierPass]:
+        """The passes of a micro-batch, after generation and all else that is run without gradient."""
         if self.num_tiers > 1:
             with self.accelerator.autocast():  # as around the model's forward
                 inputs = encode_images(self.model, inputs)

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 
 from ordmoe_peft.errors import OrdMoEDataError
-from ordmoe_peft.training.answers import has_conversations, with_answers
+from ordmoe_peft.training import answers
+from ordmoe_peft.training.answers import with_answers
 from tests.training.test_trainer import arguments
 
 
@@ -29,6 +30,10 @@ def test_prompts_alone_are_refused_where_they_do_not(tmp_path, changes):
         with_answers(PROMPTS, arguments(tmp_path, **changes))
 
 
-def test_conversations_are_known_by_their_column():
-    assert has_conversations(Dataset.from_dict({"messages": [[]]}))
-    assert not has_conversations(PROMPTS) and not has_conversations(None)
+@pytest.mark.parametrize(("assistant_only_loss", "warned"), [(False, 1), (True, 0)])
+def test_prompts_that_count_as_answers_are_warned_of(tmp_path, monkeypatch, assistant_only_loss, warned):
+    messages = []
+    monkeypatch.setattr(answers.logger, "warning", messages.append)
+    dataset = Dataset.from_dict({"messages": [[]]})
+    assert with_answers(dataset, arguments(tmp_path, assistant_only_loss=assistant_only_loss)) is dataset
+    assert len(messages) == warned and all("has whole conversations" in message for message in messages)
