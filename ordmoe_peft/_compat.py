@@ -67,7 +67,7 @@ def wrap_checkpointing(model: nn.Module, wrap: Callable[[Callable], Callable]) -
         checkpoint = module.__dict__.get(name)
         if checkpoint is not None and not getattr(checkpoint, "carries_tiers", False):
             carrying = wrap(checkpoint)
-            carrying.carries_tiers = True
+            carrying.carries_tiers = True  # type: ignore[attr-defined]
             setattr(module, name, carrying)
 
 

@@ -59,7 +59,7 @@ class RunningForward:
     is_recomputed: bool = False
     routed: set[int] = field(default_factory=set, repr=False)
     outer: "RunningForward | None" = field(default=None, repr=False)
-    made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,24 +97,27 @@ class RunningForward:
 
     def tier_of_token(self, device: torch.device) -> torch.Tensor:
         """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""
-        return self.once(("tiers", device), lambda: self.plan.tier_of_token(*self.shape, self.past_length).to(device))
+        assert self.plan is not None, "asked for the tiers of a forward that is held to none"
+        plan = self.plan
+        return self.once(("tiers", device), lambda: plan.tier_of_token(*self.shape, self.past_length).to(device))
 
     def once(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` gives of the plan, made by the first layer that asks: of all forwards of the plan where a row has
         one tier, which does not depend on the length of the cache."""
+        assert self.plan is not None
         if self.plan.tiers.dim() > 1:
             return self.once_here(key, make)
-        return _once(self.plan.made, (*key, *self.shape), make)
+        return _once(self.plan.cache, (*key, *self.shape), make)
 
     def once_here(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` gives of this forward, made by the first layer that asks."""
-        return _once(self.made, key, make)
+        return _once(self.cache, key, make)
 
 
-def _once(made: dict[tuple, torch.Tensor], key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if key not in made:
-        made[key] = make()
-    return made[key]
+def _once(cache: dict[tuple, torch.Tensor], key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]
 
 
 class _Running(threading.local):

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 from peft import get_peft_model
+from torch import nn
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers, text_models
+from ordmoe_peft.moe_model import MoEModel, find_moe_layers, text_models
 from tests import models
 
 
@@ -29,3 +32,34 @@ def test_wrapped_layers_are_the_same_layers(model):
 def test_a_dense_model_has_none():
     with pytest.raises(OrdMoEModelError, match="no MoE layers"):
         find_moe_layers(models.qwen3_dense())
+
+
+def test_the_view_is_built_once_and_follows_the_model(model):
+    view = MoEModel.of(model)
+    assert MoEModel.of(model) is view
+    tuned = get_peft_model(model, OrdMoEConfig())
+    assert MoEModel.of(model) is not view, "wrapped modules have come"
+    assert MoEModel.of(model).layers == view.layers
+    assert [layer.router for layer in MoEModel.of(tuned).layers] == [layer.router for layer in view.layers]
+
+    view, removed = MoEModel.of(model), MoEModel.of(model).layers[1]
+    block = model.get_submodule(removed.block_name)
+    model.get_submodule(removed.decoder_layers_name)[removed.decoder_layer].mlp = nn.Identity()
+    assert [layer.experts for layer in MoEModel.of(model).layers] == [
+        layer.experts for layer in view.layers if layer is not removed
+    ]
+    model.get_submodule(removed.decoder_layers_name)[removed.decoder_layer].mlp = block
+    assert MoEModel.of(model).layers == view.layers
+
+
+def test_a_copy_has_a_view_of_its_own(model):
+    view = MoEModel.of(model)
+    copied = MoEModel.of(copy.deepcopy(model))
+    assert [layer.block_name for layer in copied.layers] == [layer.block_name for layer in view.layers]
+    assert not {id(layer.router) for layer in copied.layers} & {id(layer.router) for layer in view.layers}
+
+
+def test_top_k_is_the_routers_own_of_now(model):
+    layer = MoEModel.of(model).layers[0]
+    layer.router.top_k = 1
+    assert MoEModel.of(model).layers[0].top_k == 1

@@ -30,7 +30,3 @@ def test_import_is_light():
     code = "import sys, ordmoe_peft; print([m for m in ('trl', 'datasets', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-
-
-def test_registering_twice_does_nothing():
-    ordmoe_peft.registration.register()

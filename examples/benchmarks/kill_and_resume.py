@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.tables import print_table
-from ordmoe_peft.training.checkpoints import last_checkpoint, unfinished_folder
+from ordmoe_peft.training.checkpoints import is_complete, last_checkpoint
 
 
 STEPS, SAVE_EVERY, VOCABULARY = 12, 2, 64
@@ -170,11 +170,17 @@ class Kill:
     same_weights: bool
 
 
+def incomplete_steps(folder: Path) -> list[int]:
+    """The steps of checkpoints that are being written or deleted."""
+    checkpoints = folder.glob("checkpoint-*")
+    return sorted(int(path.name.rpartition("-")[2]) for path in checkpoints if not is_complete(path))
+
+
 def wait_for_checkpoint(folder: Path, number: int, process: multiprocessing.Process) -> None:
     """Until the run has begun to write a checkpoint, or delete one, for the `number`th time."""
     for _ in range(number):
         for is_there in (False, True):
-            while unfinished_folder(folder).exists() != is_there and process.is_alive():
+            while bool(incomplete_steps(folder)) != is_there and process.is_alive():
                 time.sleep(1e-4)
 
 
@@ -191,7 +197,7 @@ def kill_one(folder: Path, setting: str, alone: Path, seconds: float, draw: rand
     process.kill()
     process.join()
     lived = time.monotonic() - began
-    left = sorted(path.name for path in unfinished_folder(folder).glob("*"))
+    left = incomplete_steps(folder)
     steps = max((step for step, _ in logged(folder, "killed.jsonl")), default=0)
     last = last_checkpoint(folder)
     finish(folder, setting, "resumed.jsonl")
@@ -202,7 +208,7 @@ def kill_one(folder: Path, setting: str, alone: Path, seconds: float, draw: rand
         setting=setting,
         seconds=lived,
         steps=steps,
-        moment=_moment(left, was_running),
+        moment=_moment(left, steps, was_running),
         resumed_from=Path(last).name if last else "the start",
         compared=len(pairs),
         differing=sum(one != other for one, other in pairs),
@@ -210,9 +216,10 @@ def kill_one(folder: Path, setting: str, alone: Path, seconds: float, draw: rand
     )
 
 
-def _moment(left: list[str], was_running: bool) -> str:
+def _moment(left: list[int], steps: int, was_running: bool) -> str:
+    """What the kill cut off, of a run that left checkpoints of the steps `left` incomplete."""
     if left:
-        return "deleting one" if left[0].startswith("discarded") else f"writing {left[0]}"
+        return f"{'writing' if left[-1] >= steps else 'deleting'} checkpoint-{left[-1]}"
     return "between" if was_running else "after the end"
 
 

@@ -31,10 +31,11 @@ def _matches(value: Any, hint: Any) -> bool:
         is_list = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
         return is_list and all(_matches(item, *get_args(hint)) for item in value)
     if kind in (int, float):  # True is an int to Python, and nobody's number
-        number = Integral if kind is int else Real
-        if not isinstance(value, number) or isinstance(value, bool):
+        if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
             return False
-        return kind is int or abs(value) <= sys.float_info.max  # not isfinite, which overflows at larger whole numbers
+        if kind is float:  # not isfinite, which overflows at larger whole numbers
+            return -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator] # numbers.Real has both
+        return True
     return isinstance(value, kind)
 
 

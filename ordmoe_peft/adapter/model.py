@@ -1,7 +1,6 @@
 """The tuner: which layer class each target gets, and what attaching and detaching does to the model."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from ..experts import router_lora as router_wrapper
 from ..merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from ..moe_model import (
     EXPERTS_IMPLEMENTATION,
-    find_moe_layers,
+    MoEModel,
     is_fused_experts,
     unwrapped,
-    without_wrappers,
 )
-from ..quantization.other_quantizers import check_expert_storage
-from ..tiers.plan import make_plan
-from ..tiers.routing import check_router, check_weights, install_tier_hooks, note_adapter_configs, remove_tier_hooks
+from ..tiers.routing import install_tier_hooks, note_adapter_configs, remove_tier_hooks
 from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
 from .config import OrdMoEConfig
-from .lora_fields import changes_base_weights, check_modules_to_save, check_whole_model, resolve_patterns
-from .offloading import bring_offloaded_routers, check_offloading
+from .fitting import check_fits_model, fill_in_targets
+from .lora_fields import changes_base_weights
+from .offloading import bring_offloaded_routers
 from .saved_weights import check_fits, saved_shapes
-from .targets import Target, base_moe, base_quantization, coverage_report, resolve_targets
-from .unserved_blocks import check_scope_is_served
+from .targets import base_moe, base_quantization, coverage_report
 
 
 logger = logging.get_logger(__name__)
@@ -61,21 +57,9 @@ class OrdMoEModel(LoraModel):
         config = self.peft_config[adapter_name]
         is_loaded, file = config.base_moe is not None, config.weights_file
         saved = saved_shapes(file) if is_loaded and file else None
-        check_whole_model(config, model)
-        check_expert_storage(model)
-        layers = find_moe_layers(model)
-        check_base(config, model)
-        if config.num_tiers > 1:
-            check_scope_is_served(model, config.layer_scope)
-        make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
-        targets = check_targets(config, model)
-        check_offloading(model, targets)
-        check_modules_to_save(config, model, [layer.block_name for layer in layers])
-        if config.tier_weights == "match":
-            for layer in layers:
-                check_router(layer)
-                check_weights(layer)
-        bring_offloaded_routers(layers)
+        targets = check_fits_model(config, model)
+        # From here on the model changes. `_detach` undoes it, and `attached_or_unchanged` where something fails.
+        bring_offloaded_routers(MoEModel.of(model).layers)
         install_tier_hooks(model)
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
         if not is_loaded:
@@ -92,13 +76,18 @@ class OrdMoEModel(LoraModel):
             check_fits(saved, {f"base_model.{name}": tensor for name, tensor in attached.items()}, str(file))
         config.weights_file = None
         note_adapter_configs(model, self.peft_config)
-        self._use_ordmoe_experts()
+        if not hasattr(self, "_experts_implementation_before"):
+            self._experts_implementation_before = model.get_experts_implementation()
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
 
-    def _use_ordmoe_experts(self) -> None:
-        if not hasattr(self, "_experts_implementation_before"):
-            self._experts_implementation_before = self.model.get_experts_implementation()
-        self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    def _detach(self, model: nn.Module) -> None:
+        """Undo what [`_attach`] changed in `model`, from which PEFT has taken its wrappers."""
+        remove_tier_hooks(model)
+        before = self._experts_implementation_before
+        if not has_packed_weights(model):  # its experts may have been packed before the adapter, and be dense now
+            before = getattr(getattr(model, "hf_quantizer", None), "experts_implementation_before", before)
+        model.set_experts_implementation(before)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -195,79 +184,7 @@ class OrdMoEModel(LoraModel):
                     warnings.warn(report.warning(), stacklevel=3)
         else:
             model = super()._unload_and_optionally_merge(merge=merge, **options)
-        remove_tier_hooks(model)
-        model.set_experts_implementation(self._experts_implementation_after(model))
+        self._detach(model)
         if merge and is_packed_base and not requantize:
             forget_quantization(model)
         return model
-
-    def _experts_implementation_after(self, model: nn.Module) -> dict[str, str]:
-        """What the model had before the adapter; before its experts were packed, where they are dense now."""
-        before = self._experts_implementation_before
-        if has_packed_weights(model):
-            return before
-        return getattr(getattr(model, "hf_quantizer", None), "experts_implementation_before", before)
-
-
-def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
-    """See that the base has the sizes that `config` recorded, if it did.
-
-    Raises:
-        [`OrdMoEModelError`]: the adapter was made for a base of other sizes.
-    """
-    sizes = base_moe(model)
-    if config.base_moe is not None and config.base_moe != sizes:
-        differences = ", ".join(
-            f"{name} {config.base_moe.get(name)} (this model: {size})"
-            for name, size in sizes.items()
-            if config.base_moe.get(name) != size
-        )
-        raise OrdMoEModelError(
-            f"The adapter was made for another base, {config.base_model_name_or_path!r}, with {differences}. Load it "
-            "on that base."
-        )
-
-
-def check_targets(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
-    """The modules and the parameters that the roles in `config.targets` stand for.
-
-    Raises:
-        [`OrdMoEModelError`]: a role matches nothing or only part of the layers.
-        [`OrdMoEConfigError`]: names were given that the roles do not stand for.
-    """
-    targets = resolve_targets(model, config.targets)
-    for field, given, is_parameter in (
-        ("target_modules", config.target_modules, False),
-        ("target_parameters", config.target_parameters, True),
-    ):
-        resolved = {target.name for target in targets if target.is_parameter == is_parameter}
-        if given and set(given) != resolved and _names_meant(model, given) != resolved:
-            raise OrdMoEConfigError(
-                f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
-                f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
-            )
-    return targets
-
-
-def fill_in_targets(config: OrdMoEConfig, targets: list[Target]) -> None:
-    """Write explicit names into `config`. They are saved with the adapter, so that plain PEFT can load it.
-
-    Raises:
-        [`OrdMoEConfigError`]: a pattern of `config` stands for none of `targets`.
-    """
-    config.target_modules = {target.name for target in targets if not target.is_parameter}
-    config.target_parameters = sorted(target.name for target in targets if target.is_parameter)
-    for field in ("rank_pattern", "alpha_pattern"):
-        setattr(config, field, resolve_patterns(field, getattr(config, field) or {}, targets))
-
-
-def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:
-    """The modules whose names end so.
-
-    PEFT shortens 20 and more names to endings that no other module shares (`_find_minimal_target_modules`,
-    `peft/tuners/tuners_utils.py`), and saves these.
-    """
-    if isinstance(endings, str):
-        return set()  # a regular expression
-    names = [without_wrappers(name) for name, _ in model.named_modules()]
-    return {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)}

@@ -1,13 +1,13 @@
 """Which modules and parameters a role stands for in a model, and how many of them an adapter covers."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, find_moe_layers, without_wrappers
+from ..moe_model import MoEModel, without_wrappers
 from ..quantization.storage import logical_shape
-from .unserved_blocks import check_all_served, unserved_moe_blocks
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class Target:
 
 def find_targets(model: nn.Module) -> list[Target]:
     """All targets of all roles in `model`, wrapped by PEFT or not."""
-    layers = find_moe_layers(model)
-    found = []
-    for layer in layers:
+    moe, found = MoEModel.of(model), []
+    for layer in moe.layers:
         if layer.router is not None:
             is_parameter = not isinstance(layer.router, nn.Linear)
             name = f"{layer.router_name}.weight" if is_parameter else layer.router_name
@@ -44,15 +43,10 @@ def find_targets(model: nn.Module) -> list[Target]:
             found.append(Target("experts", kind, name, True, layer.decoder_layer))
         for name in _linears(model, layer.block_name, "shared"):
             found.append(Target("shared_experts", "shared_experts", name, False, layer.decoder_layer))
-    for index, decoder_layer in _decoder_layers(model, layers):
+    for index, decoder_layer in moe.decoder_layers:
         for name in _linears(model, decoder_layer, "attn", "attention"):
             found.append(Target("attention", "attention", name, False, index))
     return found
-
-
-def _decoder_layers(model: nn.Module, layers: list[MoELayer]) -> list[tuple[int, str]]:
-    lists = dict.fromkeys(layer.decoder_layers_name for layer in layers)
-    return [(index, f"{name}.{index}") for name in lists for index in range(len(model.get_submodule(name)))]
 
 
 def _linears(model: nn.Module, parent_name: str, *words: str) -> list[str]:
@@ -72,12 +66,11 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
     Raises:
         [`OrdMoEModelError`]: a role matches nothing, or only part of the layers that should have it.
     """
-    found = find_targets(model)
-    layers = find_moe_layers(model)
+    moe, found = MoEModel.of(model), find_targets(model)
     if set(roles) - {"attention"}:
-        check_all_served(model, f"targets={roles}")
-    moe_layers = {layer.decoder_layer for layer in layers}
-    decoder_layers = {index for index, _ in _decoder_layers(model, layers)}
+        moe.check_all_served(f"targets={roles}")
+    moe_layers = {layer.decoder_layer for layer in moe.layers}
+    decoder_layers = {index for index, _ in moe.decoder_layers}
     for role in roles:
         covered = {target.layer for target in found if target.role == role}
         if not covered:
@@ -96,13 +89,13 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
 
 def base_quantization(model: nn.Module) -> dict | None:
     """How `model` is quantised, as plain data."""
-    recipe = getattr(getattr(model, "config", None), "quantization_config", None)
+    recipe: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     return recipe.to_dict() if hasattr(recipe, "to_dict") else recipe
 
 
 def base_moe(model: nn.Module) -> dict:
     """The sizes that an adapter of `model` depends on, as plain data."""
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     experts = layers[0].experts
     sides = logical_shape(experts.down_proj)[1:]
     expert_width, hidden_size = sides if experts.is_transposed else reversed(sides)
@@ -163,4 +156,4 @@ def coverage_report(model: nn.Module) -> Coverage:
                 sum(trainable.get(name, 0) for name in names),
             )
         )
-    return Coverage(rows, unserved_moe_blocks(model))
+    return Coverage(rows, MoEModel.of(model).unserved_blocks)

@@ -15,6 +15,7 @@ from ..files import write_whole
 from ..moe_model import find_moe_layers
 from ..monitoring.diagnostics import ablation_findings
 from ..tiers.plan import make_plan
+from ..tiers.routing import settings_of
 from ..tools.ablate.ablation import BASE, METRICS, Ablation, Cell, Run, RunFiles, describe, make_cells
 from ..tools.ablate.run import data_seed, evaluate_run, train_run
 from ..tools.ablate.settings import Settings
@@ -177,7 +178,7 @@ def check_cells(ablation: Ablation, settings: Settings, model: Any) -> None:
     for cell in ablation.rows:
         for option in ablation.options(cell):
             config, _ = settings.build({**cell.settings, **option})
-            make_plan(layers, 1, config.num_tiers, config.grouping, config.layer_scope, config.tier_seed, step=0)
+            make_plan(layers, 1, settings_of(config))
 
 
 class Bench:

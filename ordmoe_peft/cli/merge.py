@@ -7,7 +7,7 @@ import torch
 from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
-from ..tools.merge_on_disk.merge import merge_checkpoint
+from ..tools.merge_on_disk.merge import MergeOptions, merge_checkpoint
 from .arguments import ModelArguments, with_model_first
 from .tables import print_table
 
@@ -16,8 +16,8 @@ from .tables import print_table
 class MergeArguments(ModelArguments):
     """What to merge, into what, and how. `load_in_4bit` and its fields say how the base was loaded in training."""
 
-    model_name_or_path: str | None = field(
-        default=None,
+    model_name_or_path: str = field(
+        default="",
         metadata={"help": "Folder or hub id of the dense base; the one that the adapter names by default."},
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of what is written; auto keeps each tensor's own."})
@@ -59,14 +59,16 @@ def main(arguments: Sequence[str]) -> None:
     summary = merge_checkpoint(
         options.adapter,
         options.output,
-        base=options.model_name_or_path,
-        revision=options.model_revision,
-        quantization_config=options.quantization_config(),
-        requantize=options.requantize,
-        dtype=options.written_dtype(),
-        max_shard_size=options.max_shard_size,
-        trust_remote_code=options.trust_remote_code,
-        progressbar=True,
+        MergeOptions(
+            base=options.model_name_or_path,
+            revision=options.model_revision,
+            quantization_config=options.quantization_config(),
+            requantize=options.requantize,
+            dtype=options.written_dtype(),
+            max_shard_size=options.max_shard_size,
+            trust_remote_code=options.trust_remote_code,
+            progressbar=True,
+        ),
     )
     print_table(
         f"{options.adapter} merged into {summary.base}",

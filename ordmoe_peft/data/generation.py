@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OrdMoEConfigError
+from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_prompts
 from .images import ENCODED, concatenated_images, encode_images
@@ -146,6 +147,7 @@ def generate_by_tier(
     """
     check_one_response(generation)
     batch_size, prompt_length = inputs["input_ids"].shape
+    routing = with_samples(routing or {}, batch_size)
     tiers_per_call = max(1, rows_per_call // batch_size) if rows_per_call else len(tiers)
     token_scope = token_scope or adapter_config(model).token_scope
     own = generation.pop("suppress_tokens", None) or model.generation_config.suppress_tokens or []
@@ -161,7 +163,7 @@ def generate_by_tier(
             for start in range(0, len(tiers), tiers_per_call):
                 part = torch.tensor(tiers[start : start + tiers_per_call])
                 rows = tiers_of_prompts(part.repeat_interleave(batch_size), prompt_length, token_scope)
-                with tier_routing(model, rows, num_samples=batch_size, **(routing or {})):
+                with tier_routing(model, rows, **routing):
                     output = model.generate(
                         **repeat_rows(inputs, len(part)),
                         eos_token_id=end_ids.tolist() or None,
@@ -173,6 +175,11 @@ def generate_by_tier(
     finally:
         model.train(was_training)
     return _padded(parts, len(tiers), end_ids, pad_token_id)
+
+
+def with_samples(routing: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """Arguments of [`~ordmoe_peft.tier_routing`] for rows that repeat so many samples."""
+    return routing | {"draw": replace(routing.get("draw", RandomDraw()), num_samples=num_samples)}
 
 
 def _padded(parts: list[torch.Tensor], num_tiers: int, end_ids: torch.Tensor, pad_token_id: int) -> TierResponses:

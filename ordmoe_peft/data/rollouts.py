@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
 from ..moe_model import MoELayer, find_moe_layers, unwrapped
-from ..monitoring.gate_mass import recorded_gate_mass
+from ..monitoring.recording import recorded_routing_weight_sums
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
-from ..tiers.plan import layers_in_scope
+from ..tiers.plan import RandomDraw, layers_in_scope
 from ..tiers.routing import adapter_config, tier_routing
 from ..tiers.scope import tiers_of_labels
-from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses
+from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses, with_samples
 from .positions import check_fits
 from .responses import content_mask, end_of_sequence_ids
 from .samples import ProcessingClass, check_counts, prompt_inputs
@@ -251,7 +251,7 @@ class _TierWriter:
         inputs = prompt_inputs(samples, self.processing_class).to(self.model.device)
         check_fits(self.model, inputs)
         # Random groups, too, are drawn anew for each batch, and alike in writing and scoring.
-        routing = self.routing | {"step": first_sample}
+        routing = self.routing | {"draw": RandomDraw(step=first_sample)}
         written = generate_by_tier(
             self.model,
             inputs,
@@ -318,8 +318,8 @@ class _TierWriter:
         tiers = tiers_of_labels(tiers, full_inputs["labels"], self.token_scope)
         full_inputs = {name: value for name, value in full_inputs.items() if name != "labels"}
         with (
-            tier_routing(self.model, tiers, num_samples=batch_size, **routing),
-            recorded_gate_mass(in_scope) as masses,
+            tier_routing(self.model, tiers, **with_samples(routing, batch_size)),
+            recorded_routing_weight_sums(self.model, in_scope) as masses,
         ):
             logits = self.model(**full_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
         log_probs_BS = label_log_probs(logits, ids_BS)

@@ -1,5 +1,6 @@
 """How much of what an adapter adds is left when the merged weights are rounded to 4 bits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ ENOUGH = 0.9
 
 
 @dataclass(frozen=True)
-class Survival:
+class DeltaRetention:
     """What became of the delta Δ of one weight W when W + Δ was rounded to 4 bits, Q(W + Δ) = W + R.
 
     W is the weight as the adapter saw it, dequantised; R is what the rounded merge really adds.
@@ -28,29 +29,20 @@ class Survival:
     survived: float
     noise: float
 
-
-class SurvivalSum:
-    """Adds up a [`Survival`] matrix by matrix, so that no stack of deltas need exist."""
-
-    def __init__(self):
-        self.product = self.delta_square = self.noise_square = 0.0
-
-    def add(self, before: torch.Tensor, merged: torch.Tensor, after: torch.Tensor) -> None:
-        """A matrix as it was (W), as it should be (W + Δ) and as it is (W + R)."""
-        delta, real = merged.float() - before.float(), after.float() - before.float()
-        self.product += (real * delta).sum(dtype=torch.float64).item()
-        self.delta_square += delta.square().sum(dtype=torch.float64).item()
-        self.noise_square += (real - delta).square().sum(dtype=torch.float64).item()
-
-    def survival(self, name: str) -> Survival:
-        if self.delta_square == 0:
-            return Survival(name, 0.0, 1.0, 0.0)
-        return Survival(
-            name,
-            delta_norm=self.delta_square**0.5,
-            survived=self.product / self.delta_square,
-            noise=(self.noise_square / self.delta_square) ** 0.5,
-        )
+    @classmethod
+    def measure(
+        cls, name: str, matrices: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> "DeltaRetention":
+        """Sum over a weight's matrices, each given as W, W + Δ and W + R, so that no stack of deltas need exist."""
+        product = delta_square = noise_square = 0.0
+        for before, merged, after in matrices:
+            delta, real = merged.float() - before.float(), after.float() - before.float()
+            product += (real * delta).sum(dtype=torch.float64).item()
+            delta_square += delta.square().sum(dtype=torch.float64).item()
+            noise_square += (real - delta).square().sum(dtype=torch.float64).item()
+        if delta_square == 0:
+            return cls(name, delta_norm=0.0, survived=1.0, noise=0.0)
+        return cls(name, delta_square**0.5, product / delta_square, (noise_square / delta_square) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -58,32 +50,29 @@ class RequantizationReport:
     """What requantising left of each delta; prints as a table.
 
     Args:
-        weights (`list` of [`Survival`]): one for each packed weight that the adapter changes.
+        weights (`list` of [`DeltaRetention`]): one for each packed weight that the adapter changes.
     """
 
-    weights: list[Survival] = field(default_factory=list)
-
-    @property
-    def weak(self) -> list[Survival]:
-        """The weights that kept less than 90 % of their delta, the weakest first."""
-        return sorted((each for each in self.weights if each.survived < ENOUGH), key=lambda each: each.survived)
+    weights: list[DeltaRetention] = field(default_factory=list)
 
     def warning(self) -> str | None:
-        """One sentence where deltas were lost, else `None`."""
-        if not self.weak:
+        """One sentence where less than 90 % of a delta is left, else `None`."""
+        weak = [weight for weight in self.weights if weight.survived < ENOUGH]
+        if not weak:
             return None
+        weakest = min(weak, key=lambda weight: weight.survived)
         return (
-            f"Rounding the merged weights to 4 bits left less than {ENOUGH:.0%} of the delta in {len(self.weak)} of "
-            f"{len(self.weights)} weights, the least in {self.weak[0].name}: {self.weak[0].survived:.1%}. The "
+            f"Rounding the merged weights to 4 bits left less than {ENOUGH:.0%} of the delta in {len(weak)} of "
+            f"{len(self.weights)} weights, the least in {weakest.name}: {weakest.survived:.1%}. The "
             "merged model is not the one that was trained: keep the adapter beside its 4-bit base, or merge into a "
             "dense model (without `requantize`)."
         )
 
     def __str__(self) -> str:
-        width = max([len("weight"), *(len(each.name) for each in self.weights)])
+        width = max([len("weight"), *(len(weight.name) for weight in self.weights)])
         lines = [f"{'weight':<{width}}  {'norm of delta':>13}  {'survived':>8}  {'noise':>8}"]
         lines += [
-            f"{each.name:<{width}}  {each.delta_norm:>13.4g}  {each.survived:>8.1%}  {each.noise:>8.1%}"
-            for each in self.weights
+            f"{weight.name:<{width}}  {weight.delta_norm:>13.4g}  {weight.survived:>8.1%}  {weight.noise:>8.1%}"
+            for weight in self.weights
         ]
         return "\n".join(lines)

@@ -1,17 +1,16 @@
 """Merging an adapter into a base that is packed in 4 bits, in memory.
 
 The result is dense by default: every packed weight of the model, adapted or not, becomes an ordinary parameter, one
-weight at a time, each freeing its bytes. Sums are in float32 and rounded once, to the dtype of the input embeddings,
-which is what the hidden states of the model are in; a dense linear layer of another dtype could not run on them.
+weight at a time, and its bytes are freed. Sums are in float32 and rounded once, to the dtype of the input embeddings:
+the hidden states have that dtype, and a linear layer of another could not run on them.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from ..experts.expert_lora import ParamWrapper, check_finite
 from ..moe_model import without_wrappers
 from ..quantization.dequantization import packed_names, put_dense_
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
-from .delta_retention import RequantizationReport, Survival, SurvivalSum
+from .delta_retention import DeltaRetention, RequantizationReport
 
 
 def has_packed_weights(model: nn.Module) -> bool:
@@ -33,49 +32,46 @@ def has_packed_weights(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """A packed weight of a model, and the LoRA layer on it, if there is one.
+class BaseWeight:
+    """A weight of the base, packed or not, and what is to be merged into it.
 
     Args:
-        wrapped_name (`str`): its name, with PEFT's wrappers.
+        wrapped_names (`list[str]`): its name with PEFT's wrappers; several names where modules share it.
         owner (`nn.Module`), attribute (`str`): where it is.
         layer ([`~peft.tuners.lora.LoraLayer`], *optional*): what adapts it.
-        adapters (`list[str]`): the adapters to merge.
-        other_names (`list[str]`): under which other modules have it, too.
+        adapters (`list[str]`): the adapters to merge; none without a layer.
     """
 
-    wrapped_name: str
+    wrapped_names: list[str]
     owner: nn.Module
     attribute: str
     layer: LoraLayer | None
     adapters: list[str]
-    other_names: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """Its name in the unwrapped model."""
-        return without_wrappers(self.wrapped_name)
+        return without_wrappers(self.wrapped_names[0])
 
     @property
-    def packed(self) -> Params4bit:
+    def value(self) -> torch.Tensor:
         return getattr(self.owner, self.attribute)
 
     def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Its matrices, one for each expert, as they are and as they are with the adapters, in float32."""
-        count, unpack = unpacker(self.packed)
-        for index in range(count):
-            base_OI = unpack(index).float()
-            if not self.adapters:
-                yield base_OI, base_OI
-            elif isinstance(self.layer, ParamWrapper):
-                yield base_OI, base_OI + self.layer.delta(self.adapters, index)
-            else:
-                yield base_OI, _merged_linear(self.layer, self.adapters, base_OI)
+        """The matrices of a packed weight, one for each expert: before and after merging, both in float32."""
+        for index, matrix_OI in enumerate(unpacked(self.value)):
+            base_OI = merged_OI = matrix_OI.float()
+            if self.layer is not None and self.adapters:
+                if isinstance(self.layer, ParamWrapper):
+                    merged_OI = base_OI + self.layer.delta(self.adapters, index)
+                else:
+                    merged_OI = _merged_linear(self.layer, self.adapters, base_OI)
+            yield base_OI, merged_OI
 
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight with the adapters in it."""
-        shape = logical_shape(self.packed)
-        dense = torch.empty(shape, dtype=dtype, device=self.packed.device)
+        """The dense weight that a packed one becomes, with the adapters in it."""
+        shape = logical_shape(self.value)
+        dense = torch.empty(shape, dtype=dtype, device=self.value.device)
         for rows, (_, merged_OI) in zip(dense.view(-1, *shape[-2:]), self.matrices(), strict=True):
             rows.copy_(merged_OI)
         return dense
@@ -86,10 +82,11 @@ class PackedWeight:
             check_finite(merged_OI.to(dtype), self.name, self.adapters)
 
 
-def unpacker(packed: Params4bit) -> tuple[int, Callable[[int], torch.Tensor]]:
-    """How many matrices a packed weight holds, and a function that unpacks one."""
-    shape = logical_shape(packed)
-    return (shape[0], expert_unpacker(packed)) if len(shape) == 3 else (1, lambda _: dequantize_bnb_weight(packed))
+def unpacked(packed: Params4bit) -> Iterator[torch.Tensor]:
+    """The matrices of a packed weight: one for each expert of a stack, or that of a linear layer."""
+    if len(logical_shape(packed)) == 3:
+        return map(expert_unpacker(packed), range(logical_shape(packed)[0]))
+    return iter([dequantize_bnb_weight(packed)])
 
 
 def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tensor) -> torch.Tensor:
@@ -102,23 +99,26 @@ def _merged_linear(layer: LoraLayer, adapters: list[str], weight_OI: torch.Tenso
     return weight_OI
 
 
-def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[PackedWeight]:
+def lora_layers(model: nn.Module) -> dict[tuple[nn.Module, str], LoraLayer]:
+    """The LoRA layers on `model`, by the module and the attribute of the weight that each adapts."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return {(layer.get_base_layer(), getattr(layer, "parameter_name", "weight")): layer for layer in layers}
+
+
+def packed_weights(model: nn.Module, adapter_names: list[str] | None) -> list[BaseWeight]:
     """All packed weights of `model`, each with what is to be merged into it."""
-    layers = {}
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            layers[module.get_base_layer(), module.parameter_name] = module
-        elif isinstance(module, LoraLinear4bit):
-            layers[module.get_base_layer(), "weight"] = module
-    found = []
-    for wrapped_name, *others in packed_names(model):
-        owner_name, _, attribute = wrapped_name.rpartition(".")
+    layers, found = lora_layers(model), []
+    for wrapped_names in packed_names(model):
+        owner_name, _, attribute = wrapped_names[0].rpartition(".")
         owner = model.get_submodule(owner_name)
         layer = layers.get((owner, attribute))
-        names = [] if layer is None else check_adapters_to_merge(layer, adapter_names)
-        adapters = [name for name in names if name in layer.lora_A]
-        found.append(PackedWeight(wrapped_name, owner, attribute, layer, adapters, others))
+        adapters = [] if layer is None else _adapters_to_merge(layer, adapter_names)
+        found.append(BaseWeight(wrapped_names, owner, attribute, layer, adapters))
     return found
+
+
+def _adapters_to_merge(layer: LoraLayer, adapter_names: list[str] | None) -> list[str]:
+    return [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.lora_A]
 
 
 def check_unshared(model: nn.Module) -> None:
@@ -130,15 +130,13 @@ def check_unshared(model: nn.Module) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(without_wrappers(name))
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
-            shared = names.get(id(weight), [])
-            if len(shared) > 1:
-                raise OrdMoEModelError(
-                    f"Cannot merge the adapter: {shared[0]} and {shared[1]} are one and the same weight, and merging "
-                    "into one would change the other. Keep the adapter beside the base."
-                )
+    for owner, attribute in lora_layers(model):
+        shared = names.get(id(getattr(owner, attribute)), [])
+        if len(shared) > 1:
+            raise OrdMoEModelError(
+                f"Cannot merge the adapter: {shared[0]} and {shared[1]} are one and the same weight, and merging into "
+                "one would change the other. Keep the adapter beside the base."
+            )
 
 
 @torch.no_grad()
@@ -151,116 +149,97 @@ def merge_packed(
 ) -> RequantizationReport | None:
     """Merge the adapters on `model`, whose base is packed, and leave the LoRA layers to be taken off.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]): with PEFT's layers in it; changed in place.
-        progressbar (`bool`, defaults to `False`): show one bar for the packed weights.
-        safe_merge (`bool`, defaults to `False`): look for NaN and infinity first, before anything changes.
-        adapter_names (`list[str]`, *optional*): the active adapters by default.
-        requantize (`bool`, defaults to `False`): pack the merged weights again, by the recipe that each was packed by,
-            and leave the others packed. Without it, no weight of the model is packed afterwards.
-
-    Returns:
-        [`RequantizationReport`] with `requantize`, else `None`.
+    The arguments are those of `OrdMoEModel.merge_and_unload`. With `safe_merge`, nothing changes before all weights
+    were checked; with `requantize`, weights without an adapter stay as they are, and the report is returned.
     """
     dtype = model.get_input_embeddings().weight.dtype
     weights = packed_weights(model, adapter_names)
-    check_mergeable(weights)
+    packed_layers = {weight.layer for weight in weights}
+    other_layers = [
+        module for module in model.modules() if isinstance(module, BaseTunerLayer) and module not in packed_layers
+    ]
+    for weight in weights:
+        check_mergeable(weight)
     if safe_merge:
-        _check_all_finite(model, weights, dtype, adapter_names)
-    report = RequantizationReport()
+        for weight in weights:
+            weight.check_finite(dtype)
+        _check_factors_finite(model, other_layers, adapter_names)
+    report = RequantizationReport() if requantize else None
     for weight in tqdm(weights, disable=not progressbar, desc="Merging 4-bit weights"):
-        if not requantize:
-            dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
-            for name in (weight.wrapped_name, *weight.other_names):
-                put_dense_(model, name, dense)
-        elif weight.adapters:
-            report.weights.append(repack(weight, dtype))
-        if weight.adapters:
-            merge_bias(weight)
-    packed_layers = {weight.layer for weight in weights}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and module not in packed_layers:
-            module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    return report if requantize else None
+        merge_packed_weight(model, weight, dtype, report)
+    for layer in other_layers:
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    return report
 
 
-def check_mergeable(weights: list[PackedWeight]) -> None:
-    for weight in weights:
-        if is_repacked(weight.packed):
-            raise OrdMoEModelError(
-                f"{weight.name} was evaluated on a CPU before the adapter was put on the model, for which bitsandbytes "
-                "rearranged its bytes. Load the model anew, put the adapter on it, and merge."
-            )
-        if len(weight.adapters) > 1 and any(name in weight.layer.lora_variant for name in weight.adapters):
-            raise OrdMoEModelError(
-                f"Cannot merge {weight.adapters} together into {weight.name}: one of them is a variant of LoRA such as "
-                "DoRA, which depends on the weight before the others. Merge one adapter."
-            )
-        has_bias = getattr(weight.owner, "bias", None) is not None
-        if any(weight.layer.lora_bias[name] for name in weight.adapters) and not has_bias:
-            raise OrdMoEModelError(
-                f"Cannot merge {weight.adapters} into {weight.name}: `lora_bias` trained a bias, but there is none."
-            )
+def check_mergeable(weight: BaseWeight) -> None:
+    """Raise [`OrdMoEModelError`] where a packed weight cannot take its adapters."""
+    if is_repacked(weight.value):
+        raise OrdMoEModelError(
+            f"{weight.name} was evaluated on a CPU before the adapter was put on the model, for which bitsandbytes "
+            "rearranged its bytes. Load the model anew, put the adapter on it, and merge."
+        )
+    if weight.layer is None:
+        return
+    if len(weight.adapters) > 1 and any(name in weight.layer.lora_variant for name in weight.adapters):
+        raise OrdMoEModelError(
+            f"Cannot merge {weight.adapters} together into {weight.name}: one of them is a variant of LoRA such as "
+            "DoRA, which depends on the weight before the others. Merge one adapter."
+        )
+    has_bias = getattr(weight.owner, "bias", None) is not None
+    if any(weight.layer.lora_bias[name] for name in weight.adapters) and not has_bias:
+        raise OrdMoEModelError(
+            f"Cannot merge {weight.adapters} into {weight.name}: `lora_bias` trained a bias, but there is none."
+        )
 
 
-def _check_all_finite(
-    model: nn.Module, weights: list[PackedWeight], dtype: torch.dtype, adapter_names: list[str] | None
+def _check_factors_finite(model: nn.Module, layers: list[BaseTunerLayer], adapter_names: list[str] | None) -> None:
+    names = {module: without_wrappers(name) for name, module in model.named_modules()}
+    for layer in layers:
+        if isinstance(layer, LoraLayer):
+            for adapter in _adapters_to_merge(layer, adapter_names):
+                for factor in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
+                    check_finite(factor, names[layer], [adapter])
+
+
+def merge_packed_weight(
+    model: nn.Module, weight: BaseWeight, dtype: torch.dtype, report: RequantizationReport | None
 ) -> None:
-    for weight in weights:
-        weight.check_finite(dtype)
-    packed_layers = {weight.layer for weight in weights}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and module not in packed_layers:
-            for adapter in [each for each in check_adapters_to_merge(module, adapter_names) if each in module.lora_A]:
-                for factor in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
-                    check_finite(factor, without_wrappers(name), [adapter])
+    """Merge a packed weight's adapters into it: it becomes dense, or, with a report to add to, is packed again."""
+    if report is None:
+        dense = nn.Parameter(weight.merged(dtype), requires_grad=False)
+        for name in weight.wrapped_names:
+            put_dense_(model, name, dense)
+    elif weight.adapters:
+        report.weights.append(_repack(weight, dtype))
+    if weight.layer is not None:
+        for name in weight.adapters:
+            if weight.layer.lora_bias[name]:
+                weight.layer.get_base_layer().bias.data += weight.layer.scaling[name] * weight.layer.lora_B[name].bias
 
 
-def repack(weight: PackedWeight, dtype: torch.dtype) -> Survival:
+def _repack(weight: BaseWeight, dtype: torch.dtype) -> DeltaRetention:
     """Pack the merged weight as it was packed before, and say what is left of the delta."""
-    old = weight.packed
-    new = packed_like(old, weight.merged(dtype), weight.name)
-    _, unpack = unpacker(new)
-    survival = SurvivalSum()
-    for index, (base_OI, merged_OI) in enumerate(weight.matrices()):
-        survival.add(base_OI, merged_OI, unpack(index))
+    new = packed_like(weight.value, weight.merged(dtype), weight.name)
+    matrices = zip(weight.matrices(), unpacked(new), strict=True)
+    retention = DeltaRetention.measure(weight.name, ((base, merged, after) for (base, merged), after in matrices))
     setattr(weight.owner, weight.attribute, new)
     if isinstance(weight.owner, Linear4bit):
         weight.owner.quant_state = new.quant_state
         keep_linear4bit_layout(weight.owner)
-    return survival.survival(weight.name)
+    return retention
 
 
 def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
     """`dense` packed by the recipe of `old`."""
+    recipe = {"quant_type": old.quant_type, "quant_storage": old.quant_storage, "blocksize": old.blocksize}
     if dense.dim() == 3:
-        return pack_experts(
-            dense,
-            name,
-            quant_type=old.quant_type,
-            use_double_quant=old.compress_statistics,
-            compute_dtype=old.quant_state.dtype,
-            quant_storage=old.quant_storage,
-            blocksize=old.blocksize,
-        )
-    new = Params4bit(
-        dense,
-        requires_grad=False,
-        blocksize=old.blocksize,
-        compress_statistics=old.compress_statistics,
-        quant_type=old.quant_type,
-        quant_storage=old.quant_storage,
-    ).to(dense.device)
+        nested, dtype = old.compress_statistics, old.quant_state.dtype
+        return pack_experts(dense, name, use_double_quant=nested, compute_dtype=dtype, **recipe)
+    new = Params4bit(dense, requires_grad=False, compress_statistics=old.compress_statistics, **recipe)
+    new = new.to(dense.device)
     new.quant_state.dtype = old.quant_state.dtype
     return new
-
-
-def merge_bias(weight: PackedWeight) -> None:
-    """Add what `lora_bias` trained to the linear layer's bias."""
-    for name in weight.adapters:
-        if weight.layer.lora_bias[name]:
-            bias = weight.layer.get_base_layer().bias
-            bias.data += weight.layer.scaling[name] * weight.layer.lora_B[name].bias
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

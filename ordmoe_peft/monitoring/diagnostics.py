@@ -1,7 +1,7 @@
 """Failure signatures: how training and tiers go wrong, recognised in plain data and named.
 
-Each function reads what another part of the package writes as JSON (the trainer's log, tier quality, router health,
-ablation results) and returns a [`Finding`] for each signature that shows in it:
+Each public function reads what another part of the package writes as JSON (the trainer's log, tier quality, router
+health, ablation results) and returns a [`Finding`] for each signature that shows in it. [`CHECKS`] lists them all.
 
 | name | what it means |
 | --- | --- |
@@ -17,16 +17,14 @@ ablation results) and returns a [`Finding`] for each signature that shows in it:
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
 from .health import DEAD_SHARE
 
-
-Log = Sequence[Mapping[str, Any]]
 
 LIKELIHOOD_KEY = re.compile(r"tier_(\d+)/log_likelihood")
 
@@ -69,9 +67,8 @@ class Finding:
     to_dict = asdict
 
 
-# ----------------------------------------------------------------------------------------------------- training log
 def training_findings(
-    log_history: Log, *, vocab_size: int | None = None, erl_coef: float | None = None
+    log_history: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None, erl_coef: float | None = None
 ) -> list[Finding]:
     """What shows at the end of a training log.
 
@@ -81,130 +78,14 @@ def training_findings(
             not looked for.
         erl_coef (`float`, *optional*): the weight in use, to name in the advice.
     """
-    num_tiers = _count_tiers(log_history)
-    found = [_experts_collapsing(log_history)]
-    if num_tiers > 1:
-        found += [
-            _tier_1_falling(log_history, num_tiers, erl_coef),
-            _low_tiers_running_away(log_history, num_tiers, vocab_size),
-            _logged_order_from_end_of_sequence(log_history, num_tiers),
-        ]
-    return [finding for finding in found if finding is not None]
+    return _findings("log", _TrainingLog(log_history, vocab_size, erl_coef))
 
 
-def _tier_1_falling(log: Log, num_tiers: int, erl_coef: float | None) -> Finding | None:
-    # Where tiers write their own responses, tier 1's likelihood is of what it wrote; L_NTP is always of the references.
-    top = [(step, -loss) for step, loss in _series(log, "ntp_loss")] or _series(log, _likelihood_key(1))
-    steps, values = _smooth(top)
-    if not values:
-        return None
-    best = max(range(len(values)), key=values.__getitem__)
-    if values[best] - values[-1] <= max(FALL, NOISE * _noise(top)):
-        return None
-    shows = f"Tier 1's likelihood fell from {values[best]:.3f} (step {steps[best]}) to {values[-1]:.3f} nats a token"
-    _, bottom = _smooth(_series(log, _likelihood_key(num_tiers)))
-    if not bottom or bottom[0] - bottom[-1] <= FALL:
-        return Finding(
-            "tier_1_falling",
-            f"{shows}, and tier {num_tiers}'s did not fall with it, so it is not dragged down by low tiers. Lower "
-            "learning_rate, and look at the data.",
-        )
-    current = "" if erl_coef is None else f" (now {erl_coef})"
-    return Finding(
-        "tier_1_falling",
-        f"{shows} while tier {num_tiers}'s fell from {bottom[0]:.3f} to {bottom[-1]:.3f}. Low tiers are pushed down "
-        f"and drag tier 1 along, whose weights they share: lower erl_coef{current}, bound the push with "
-        "lower_tier_floor='uniform', or use an objective that stops once tiers are in order.",
-    )
-
-
-def _low_tiers_running_away(log: Log, num_tiers: int, vocab_size: int | None) -> Finding | None:
-    if vocab_size is None:
-        return None
-    uniform = -math.log(vocab_size)
-    away = []
-    for tier in range(2, num_tiers + 1):
-        _, values = _smooth(_series(log, _likelihood_key(tier)))
-        before = values[: -max(WINDOW, len(values) // RECENT)]
-        if before and values[-1] < uniform and before[-1] - values[-1] > FALL:
-            away.append(f"tier {tier} is at {values[-1]:.2f} (from {values[0]:.2f})")
-    if not away:
-        return None
-    return Finding(
-        "low_tiers_running_away",
-        f"In nats a token, {' and '.join(away)}, below a uniform guess over {vocab_size} tokens ({uniform:.2f}) and "
-        "still falling. Nothing more is learnt from that, and tier 1 may be dragged along: set "
-        "lower_tier_floor='uniform', lower erl_coef, or use an objective that stops once tiers are in order.",
-    )
-
-
-def _logged_order_from_end_of_sequence(log: Log, num_tiers: int) -> Finding | None:
-    pairs = []
-    for tier in range(1, num_tiers):
-        keys = [_likelihood_key(t, suffix) for suffix in ("", "_no_eos") for t in (tier, tier + 1)]
-        # Tiers are compared on the same batch, whose ups and downs they share.
-        rows = [[row[key] for key in keys] for row in log if all(_is_number(row.get(key)) for key in keys)][-WINDOW:]
-        if len(rows) == WINDOW:
-            pairs.append((tier, median(row[0] - row[1] for row in rows), median(row[2] - row[3] for row in rows)))
-    return _order_from_end_of_sequence(pairs)
-
-
-def _order_from_end_of_sequence(pairs: list[tuple[int, float, float]]) -> Finding | None:
-    """From (tier, its lead over the next one, the same without end-of-sequence tokens)."""
-    shown = [
-        f"tier {tier} leads tier {tier + 1} by {lead:.3f} nats a token, but by {content_lead:.3f} without them"
-        for tier, lead, content_lead in pairs
-        if lead > LEAD and content_lead < CONTENT_SHARE * lead
-    ]
-    if not shown:
-        return None
-    return Finding(
-        "order_from_end_of_sequence",
-        f"Order by end-of-sequence tokens alone: {'; '.join(shown)}. These tiers differ in when they stop, not in what "
-        "they say. Read log_likelihood_no_eos beside log_likelihood, and do not take this order for one of quality.",
-        severity="note",
-    )
-
-
-def _experts_collapsing(log: Log) -> Finding | None:
-    dead = _series(log, "router/dead_experts")
-    _, values = _smooth(dead)
-    if not values or values[-1] - values[0] < max(DEAD_RISE, NOISE * _noise(dead)):
-        return None
-    return Finding(
-        "experts_collapsing",
-        f"Dead experts (below {DEAD_SHARE:.0%} of an even share) rose from {values[0]:.2f} to {values[-1]:.2f} a "
-        "layer. The router drops experts, and low tiers are made of those: raise balance_coef, lower erl_coef, or "
-        "leave the router out of `targets`.",
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ router health
 def health_findings(health: Mapping[str, Any]) -> list[Finding]:
-    """What shows in router health.
-
-    Args:
-        health (mapping): with `layers`, each with `utilisation`: a number for each expert, relative to K/E.
-    """
-    collapsed = []
-    for index, layer in enumerate(health.get("layers") or []):
-        utilisation = [value for value in layer.get("utilisation") or [] if _is_number(value)]
-        dead = sum(value < DEAD_SHARE for value in utilisation)
-        if dead and dead >= COLLAPSED_SHARE * len(utilisation):
-            collapsed.append(f"{dead} of {len(utilisation)} in layer {layer.get('layer', index)}")
-    if not collapsed:
-        return []
-    return [
-        Finding(
-            "experts_collapsing",
-            f"Dead experts (below {DEAD_SHARE:.0%} of an even share): {', '.join(collapsed)}. Low tiers are made "
-            "of experts that see no tokens, so what they say is noise: use fewer tiers, grouping='high_only', or a "
-            "layer_scope without these layers; if training did it, raise balance_coef.",
-        )
-    ]
+    """What shows in router health: `layers`, each with `utilisation`, a number for each expert relative to K/E."""
+    return _findings("health", health.get("layers") or [])
 
 
-# ------------------------------------------------------------------------------------------------------- tier quality
 def quality_findings(quality: Mapping[str, Any]) -> list[Finding]:
     """What shows in [`~ordmoe_peft.tools.measure.quality.TierQuality`], as plain data.
 
@@ -212,83 +93,9 @@ def quality_findings(quality: Mapping[str, Any]) -> list[Finding]:
         quality (mapping): `tiers`, with each tier's likelihoods and accuracy, and `order`, with the shares of samples
             whose tiers are in order.
     """
-    tiers = quality.get("tiers") or []
-    found = [_random_level_order(quality)]
-    if len(tiers) > 1:
-        found += [
-            _top_tier_not_best(tiers[0], tiers[-1]),
-            _means_against_order(tiers),
-            _measured_order_from_end_of_sequence(tiers),
-        ]
-    return [finding for finding in found if finding is not None]
+    return _findings("quality", quality)
 
 
-def _random_level_order(quality: Mapping[str, Any]) -> Finding | None:
-    full = (quality.get("order") or {}).get("full") or {}
-    share, level, error, what = full.get("share"), full.get("random"), full.get("random_stderr") or 0, "random groups'"
-    if not _is_number(level):
-        # Tier 1 leads random groups, too, since it stays the top K: only the tiers below it can come in any order.
-        num_tiers = quality.get("num_tiers")
-        level, error, what = 1 / math.factorial(num_tiers - 1) if num_tiers else None, 0, "chance's"
-    if not _are_numbers((share, level)):
-        return None
-    margin = STANDARD_ERRORS * math.hypot(full.get("stderr") or 0, error)
-    # Where random groups are in order on nearly all samples, too, no order could stand out.
-    if share > level + margin or level + margin >= 1:
-        return None
-    return Finding(
-        "random_level_order",
-        f"The likelihoods of all tiers are in order on {share:.1%} of samples, and {what} level is {level:.1%} (within "
-        f"{STANDARD_ERRORS} standard errors, {margin:.1%}): below the top experts, the router's ranking says nothing "
-        "about quality on this data. OrdMoE has no signal here; expect what grouping='random' gives.",
-    )
-
-
-def _top_tier_not_best(top: Mapping[str, Any], bottom: Mapping[str, Any]) -> Finding | None:
-    worse = []
-    if _are_numbers(pair := (top.get("log_likelihood"), bottom.get("log_likelihood"))) and pair[0] <= pair[1]:
-        worse.append("likelihood {:.3f} against {:.3f} nats a token".format(*pair))
-    pair = tuple((tier.get("accuracy") or {}).get("overall") for tier in (top, bottom))
-    # Where neither is ever right, exact match cannot tell them apart.
-    if _are_numbers(pair) and pair[0] <= pair[1] > 0:
-        worse.append("exact match {:.1%} against {:.1%}".format(*pair))
-    if not worse:
-        return None
-    return Finding(
-        "top_tier_not_best",
-        f"Tier 1 is not better than tier {bottom.get('tier', 'C')}: {', '.join(worse)}. The premise of OrdMoE does not "
-        "hold for this model and data: check prompt format and data first, then use supervised fine-tuning.",
-    )
-
-
-def _means_against_order(tiers: Sequence[Mapping[str, Any]]) -> Finding | None:
-    names = {"log_likelihood": "", "log_likelihood_no_eos": " without end-of-sequence tokens"}
-    shown = [
-        f"tier {lower['tier']} is above tier {higher['tier']}{name} ({lower[key]:.3f} against {higher[key]:.3f})"
-        for key, name in names.items()
-        for higher, lower in pairwise(tiers[1:])
-        if _are_numbers((higher.get(key), lower.get(key))) and lower[key] > higher[key]
-    ]
-    if not shown:
-        return None
-    return Finding(
-        "means_against_order",
-        f"Mean likelihoods run against the order: {'; '.join(shown)}, in nats a token. Between these tiers the "
-        "router's ranking is no order of quality; fewer tiers, or an objective over the ends alone, do not rest on it.",
-        severity="note",
-    )
-
-
-def _measured_order_from_end_of_sequence(tiers: Sequence[Mapping[str, Any]]) -> Finding | None:
-    pairs = []
-    for higher, lower in pairwise(tiers):
-        values = [tier.get(key) for key in ("log_likelihood", "log_likelihood_no_eos") for tier in (higher, lower)]
-        if _are_numbers(values):
-            pairs.append((higher["tier"], values[0] - values[1], values[2] - values[3]))
-    return _order_from_end_of_sequence(pairs)
-
-
-# ----------------------------------------------------------------------------------------------------------- ablation
 def ablation_findings(results: Mapping[str, Any]) -> list[Finding]:
     """What shows in ablation results.
 
@@ -299,49 +106,241 @@ def ablation_findings(results: Mapping[str, Any]) -> list[Finding]:
         results (mapping): `cells`, each with `name`, `settings` and `difference` (`mean`, `low` and `high` of a 95 %
             interval; higher is better; `None` for the baseline), and `unit`.
     """
-    # The base as it is has no tiers; a cell without `grouping` has the default's, uniform.
-    cells = [cell for cell in results.get("cells") or [] if cell["name"] != "base" and _are_numbers(_interval(cell))]
-    pairs = [
-        (ranked, random)
-        for ranked in cells
-        for random in cells
-        if _grouping(ranked) != "random" == _grouping(random) and _other_settings(ranked) == _other_settings(random)
-    ]
-    unit = f" {results['unit']}" if results.get("unit") else ""
-    found = [_random_level_results(ranked, random, unit) for ranked, random in pairs]
-    return [finding for finding in found if finding is not None]
+    return _findings("ablation", results)
 
 
-def _random_level_results(ranked: Mapping[str, Any], random: Mapping[str, Any], unit: str) -> Finding | None:
-    (mean, low, high), (random_mean, random_low, random_high) = _interval(ranked), _interval(random)
-    lead, half_width = mean - random_mean, math.hypot((high - low) / 2, (random_high - random_low) / 2)
-    if lead > half_width:
-        return None
-    return Finding(
-        "random_level_results",
-        f"{ranked['name']} differs from the baseline by {mean:+.3g} [{low:+.3g}, {high:+.3g}]{unit}, and "
-        f"{random['name']}, random groups with the same settings, by {random_mean:+.3g} [{random_low:+.3g}, "
-        f"{random_high:+.3g}]{unit}. The lead of {lead:+.3g} is not above its margin, {half_width:.3g}, so nothing can "
-        "be credited to the router's ranking: do not claim it for OrdMoE, or run more seeds.",
+def _findings(source: str, data: Any) -> list[Finding]:
+    found = [(name, message) for name, check in CHECKS[source].items() for message in check(data)]
+    return [Finding(name, message, "note" if name in NOTES else "warning") for name, message in found]
+
+
+# ----------------------------------------------------------------------------------------------------- training log
+Series = list[tuple[int, float]]  # (step, value)
+
+
+@dataclass(frozen=True)
+class _TrainingLog:
+    """What [`training_findings`] is given."""
+
+    rows: Sequence[Mapping[str, Any]]
+    vocab_size: int | None
+    erl_coef: float | None
+
+    @property
+    def num_tiers(self) -> int:
+        """C: the lowest tier that was logged. Tiers between may have been skipped throughout."""
+        tiers = (LIKELIHOOD_KEY.fullmatch(key) for row in self.rows for key in row)
+        return max((int(match[1]) for match in tiers if match), default=0)
+
+    def series(self, key: str) -> Series:
+        """What was logged under `key`; skipped passes and other kinds of rows leave gaps."""
+        return [(row.get("step", index), row[key]) for index, row in enumerate(self.rows) if _is_number(row.get(key))]
+
+    def likelihoods(self, tier: int) -> list[float]:
+        return [value for _, value in _medians(self.series(f"tier_{tier}/log_likelihood"))]
+
+
+def _medians(series: Series) -> Series:
+    """The median of each [`WINDOW`] neighbours, at the step of the last of them."""
+    windows = (series[end - WINDOW : end] for end in range(WINDOW, len(series) + 1))
+    return [(window[-1][0], median(value for _, value in window)) for window in windows]
+
+
+def _noise(series: Series) -> float:
+    """The standard deviation of one value, from neighbours' differences: slow trends and lone outliers hardly move it.
+
+    For normal noise σ, the median of |x − y| is 0.954 σ.
+    """
+    return median(abs(after - before) for (_, before), (_, after) in pairwise(series)) / 0.954
+
+
+def _experts_dropped(log: _TrainingLog) -> Iterator[str]:
+    logged = log.series("router/dead_experts")
+    dead = [value for _, value in _medians(logged)]
+    if dead and dead[-1] - dead[0] >= max(DEAD_RISE, NOISE * _noise(logged)):
+        yield (
+            f"Dead experts (below {DEAD_SHARE:.0%} of an even share) rose from {dead[0]:.2f} to {dead[-1]:.2f} a "
+            "layer. The router drops experts, and low tiers are made of those: raise balance_coef, lower erl_coef, or "
+            "leave the router out of `targets`."
+        )
+
+
+def _tier_1_falls(log: _TrainingLog) -> Iterator[str]:
+    # Where tiers write their own responses, tier 1's likelihood is of what it wrote; L_NTP is always of the references.
+    losses = log.series("ntp_loss")
+    logged = [(step, -loss) for step, loss in losses] or log.series("tier_1/log_likelihood")
+    top, bottom = _medians(logged), log.likelihoods(log.num_tiers)
+    if log.num_tiers < 2 or not top:
+        return
+    (step, best), (_, last) = max(top, key=lambda point: point[1]), top[-1]
+    if best - last <= max(FALL, NOISE * _noise(logged)):
+        return
+    shows = f"Tier 1's likelihood fell from {best:.3f} (step {step}) to {last:.3f} nats a token"
+    if not bottom or bottom[0] - bottom[-1] <= FALL:
+        yield (
+            f"{shows}, and tier {log.num_tiers}'s did not fall with it, so it is not dragged down by low tiers. Lower "
+            "learning_rate, and look at the data."
+        )
+        return
+    current = "" if log.erl_coef is None else f" (now {log.erl_coef})"
+    yield (
+        f"{shows} while tier {log.num_tiers}'s fell from {bottom[0]:.3f} to {bottom[-1]:.3f}. Low tiers are pushed "
+        f"down and drag tier 1 along, whose weights they share: lower erl_coef{current}, bound the push with "
+        "lower_tier_floor='uniform', or use an objective that stops once tiers are in order."
     )
 
 
-def _interval(cell: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    difference = cell.get("difference") or {}
-    return difference.get("mean"), difference.get("low"), difference.get("high")
+def _low_tiers_run_away(log: _TrainingLog) -> Iterator[str]:
+    if log.vocab_size is None:
+        return
+    uniform = -math.log(log.vocab_size)
+    away = []
+    for tier in range(2, log.num_tiers + 1):
+        values = log.likelihoods(tier)
+        before = values[: -max(WINDOW, len(values) // RECENT)]
+        if before and values[-1] < uniform and before[-1] - values[-1] > FALL:
+            away.append(f"tier {tier} is at {values[-1]:.2f} (from {values[0]:.2f})")
+    if away:
+        yield (
+            f"In nats a token, {' and '.join(away)}, below a uniform guess over {log.vocab_size} tokens "
+            f"({uniform:.2f}) and still falling. Nothing more is learnt from that, and tier 1 may be dragged along: "
+            "set lower_tier_floor='uniform', lower erl_coef, or use an objective that stops once tiers are in order."
+        )
 
 
-def _grouping(cell: Mapping[str, Any]) -> str:
-    """How the cell's tiers are cut; cells may name only the settings that differ from the default, `uniform`."""
-    return cell["settings"].get("grouping") or "uniform"
+def _logged_order_is_of_ends(log: _TrainingLog) -> Iterator[str]:
+    leads = []
+    for tier in range(1, log.num_tiers):
+        keys = [f"tier_{j}/log_likelihood{suffix}" for suffix in ("", "_no_eos") for j in (tier, tier + 1)]
+        # Tiers are compared on the same batch, whose ups and downs they share.
+        rows = [[row[key] for key in keys] for row in log.rows if _are_numbers([row.get(key) for key in keys])]
+        if len(rows) >= WINDOW:
+            lead, content_lead = (median(row[i] - row[i + 1] for row in rows[-WINDOW:]) for i in (0, 2))
+            leads.append((tier, lead, content_lead))
+    return _order_is_of_ends(leads)
 
 
-def _other_settings(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cell["settings"].items() if key != "grouping"}
+def _order_is_of_ends(leads: Sequence[tuple[int, float, float]]) -> Iterator[str]:
+    """From (tier, its lead over the next one, the same without end-of-sequence tokens)."""
+    shown = [
+        f"tier {tier} leads tier {tier + 1} by {lead:.3f} nats a token, but by {content_lead:.3f} without them"
+        for tier, lead, content_lead in leads
+        if lead > LEAD and content_lead < CONTENT_SHARE * lead
+    ]
+    if shown:
+        yield (
+            f"Order by end-of-sequence tokens alone: {'; '.join(shown)}. These tiers differ in when they stop, not in "
+            "what they say. Read log_likelihood_no_eos beside log_likelihood, and do not take this order for one of "
+            "quality."
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
-def _is_number(value: Any) -> bool:
+# ------------------------------------------------------------------------------------------------------ router health
+def _experts_are_dead(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    collapsed = []
+    for index, layer in enumerate(layers):
+        utilisation = [value for value in layer.get("utilisation") or [] if _is_number(value)]
+        dead = sum(value < DEAD_SHARE for value in utilisation)
+        if dead and dead >= COLLAPSED_SHARE * len(utilisation):
+            collapsed.append(f"{dead} of {len(utilisation)} in layer {layer.get('layer', index)}")
+    if collapsed:
+        yield (
+            f"Dead experts (below {DEAD_SHARE:.0%} of an even share): {', '.join(collapsed)}. Low tiers are made "
+            "of experts that see no tokens, so what they say is noise: use fewer tiers, grouping='high_only', or a "
+            "layer_scope without these layers; if training did it, raise balance_coef."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- tier quality
+def _order_is_random(quality: Mapping[str, Any]) -> Iterator[str]:
+    full = (quality.get("order") or {}).get("full") or {}
+    share, level, error, what = full.get("share"), full.get("random"), full.get("random_stderr") or 0, "random groups'"
+    if not _is_number(level):
+        # Tier 1 leads random groups, too, since it stays the top K: only the tiers below it can come in any order.
+        num_tiers = quality.get("num_tiers")
+        level, error, what = 1 / math.factorial(num_tiers - 1) if num_tiers else None, 0, "chance's"
+    if not _is_number(share) or not _is_number(level):
+        return
+    margin = STANDARD_ERRORS * math.hypot(full.get("stderr") or 0, error)
+    # Where random groups are in order on nearly all samples, too, no order could stand out.
+    if share <= level + margin < 1:
+        yield (
+            f"The likelihoods of all tiers are in order on {share:.1%} of samples, and {what} level is {level:.1%} "
+            f"(within {STANDARD_ERRORS} standard errors, {margin:.1%}): below the top experts, the router's ranking "
+            "says nothing about quality on this data. OrdMoE has no signal here; expect what grouping='random' gives."
+        )
+
+
+def _top_tier_is_not_best(quality: Mapping[str, Any]) -> Iterator[str]:
+    tiers = quality.get("tiers") or []
+    if len(tiers) < 2:
+        return
+    ends, worse = (tiers[0], tiers[-1]), []
+    top, bottom = (tier.get("log_likelihood") for tier in ends)
+    if _is_number(top) and _is_number(bottom) and top <= bottom:
+        worse.append(f"likelihood {top:.3f} against {bottom:.3f} nats a token")
+    top, bottom = ((tier.get("accuracy") or {}).get("overall") for tier in ends)
+    # Where neither is ever right, exact match cannot tell them apart.
+    if _is_number(top) and _is_number(bottom) and top <= bottom > 0:
+        worse.append(f"exact match {top:.1%} against {bottom:.1%}")
+    if worse:
+        yield (
+            f"Tier 1 is not better than tier {tiers[-1].get('tier', 'C')}: {', '.join(worse)}. The premise of OrdMoE "
+            "does not hold for this model and data: check prompt format and data first, then use supervised "
+            "fine-tuning."
+        )
+
+
+def _means_run_against_order(quality: Mapping[str, Any]) -> Iterator[str]:
+    names = {"log_likelihood": "", "log_likelihood_no_eos": " without end-of-sequence tokens"}
+    shown = [
+        f"tier {lower['tier']} is above tier {higher['tier']}{name} ({lower[key]:.3f} against {higher[key]:.3f})"
+        for key, name in names.items()
+        for higher, lower in pairwise((quality.get("tiers") or [])[1:])
+        if _are_numbers((higher.get(key), lower.get(key))) and lower[key] > higher[key]
+    ]
+    if shown:
+        yield (
+            f"Mean likelihoods run against the order: {'; '.join(shown)}, in nats a token. Between these tiers the "
+            "router's ranking is no order of quality; fewer tiers, or an objective over the ends alone, do not rest on "
+            "it."
+        )
+
+
+def _measured_order_is_of_ends(quality: Mapping[str, Any]) -> Iterator[str]:
+    leads = []
+    for higher, lower in pairwise(quality.get("tiers") or []):
+        values = [tier.get(key) for key in ("log_likelihood", "log_likelihood_no_eos") for tier in (higher, lower)]
+        if _are_numbers(values):
+            leads.append((higher["tier"], values[0] - values[1], values[2] - values[3]))
+    return _order_is_of_ends(leads)
+
+
+# ----------------------------------------------------------------------------------------------------------- ablation
+def _results_are_random(results: Mapping[str, Any]) -> Iterator[str]:
+    cells: list[tuple[str, bool, dict[str, Any], list[Any]]] = []
+    for cell in results.get("cells") or []:
+        difference, settings = cell.get("difference") or {}, dict(cell["settings"])
+        interval: list[Any] = [difference.get(name) for name in ("mean", "low", "high")]
+        if cell["name"] != "base" and _are_numbers(interval):  # the base as it is has no tiers
+            # Cells may name only the settings that differ from the defaults.
+            is_random = settings.pop("grouping", None) == "random"
+            cells.append((cell["name"], is_random, settings, interval))
+    unit = f" {results['unit']}" if results.get("unit") else ""
+    for (ranked, is_random, settings, own), (random, is_control, same, control) in product(cells, cells):
+        lead, margin = own[0] - control[0], math.hypot(*((high - low) / 2 for _, low, high in (own, control)))
+        if not is_random and is_control and settings == same and lead <= margin:
+            yield (
+                "{} differs from the baseline by {:+.3g} [{:+.3g}, {:+.3g}]".format(ranked, *own)
+                + f"{unit}, and {random}, random groups with the same settings, by "
+                + "{:+.3g} [{:+.3g}, {:+.3g}]".format(*control)
+                + f"{unit}. The lead of {lead:+.3g} is not above its margin, {margin:.3g}, so nothing can be credited "
+                "to the router's ranking: do not claim it for OrdMoE, or run more seeds."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- all checks
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -349,33 +348,22 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     return all(map(_is_number, values))
 
 
-def _likelihood_key(tier: int, suffix: str = "") -> str:
-    return f"tier_{tier}/log_likelihood{suffix}"
-
-
-def _count_tiers(log: Log) -> int:
-    """C: the lowest tier that was logged. Tiers between may have been skipped throughout."""
-    tiers = (LIKELIHOOD_KEY.fullmatch(key) for row in log for key in row)
-    return max((int(match[1]) for match in tiers if match), default=0)
-
-
-def _series(log: Log, key: str) -> list[tuple[int, float]]:
-    """The steps and values at which `key` was logged; skipped passes and other kinds of rows leave gaps."""
-    return [(row.get("step", index), row[key]) for index, row in enumerate(log) if _is_number(row.get(key))]
-
-
-def _smooth(series: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """The median of each [`WINDOW`] neighbours, at the step of the last of them."""
-    ends = range(WINDOW, len(series) + 1)
-    return (
-        [series[end - 1][0] for end in ends],
-        [median(value for _, value in series[end - WINDOW : end]) for end in ends],
-    )
-
-
-def _noise(series: list[tuple[int, float]]) -> float:
-    """The standard deviation of one value, from neighbours' differences: slow trends and lone outliers hardly move it.
-
-    For normal noise σ, the median of |x − y| is 0.954 σ.
-    """
-    return median(abs(after - before) for (_, before), (_, after) in pairwise(series)) / 0.954
+# What is read → the checks of it, by the name of the signature that each gives the messages of.
+CHECKS: dict[str, dict[str, Callable[[Any], Iterator[str]]]] = {
+    "log": {
+        "experts_collapsing": _experts_dropped,
+        "tier_1_falling": _tier_1_falls,
+        "low_tiers_running_away": _low_tiers_run_away,
+        "order_from_end_of_sequence": _logged_order_is_of_ends,
+    },
+    "health": {"experts_collapsing": _experts_are_dead},
+    "quality": {
+        "random_level_order": _order_is_random,
+        "top_tier_not_best": _top_tier_is_not_best,
+        "means_against_order": _means_run_against_order,
+        "order_from_end_of_sequence": _measured_order_is_of_ends,
+    },
+    "ablation": {"random_level_results": _results_are_random},
+}
+# Signatures that are numbers to be read with care; all others are warnings.
+NOTES = ("order_from_end_of_sequence", "means_against_order")

@@ -1,10 +1,11 @@
 """What a router's choices say of its health: statistics of tokens, and what their sums mean for a layer.
 
-Shape suffixes as in `experts/__init__.py`; C tiers, n columns of statistics.
+Statistics of tokens are columns by name, each a `torch.Tensor` of shape `(T, width)`. Shape suffixes as in
+`experts/__init__.py`; C tiers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class LayerHealth:
     Entropies are in units of ln E, so 1 is uniform and 0 a single expert.
 
     Args:
-        layer (`int`): place among the model's MoE layers, from 0.
+        layer (`int`): index among the model's MoE layers, from 0.
         name (`str`): the module that holds router and experts.
         num_experts (`int`): E.
         top_k (`int`): K.
@@ -61,72 +62,72 @@ class LayerHealth:
 
 
 # ----------------------------------------------------------------------------------------- per token, on the device
-def routing_columns(logits_TE: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+def column_widths(num_experts: int, num_tiers: int, has_drift: bool) -> dict[str, int]:
+    """The columns of a layer in their order; without tiers (0) or drift, without these."""
+    own = {"tokens": 1, "chosen": num_experts, "probability": num_experts, "token_entropy": 1, "score_std": 1}
+    tiers = {"gate_mass": num_tiers, "tier_probability": num_tiers} if num_tiers else {}
+    return own | tiers | ({"drift_overlap": 1, "drift_kl": 1} if has_drift else {})
+
+
+def routing_columns(logits_TE: torch.Tensor, index_TK: torch.Tensor) -> dict[str, torch.Tensor]:
     """One, the chosen experts, the router's probabilities, their entropy and the logits' standard deviation.
 
     Args:
         logits_TE (`torch.Tensor` of shape `(T, E)`): router logits.
         index_TK (`torch.Tensor` of shape `(T, K)`): chosen experts.
-
-    Returns:
-        `torch.Tensor` of shape `(T, 2·E + 3)`, float32.
     """
     logits_TE = logits_TE.float()
     probability_TE = logits_TE.softmax(-1)
-    chosen_TE = torch.zeros_like(probability_TE).scatter(1, index_TK, 1.0)
     entropy_T1 = torch.special.entr(probability_TE).sum(-1, keepdim=True)
-    deviation_T1 = logits_TE.std(-1, correction=0, keepdim=True)
-    return torch.cat([torch.ones_like(entropy_T1), chosen_TE, probability_TE, entropy_T1, deviation_T1], dim=1)
+    return {
+        "tokens": torch.ones_like(entropy_T1),
+        "chosen": torch.zeros_like(probability_TE).scatter(1, index_TK, 1.0),
+        "probability": probability_TE,
+        "token_entropy": entropy_T1,
+        "score_std": logits_TE.std(-1, correction=0, keepdim=True),
+    }
 
 
 def tier_columns(
     logits_TE: torch.Tensor, weights: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Gate mass of each tier, then softmax probability of each tier's experts (`torch.Tensor` of shape `(T, 2·C)`).
+) -> dict[str, torch.Tensor]:
+    """Sum of the router's weights for each tier, and softmax probability of each tier's experts.
 
     Args:
         logits_TE (`torch.Tensor` of shape `(T, E)`): router logits.
         weights, indices (C `torch.Tensor` of shape `(T, K)`): weights and experts that the router gives under each.
     """
     probability_TE = logits_TE.float().softmax(-1)
-    mass = [weights_TK.float().sum(-1) for weights_TK in weights]
-    probability = [probability_TE.gather(1, index_TK).sum(-1) for index_TK in indices]
-    return torch.stack([*mass, *probability], dim=1)
+    return {
+        "gate_mass": torch.stack([weights_TK.float().sum(-1) for weights_TK in weights], dim=1),
+        "tier_probability": torch.stack([probability_TE.gather(1, index_TK).sum(-1) for index_TK in indices], dim=1),
+    }
 
 
 def drift_columns(
     logits_TE: torch.Tensor, index_TK: torch.Tensor, base_logits_TE: torch.Tensor, base_index_TK: torch.Tensor
-) -> torch.Tensor:
-    """Share of the base's K experts still chosen, and KL(base ‖ adapted) (`torch.Tensor` of shape `(T, 2)`)."""
+) -> dict[str, torch.Tensor]:
+    """Share of the base's K experts still chosen, and KL(base ‖ adapted)."""
     is_kept_TK = (base_index_TK.unsqueeze(2) == index_TK.unsqueeze(1)).any(2)
     log_probs_TE, base_log_probs_TE = logits_TE.float().log_softmax(-1), base_logits_TE.float().log_softmax(-1)
     kl_TE = torch.nn.functional.kl_div(log_probs_TE, base_log_probs_TE, log_target=True, reduction="none")
-    return torch.stack([is_kept_TK.float().mean(1), kl_TE.sum(1)], dim=1)
+    return {
+        "drift_overlap": is_kept_TK.float().mean(1, keepdim=True),
+        "drift_kl": kl_TE.sum(1, keepdim=True),
+    }
 
 
 # ------------------------------------------------------------------------------------------- per layer, on the host
 def layer_health(
-    layer: int, name: str, num_experts: int, top_k: int, num_tiers: int, has_drift: bool, sums: list[float]
+    layer: int, name: str, num_experts: int, top_k: int, sums: Mapping[str, Sequence[float]]
 ) -> LayerHealth | None:
-    """What the columns' sums over tokens say, in the order `routing`, `tier`, `drift`; `None` without any token.
-
-    Args:
-        layer (`int`), name (`str`), num_experts (`int`), top_k (`int`): the layer.
-        num_tiers (`int`): C of the tier columns, 0 without these.
-        has_drift (`bool`): whether there are drift columns.
-        sums (`list[float]`): one sum per column.
-    """
-    num_tokens = round(sums[0])
+    """What the sums of the columns over tokens say of a layer; `None` without any token."""
+    num_tokens = round(sums["tokens"][0])
     if num_tokens == 0:
         return None
-    means = iter([value / num_tokens for value in sums[1:]])
-
-    def take(count: int) -> list[float]:
-        return [next(means) for _ in range(count)]
-
-    utilisation = [share * num_experts / top_k for share in take(num_experts)]
-    marginal_entropy = -sum(share * math.log(share) for share in take(num_experts) if share > 0)
-    token_entropy, score_std = take(2)
+    means = {column: [value / num_tokens for value in values] for column, values in sums.items()}
+    utilisation = [share * num_experts / top_k for share in means["chosen"]]
+    marginal_entropy = -sum(share * math.log(share) for share in means["probability"] if share > 0)
     return LayerHealth(
         layer=layer,
         name=name,
@@ -138,10 +139,10 @@ def layer_health(
         imbalance=max(utilisation),
         variation=math.sqrt(sum((share - 1) ** 2 for share in utilisation) / num_experts),
         marginal_entropy=marginal_entropy / math.log(num_experts),
-        token_entropy=token_entropy / math.log(num_experts),
-        score_std=score_std,
-        gate_mass=take(num_tiers),
-        tier_probability=take(num_tiers),
-        drift_overlap=next(means) if has_drift else None,
-        drift_kl=next(means) if has_drift else None,
+        token_entropy=means["token_entropy"][0] / math.log(num_experts),
+        score_std=means["score_std"][0],
+        gate_mass=means.get("gate_mass", []),
+        tier_probability=means.get("tier_probability", []),
+        drift_overlap=means.get("drift_overlap", [None])[0],
+        drift_kl=means.get("drift_kl", [None])[0],
     )

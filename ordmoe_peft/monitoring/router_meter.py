@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,43 +13,33 @@ from torch import nn
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, running_forward
 from ..moe_model import MoELayer, find_moe_layers, text_models
-from ..router_output import read_router_output
-from ..tiers.plan import TierPlan
+from ..tiers.plan import TierPlan, TierSettings
 from ..tiers.routing import check_router, install_tier_hooks, route
-from .health import LayerHealth, drift_columns, layer_health, routing_columns, tier_columns
+from .health import LayerHealth, column_widths, drift_columns, layer_health, routing_columns, tier_columns
+from .recording import Call, record
 
 
 @dataclass
 class _LayerMeter:
-    """A layer that is measured, and the sums so far.
+    """What is counted of a layer.
 
     Args:
         layer ([`~ordmoe_peft.moe_model.MoELayer`]): the layer.
-        router (`nn.Module`): its router, with PEFT's wrapper where there is one.
         num_tiers (`int`): tiers that are measured; 0 for none.
         has_drift (`bool`): whether an adapter is on the router, and not merged into it.
-        sums (`torch.Tensor`, *optional*): one per column, on the router's device.
-        columns (`list[torch.Tensor]`): of the tokens that are being routed.
+        columns (`dict[str, torch.Tensor]`): of the tokens that are being routed.
+        sums (`torch.Tensor` of shape `(n,)`, *optional*): of all columns, over all tokens, on the router's device.
     """
 
     layer: MoELayer
-    router: nn.Module
     num_tiers: int
     has_drift: bool
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: torch.Tensor | None = None
-    columns: list[torch.Tensor] = field(default_factory=list)
 
     @property
-    def num_columns(self) -> int:
-        return 3 + 2 * self.layer.num_experts + 2 * self.num_tiers + 2 * self.has_drift
-
-    def add(self, columns_Tn: torch.Tensor, forward: RunningForward) -> None:
-        """Add the tokens that count. Padding may be NaN, so it is masked rather than multiplied by 0."""
-        forward.check_tokens(len(columns_Tn), self.layer.router_name, "Its health cannot be measured.")
-        is_counted_T = counted_tokens(forward, columns_Tn.device)
-        columns_Tn = columns_Tn.masked_fill(~is_counted_T.unsqueeze(1), 0)
-        sums = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
-        self.sums = sums if self.sums is None else self.sums + sums
+    def widths(self) -> dict[str, int]:
+        return column_widths(self.layer.num_experts, self.num_tiers, self.has_drift)
 
 
 class RouterMeter:
@@ -85,34 +75,33 @@ class RouterMeter:
         seed: int = 0,
         training_only: bool = False,
     ):
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.num_tiers, self.grouping, self.seed, self.training_only = num_tiers, grouping, seed, training_only
-        self.moe_layers = find_moe_layers(model)
-        self.text_models = list(text_models(model, self.moe_layers))
-        self.unsupported = _unsupported(model, self.moe_layers)
-        self.meters = [
-            self._layer_meter(model, layer) for layer in self.moe_layers if layer.block_name not in self.unsupported
-        ]
-        self._hooks = ExitStack()
+        self.moe_layers = find_moe_layers(self.model)
+        self.unsupported = _unsupported(self.model, self.moe_layers)
+        # By the layer's index.
+        self.meters = {
+            layer.index: self._layer_meter(layer)
+            for layer in self.moe_layers
+            if layer.block_name not in self.unsupported
+        }
+        self._listening = ExitStack()
 
-    def _layer_meter(self, model: nn.Module, layer: MoELayer) -> _LayerMeter:
-        router = model.get_submodule(layer.router_name)
+    def _layer_meter(self, layer: MoELayer) -> _LayerMeter:
+        wrapped = self.model.get_submodule(layer.router_name)
         num_tiers = min(self.num_tiers, layer.num_experts // layer.top_k)
-        return _LayerMeter(layer, router, num_tiers, isinstance(router, BaseTunerLayer) and not router.merged)
+        return _LayerMeter(layer, num_tiers, isinstance(wrapped, BaseTunerLayer) and not wrapped.merged)
 
     def __enter__(self) -> "RouterMeter":
-        for model in self.text_models:
+        for model in text_models(self.model, self.moe_layers):
             install_forward_hooks(model)
-        handles = [
-            *(meter.layer.router.register_forward_hook(self._reader(meter), with_kwargs=True) for meter in self.meters),
-            *(meter.router.register_forward_hook(self._finisher(meter), with_kwargs=True) for meter in self.meters),
-        ]
-        for handle in handles:
-            self._hooks.callback(handle.remove)
+        layers = [meter.layer for meter in self.meters.values()]
+        listening = record(self.model, router=self._count, wrapped_router=self._finish, layers=layers)
+        self._listening.enter_context(listening)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._hooks.close()
+        self._listening.close()
 
     def report(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[LayerHealth]:
         """The layers that ran, from all tokens counted so far. This waits for the devices, once.
@@ -120,28 +109,26 @@ class RouterMeter:
         Args:
             reduce (`Callable`, *optional*): sums a tensor over processes; by default this process is reported alone.
         """
-        device = self.meters[0].layer.router.weight.device if self.meters else torch.device("cpu")
-        parts = [
-            torch.zeros(meter.num_columns, dtype=_sum_dtype(device), device=device)
-            if meter.sums is None
-            else meter.sums.to(device)
-            for meter in self.meters
-        ]
-        sums = torch.cat(parts) if parts else torch.zeros(0)
-        per_layer = iter((reduce(sums) if reduce else sums).tolist())
+        meters = list(self.meters.values())
+        if not meters:
+            return []
+        device = meters[0].layer.known_router.weight.device
+        nothing = torch.zeros(0, dtype=_sum_dtype(device), device=device)
+        parts = [nothing.new_zeros(sum(m.widths.values())) if m.sums is None else m.sums.to(nothing) for m in meters]
+        sums_n = torch.cat(parts)
+        sums_n = (sums_n if reduce is None else reduce(sums_n)).cpu()
+        columns = iter(sums_n.split([width for meter in meters for width in meter.widths.values()]))
         layers = []
-        for meter in self.meters:
-            layer, own = meter.layer, [next(per_layer) for _ in range(meter.num_columns)]
-            sizes = (layer.num_experts, layer.top_k, meter.num_tiers, meter.has_drift)
-            layers.append(layer_health(layer.index, layer.block_name, *sizes, own))
+        for meter in meters:
+            layer, sums = meter.layer, {name: next(columns).tolist() for name in meter.widths}
+            layers.append(layer_health(layer.index, layer.block_name, layer.num_experts, layer.top_k, sums))
         return [layer for layer in layers if layer is not None]
 
     def reset(self) -> None:
         """Forget what was counted."""
-        for meter in self.meters:
+        for meter in self.meters.values():
             meter.sums = None
 
-    # --------------------------------------------------------------------------------------------------------- hooks
     def _counted_forward(self) -> RunningForward | None:
         """The forward that runs, if its tokens are to be counted."""
         forward = running_forward()
@@ -149,99 +136,92 @@ class RouterMeter:
             return None
         return forward
 
-    def _reader(self, meter: _LayerMeter) -> Callable:
-        """Hook of the router itself: within PEFT's wrapper, so that the router is the adapted one in every tier."""
+    @torch.no_grad()
+    def _count(self, call: Call) -> None:
+        if self._counted_forward() is None:
+            return
+        meter = self.meters[call.layer.index]
+        logits_TE, weights_TK, index_TK = _read(call)
+        meter.columns = routing_columns(logits_TE, index_TK)
+        if meter.num_tiers:
+            settings = TierSettings(meter.num_tiers, self.grouping, seed=self.seed)
+            plans = [TierPlan(torch.tensor([tier]), settings, frozenset()) for tier in range(2, meter.num_tiers + 1)]
+            low = [_read_again(call, plan) for plan in plans]
+            weights, indices = [weights_TK, *(part[1] for part in low)], [index_TK, *(part[2] for part in low)]
+            meter.columns |= tier_columns(logits_TE, weights, indices)
 
-        @torch.no_grad()
-        def read(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if self._counted_forward() is None:
-                return
-            logits_TE, weights_TK, index_TK = _read(meter.layer, output)
-            meter.columns = [routing_columns(logits_TE, index_TK)]
-            if meter.num_tiers:
-                low = [self._tier(meter, tier, args, kwargs) for tier in range(2, meter.num_tiers + 1)]
-                weights, indices = [weights_TK, *(part[1] for part in low)], [index_TK, *(part[2] for part in low)]
-                meter.columns.append(tier_columns(logits_TE, weights, indices))
+    @torch.no_grad()
+    def _finish(self, call: Call) -> None:
+        forward, meter = self._counted_forward(), self.meters[call.layer.index]
+        if forward is None:
+            return
+        columns, meter.columns = meter.columns, {}
+        if meter.has_drift:
+            logits_TE, _, index_TK = _read(call)
+            base_logits_TE, _, base_index_TK = _read_again(call, None)
+            columns |= drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK)
+        columns_Tn = torch.cat([columns[name] for name in meter.widths], dim=1)
+        forward.check_tokens(len(columns_Tn), call.layer.router_name, "Its health cannot be measured.")
+        # Padding may be NaN, so it is masked rather than multiplied by 0.
+        columns_Tn = columns_Tn.masked_fill(~counted_tokens(forward, columns_Tn.device).unsqueeze(1), 0)
+        sums_n = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
+        meter.sums = sums_n if meter.sums is None else meter.sums + sums_n
 
-        return read
 
-    def _finisher(self, meter: _LayerMeter) -> Callable:
-        """Hook of the outermost wrapper, after the adapter has been taken off: the router is the base's again."""
+def _read(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (T, E), weights (T, K) and experts (T, K) out of what a router returned."""
+    logits_TE, weights_TK, index_TK = call.routing
+    if logits_TE is None or weights_TK is None or index_TK is None:
+        output = call.output
+        shapes = [tuple(part.shape) for part in output] if isinstance(output, tuple) else type(output).__name__
+        raise OrdMoEModelError(
+            f"{call.layer.router_name} ({type(call.layer.router).__name__}) does not return (logits, weights, "
+            f"experts), but {shapes}; its health cannot be measured."
+        )
+    return logits_TE, weights_TK, index_TK
 
-        @torch.no_grad()
-        def finish(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            forward = self._counted_forward()
-            if forward is None:
-                return
-            columns, meter.columns = meter.columns, []
-            if meter.has_drift:
-                logits_TE, _, index_TK = _read(meter.layer, output)
-                base_logits_TE, _, base_index_TK = _read(meter.layer, route(meter.layer, None, *args, **kwargs))
-                columns.append(drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK))
-            meter.add(torch.cat(columns, dim=1), forward)
 
-        return finish
-
-    def _tier(self, meter: _LayerMeter, tier: int, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        plan = TierPlan(torch.tensor([tier]), meter.num_tiers, self.grouping, frozenset(), self.seed, step=0)
-        return _read(meter.layer, route(meter.layer, plan, *args, **kwargs))
+def _read_again(call: Call, plan: TierPlan | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of what the router gives for the same tokens when held to a plan."""
+    return _read(replace(call, output=route(call.layer, plan, *call.args, **call.kwargs)))
 
 
 def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tensor:
     """A forward's tokens that are no padding and on tier 1 (`torch.Tensor` of shape `(T,)`, bool), once per device."""
 
     def counted() -> torch.Tensor:
-        plan = forward.plan
-        if plan is not None and plan.places is not None:  # rows that share prompts; they have a 4-D mask
-            counted_T = plan.places.reshape(-1).to(device) >= 0
+        plan, mask, (rows, length) = forward.plan, forward.attention_mask, forward.shape
+        if plan is not None and plan.draw.positions is not None:  # rows that share prompts; they have a 4-D mask
+            counted_T = plan.draw.positions.reshape(-1).to(device) >= 0
+        elif mask is None:
+            counted_T = torch.ones(rows * length, dtype=torch.bool, device=device)
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            # The mask of a cached step covers the whole sequence, the step its end.
+            counted_T = mask[:, -length:].reshape(-1).to(device).bool()
         else:
-            counted_T = _is_real(forward, device)
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise OrdMoERuntimeError(
+                f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. "
+                "Run without them, or with such a mask."
+            )
         return counted_T if plan is None else counted_T & (forward.tier_of_token(device) == 1)
 
     return forward.once_here(("counted", device), counted)
-
-
-def _is_real(forward: RunningForward, device: torch.device) -> torch.Tensor:
-    mask, (rows, length) = forward.attention_mask, forward.shape
-    if mask is None:
-        return torch.ones(rows * length, dtype=torch.bool, device=device)
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        # The mask of a cached step covers the whole sequence, the step its end.
-        return mask[:, -length:].reshape(-1).to(device).bool()
-    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-    raise OrdMoERuntimeError(
-        f"Router statistics leave padding out by an attention_mask of shape (batch, sequence), got {shape}. Run "
-        "without them, or with such a mask."
-    )
 
 
 def _unsupported(model: nn.Module, layers: list[MoELayer]) -> dict[str, str]:
     """Layers whose routers cannot be held to tiers, and why. Where there is none, the model has its tier hooks on."""
     try:
         install_tier_hooks(model)
-    except OrdMoEModelError:
-        return {layer.block_name: reason for layer in layers if (reason := _refusal(layer)) is not None}
-    return {}
-
-
-def _refusal(layer: MoELayer) -> str | None:
-    try:
-        check_router(layer)
-    except OrdMoEModelError as error:
-        return str(error)
-    return None
-
-
-def _read(layer: MoELayer, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits (T, E), weights (T, K) and experts (T, K) out of what a router returns."""
-    found = read_router_output(layer, output)
-    if any(part is None for part in found):
-        shapes = [tuple(part.shape) for part in output] if isinstance(output, tuple) else type(output).__name__
-        raise OrdMoEModelError(
-            f"{layer.router_name} ({type(layer.router).__name__}) does not return (logits, weights, experts), but "
-            f"{shapes}; its health cannot be measured."
-        )
-    return found
+        return {}
+    except OrdMoEModelError:  # of the first such layer
+        reasons = {}
+    for layer in layers:
+        try:
+            check_router(layer)
+        except OrdMoEModelError as error:
+            reasons[layer.block_name] = str(error)
+    return reasons
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

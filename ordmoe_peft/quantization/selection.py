@@ -3,9 +3,8 @@
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..adapter.unserved_blocks import unserved_moe_blocks
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, find_moe_layers, is_fused_experts
+from ..moe_model import MoELayer, MoEModel, is_fused_experts
 from .storage import BLOCK_SIZE
 
 
@@ -47,8 +46,9 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
                 "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
                 "and leaves its experts in their dtype."
             )
-    layers = find_moe_layers(model)
-    for name in unserved_moe_blocks(model):
+    moe = MoEModel.of(model)
+    layers = moe.layers
+    for name in moe.unserved_blocks:
         if should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"The experts in {name} ({type(model.get_submodule(name)).__name__}) cannot be packed in 4 bits: they "

@@ -64,7 +64,7 @@ class ScoreHistory:
         for both in self._steps_to(scores_TE, lambda *step: _left_out(*step) is not None):
             source_TE, made_TE = (tensor.reshape(scores_TE.shape) for tensor in both)
             left_out_TE = _left_out(source_TE, made_TE)
-            if left_out_TE.any():
+            if left_out_TE is not None and left_out_TE.any():
                 return Limit(source_TE.to(scores_TE.dtype), left_out_TE)
         return None
 

@@ -18,6 +18,57 @@ TIER_WEIGHTS = ("router", "match")
 
 
 @dataclass(frozen=True)
+class TierSettings:
+    """How tiers are cut, in which layers, and how their experts are weighted: see [`OrdMoEConfig`].
+
+    Args:
+        num_tiers (`int`), grouping (`str`), layer_scope (`str` or sequence of `int`), tier_weights (`str`): as there.
+        seed (`int`): what `random` grouping draws from.
+    """
+
+    num_tiers: int
+    grouping: str = "uniform"
+    layer_scope: str | Sequence[int] = "all"
+    tier_weights: str = "router"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise [`OrdMoEConfigError`] for a value that no model can have."""
+        check_whole_numbers(num_tiers=self.num_tiers, seed=self.seed)
+        for name, choices in (("grouping", GROUPINGS), ("tier_weights", TIER_WEIGHTS)):
+            if getattr(self, name) not in choices:
+                raise OrdMoEConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class RandomDraw:
+    """Which draw of `random` grouping a forward's tokens get, beside their layer and the seed. Others do not read it.
+
+    Args:
+        step (`int`, defaults to 0): the same draw is made again at the same step.
+        num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that all tiers of a
+            sample share one order; by default each row is a sample.
+        first_sample (`int`, defaults to 0): samples of the same step before this forward's, those of other
+            micro-batches and processes, so that what a sample draws does not depend on how a batch is shared out.
+        positions (`torch.Tensor` of shape `(n, S)`, *optional*): the position in its sample that each column is drawn
+            for, −1 for padding, where rows hold several tiers on one prompt; by default its column.
+    """
+
+    step: int = 0
+    num_samples: int | None = None
+    first_sample: int = 0
+    positions: torch.Tensor | None = None
+
+    def check(self) -> None:
+        """Raise [`OrdMoEConfigError`] for a value that cannot be."""
+        check_whole_numbers(step=self.step, first_sample=self.first_sample)
+        if self.num_samples is not None:
+            check_whole_numbers(num_samples=self.num_samples)
+            if self.num_samples < 1:
+                raise OrdMoEConfigError(f"num_samples must be at least 1, got {self.num_samples}.")
+
+
+@dataclass(frozen=True)
 class TierPlan:
     """Which tier each row of a forward is on, or each of its positions.
 
@@ -25,41 +76,31 @@ class TierPlan:
         tiers (`torch.Tensor` of shape `(n,)` or `(n, S)`): a tier, from 1, for each row, or for each position of each
             row; positions past the last column, which generation appends, are on the last column's. Fewer tiers than
             rows are each repeated over as many consecutive rows as fit, as generation repeats its prompts.
-        num_tiers (`int`): C.
-        grouping (`str`): how tiers are cut, see [`~ordmoe_peft.tiers.ranking.first_rank`].
+        settings ([`TierSettings`]): how tiers are cut.
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
         routers_of_layer (`tuple` of `dict[int, int]`): for each decoder layer with a router in scope, the id of each of
             its routers → the index of its MoE layer in the model that was asked for, which `random` draws from. A part
             of a model counts its own layers.
-        seed (`int`), step (`int`): what `random` grouping draws from.
-        tier_weights (`str`): weights of the chosen experts: the `"router"`'s own, or these scaled to `"match"` what
-            tier 1's sum to.
-        places (`torch.Tensor` of shape `(n, S)`, *optional*): for each position the place in its sample that `random`
-            draws for, −1 for padding; by default its column.
-        num_samples (`int`, *optional*): distinct samples where rows repeat them once per tier, so that `random` draws
-            the same order for a sample's tiers; by default each row is a sample.
-        first_sample (`int`): samples of the same step before this forward's, for `random`: those of other
-            micro-batches and processes, so that what a sample draws does not depend on how a batch is shared out.
-        made (`dict`): what forwards have made of the tiers, for those to come.
+        draw ([`RandomDraw`]): what `random` grouping draws.
+        cache (`dict`): what forwards have made of the tiers, for those to come.
     """
 
     tiers: torch.Tensor
-    num_tiers: int
-    grouping: str
+    settings: TierSettings
     layers: frozenset[int]
-    seed: int
-    step: int
-    num_samples: int | None = None
-    tier_weights: str = "router"
-    places: torch.Tensor | None = None
-    first_sample: int = 0
+    draw: RandomDraw = RandomDraw()
     routers_of_layer: tuple[dict[int, int], ...] = field(default=(), repr=False)
-    made: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def is_top(self) -> bool:
         """Whether all rows are on tier 1, which is the model as it is."""
-        return self.places is None and bool((self.tiers == 1).all())
+        return self.draw.positions is None and bool((self.tiers == 1).all())
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the tiers below the first are drawn."""
+        return self.settings.grouping == "random"
 
     @cached_property
     def only_tier(self) -> int | None:
@@ -69,12 +110,12 @@ class TierPlan:
     @property
     def needs_positions(self) -> bool:
         """Whether a token's experts depend on its position in the whole sequence, the cached part included."""
-        return self.tiers.dim() == 2 or (self.grouping == "random" and self.places is None)
+        return self.tiers.dim() == 2 or (self.is_random and self.draw.positions is None)
 
     @property
     def needs_rows(self) -> bool:
         """Whether a token's experts depend on which row it is in."""
-        return self.only_tier is None or self.grouping == "random"
+        return self.only_tier is None or self.is_random
 
     def tier_of_token(self, num_rows: int, sequence_length: int, past_length: int = 0) -> torch.Tensor:
         """The tier of each of a forward's tokens, rows after one another (`torch.Tensor` of shape `(T,)`).
@@ -187,34 +228,22 @@ def check_whole_numbers(**values: Any) -> None:
 def make_plan(
     layers: list[MoELayer],
     tier: int | Sequence[int] | torch.Tensor,
-    num_tiers: int,
-    grouping: str,
-    layer_scope: str | Sequence[int],
-    seed: int,
-    step: int,
-    num_samples: int | None = None,
-    tier_weights: str = "router",
-    places: torch.Tensor | None = None,
-    first_sample: int = 0,
+    settings: TierSettings,
+    draw: RandomDraw = RandomDraw(),
 ) -> TierPlan:
     """Check a request against the model's MoE layers and make it a plan.
 
     Raises:
         [`OrdMoEConfigError`]: a tier outside 1…C, C·K > E in a layer in scope, or an unknown grouping or scope.
     """
-    check_whole_numbers(num_tiers=num_tiers, seed=seed, step=step, first_sample=first_sample)
-    if num_samples is not None:
-        check_whole_numbers(num_samples=num_samples)
-        if num_samples < 1:
-            raise OrdMoEConfigError(f"num_samples must be at least 1, got {num_samples}.")
+    settings.check()
+    draw.check()
     tiers = _as_tiers(tier)
-    if tiers.numel() == 0 or not ((tiers >= 1) & (tiers <= num_tiers)).all():
-        raise OrdMoEConfigError(f"tier must be from 1 (the top) to num_tiers={num_tiers}, got {tiers.tolist()}.")
-    if grouping not in GROUPINGS:
-        raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
-    if tier_weights not in TIER_WEIGHTS:
-        raise OrdMoEConfigError(f"tier_weights must be one of {TIER_WEIGHTS}, got {tier_weights!r}.")
-    scope = layers_in_scope(layer_scope, len(layers))
+    if tiers.numel() == 0 or not ((tiers >= 1) & (tiers <= settings.num_tiers)).all():
+        raise OrdMoEConfigError(
+            f"tier must be from 1 (the top) to num_tiers={settings.num_tiers}, got {tiers.tolist()}."
+        )
+    scope = layers_in_scope(settings.layer_scope, len(layers))
     for index in sorted(scope):
-        check_tiers_fit(num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
-    return TierPlan(tiers, num_tiers, grouping, scope, seed, step, num_samples, tier_weights, places, first_sample)
+        check_tiers_fit(settings.num_tiers, layers[index].num_experts, layers[index].top_k, layers[index].block_name)
+    return TierPlan(tiers, settings, scope, draw)

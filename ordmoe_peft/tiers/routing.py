@@ -6,6 +6,7 @@ hooks return at once.
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,12 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapter.config import OrdMoEConfig
-from ..adapter.unserved_blocks import check_scope_is_served
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
-from ..moe_model import MoELayer, find_moe_layers, text_models
+from ..moe_model import MoELayer, MoEModel
 from ..router_output import WEIGHTS, read_router_output
-from .plan import TierPlan, make_plan
+from .plan import RandomDraw, TierPlan, TierSettings, make_plan
 from .selection import RouterSizes, TierSelection
 
 
@@ -49,12 +49,10 @@ def tier_routing(
     num_tiers: int | None = None,
     grouping: str | None = None,
     layer_scope: str | Sequence[int] | None = None,
-    seed: int | None = None,
-    step: int = 0,
-    num_samples: int | None = None,
     tier_weights: str | None = None,
-    places: torch.Tensor | None = None,
-    first_sample: int = 0,
+    seed: int | None = None,
+    draw: RandomDraw | None = None,
+    **renamed: Any,
 ) -> Iterator[None]:
     """Within the block, every forward and `generate` of `model` activates the experts of `tier` alone.
 
@@ -71,13 +69,12 @@ def tier_routing(
         num_tiers (`int`, *optional*): C.
         grouping (`str`, *optional*): `"uniform"`, `"high_only"` or `"random"`.
         layer_scope (`str` or list of `int`, *optional*): `"all"`, `"shallow"`, `"deep"`, or indices of MoE layers.
-        seed (`int`, *optional*), step (`int`, defaults to 0): what `random` grouping draws from. It draws for a row's
-            place in the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each
-            prompt, and with one prompt `num_samples=1`: repetitions then draw the same.
-        num_samples (`int`, *optional*), first_sample (`int`, defaults to 0): see
-            [`~ordmoe_peft.tiers.plan.TierPlan`].
         tier_weights (`str`, *optional*): `"router"` or `"match"`.
-        places (`torch.Tensor` of shape `(B, S)`, *optional*): see [`~ordmoe_peft.tiers.plan.TierPlan`].
+        seed (`int`, *optional*): what `random` grouping draws from.
+        draw ([`~ordmoe_peft.tiers.plan.RandomDraw`], *optional*): which of its draws. A row's is that of its place in
+            the batch, so where generation repeats rows (beams, `num_return_sequences`) give a tier for each prompt, and
+            with one prompt `RandomDraw(num_samples=1)`: repetitions then draw the same.
+        renamed: `step`, `num_samples`, `first_sample` and `places`, which are fields of `draw` now.
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
@@ -85,28 +82,41 @@ def tier_routing(
         [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
             are unknown, or a router did not run.
     """
-    layers = install_tier_hooks(model)
+    moe = install_tier_hooks(model)
     config = adapter_config(model)
-    scope = config.layer_scope if layer_scope is None else layer_scope
-    check_scope_is_served(model, scope)
-    plan = make_plan(
-        layers,
-        tier,
-        num_tiers=config.num_tiers if num_tiers is None else num_tiers,
-        grouping=config.grouping if grouping is None else grouping,
-        layer_scope=scope,
-        seed=config.tier_seed if seed is None else seed,
-        step=step,
-        num_samples=num_samples,
-        tier_weights=config.tier_weights if tier_weights is None else tier_weights,
-        first_sample=first_sample,
-        places=places,
+    settings = settings_of(
+        config, num_tiers=num_tiers, grouping=grouping, layer_scope=layer_scope, tier_weights=tier_weights, seed=seed
     )
-    if plan.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
+    moe.check_scope_is_served(settings.layer_scope)
+    plan = make_plan(moe.layers, tier, settings, _draw_of(draw, renamed))
+    if settings.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
-            check_weights(layers[index])
-    with tiers_requested({owner: plan.of_layers(own) for owner, own in text_models(model, layers).items()}):
+            check_weights(moe.layers[index])
+    with tiers_requested({owner: plan.of_layers(own) for owner, own in moe.text_models.items()}):
         yield
+
+
+def settings_of(config: OrdMoEConfig, **given: Any) -> TierSettings:
+    """The tier settings of a configuration, but for those that are given."""
+    own = {name: getattr(config, name) for name in ("num_tiers", "grouping", "layer_scope", "tier_weights")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return TierSettings(**(own | {"seed": config.tier_seed} | changes))
+
+
+def _draw_of(draw: RandomDraw | None, renamed: dict[str, Any]) -> RandomDraw:
+    """The draw that was asked for, also by the names of its fields before 0.1. Remove these with 0.2."""
+    if not renamed:
+        return draw or RandomDraw()
+    unknown = set(renamed) - {"step", "num_samples", "first_sample", "places"}
+    if unknown or draw is not None:
+        raise TypeError(f"tier_routing() got unexpected arguments {sorted(renamed)}: give draw=RandomDraw(...) alone.")
+    warnings.warn(
+        f"{sorted(renamed)} of tier_routing are fields of its `draw` now: RandomDraw(step=…, num_samples=…, "
+        "first_sample=…, positions=…).",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return RandomDraw(**{{"places": "positions"}.get(name, name): value for name, value in renamed.items()})
 
 
 def running_tiers() -> RunningForward | None:
@@ -126,7 +136,7 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> 
         args, kwargs: the router's inputs.
     """
     with nullcontext() if plan is None else TierSelection(RouterSizes.of(layer), layer.index, plan, running_forward()):
-        return layer.router.forward(*args, **kwargs)
+        return layer.known_router.forward(*args, **kwargs)
 
 
 def adapter_config(model: nn.Module) -> OrdMoEConfig:
@@ -135,7 +145,7 @@ def adapter_config(model: nn.Module) -> OrdMoEConfig:
     Of a part of an adapted model, as `get_base_model()` or a text model, it is the model's.
     """
     noted = (vars(module)[CONFIGS] for module in model.modules() if CONFIGS in vars(module))
-    configs = getattr(model, "peft_config", None) or next(noted, {})
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", None) or next(noted, {})
     adapted = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     active = [configs.get(name) for name in adapted.active_adapters] if adapted is not None else []
     ours = [config for config in (*active, *configs.values()) if isinstance(config, OrdMoEConfig)]
@@ -144,28 +154,29 @@ def adapter_config(model: nn.Module) -> OrdMoEConfig:
 
 def note_adapter_configs(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
     """Let the text models of `model` know the configurations of its adapters, for when a part is asked alone."""
-    for owner in text_models(model, find_moe_layers(model)):
+    for owner in MoEModel.of(model).text_models:
         setattr(owner, CONFIGS, configs)
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks
-def install_tier_hooks(model: nn.Module) -> list[MoELayer]:
-    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its MoE layers.
+def install_tier_hooks(model: nn.Module) -> MoEModel:
+    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its view.
 
     Raises:
         [`OrdMoEModelError`]: a layer has no router of a known kind, or one whose choice cannot be intercepted.
     """
-    layers = find_moe_layers(model)
-    missing = [layer for layer in layers if layer.router is None or not hasattr(layer.router, "tier_hook_handles")]
+    moe = MoEModel.of(model)
+    missing = [layer for layer in moe.layers if not hasattr(layer.known_router, "tier_hook_handles")]
     sizes = [check_router(layer) for layer in missing]
     for layer, size in zip(missing, sizes, strict=True):
-        layer.router.tier_hook_handles = [
-            layer.router.register_forward_pre_hook(_RouterEntry(size)),
-            layer.router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
+        router = layer.known_router
+        router.tier_hook_handles = [
+            router.register_forward_pre_hook(_RouterEntry(size)),
+            router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
         ]
-    for owner in text_models(model, layers):
+    for owner in moe.text_models:
         install_forward_hooks(owner)
-    return layers
+    return moe
 
 
 def remove_tier_hooks(model: nn.Module) -> None:
@@ -183,22 +194,18 @@ def check_router(layer: MoELayer) -> RouterSizes:
     Raises:
         [`OrdMoEModelError`]: it does not, or it leaves experts out in a way that is not recognised.
     """
-    if layer.router is None:
-        raise OrdMoEModelError(
-            f"{layer.block_name} has experts but no router that has one row of weights per expert; its tiers are "
-            "unknown."
-        )
-    named = f"{layer.router_name} ({type(layer.router).__name__})"
+    router = layer.known_router
+    named = f"{layer.router_name} ({type(router).__name__})"
     probe = TierSelection(RouterSizes.of(layer), layer.index, _everything_on_top())
-    with align_module_device(layer.router):  # brings weights that accelerate offloaded
-        weight = layer.router.weight
+    with align_module_device(router):  # brings weights that accelerate offloaded
+        weight = router.weight
         if weight.device.type == "meta":
             return RouterSizes.of(layer)
         noise_TH = torch.arange(PROBE_TOKENS * weight.shape[1], device=weight.device).view(PROBE_TOKENS, -1)
         noise_TH = (1e3 * noise_TH.sin()).cos().to(weight.dtype)  # so that tokens keep different groups
         try:
             with torch.no_grad(), probe:
-                layer.router(noise_TH)
+                router(noise_TH)
         except TypeError as error:
             raise OrdMoEModelError(f"{named}: {error}") from error
     if probe.selections != 1:
@@ -215,7 +222,7 @@ def check_router(layer: MoELayer) -> RouterSizes:
 
 
 def _everything_on_top() -> TierPlan:
-    return TierPlan(torch.ones(1, dtype=torch.long), 1, "uniform", frozenset(), seed=0, step=0)
+    return TierPlan(torch.ones(1, dtype=torch.long), TierSettings(num_tiers=1), frozenset())
 
 
 def check_weights(layer: MoELayer) -> None:
@@ -224,12 +231,13 @@ def check_weights(layer: MoELayer) -> None:
     Raises:
         [`OrdMoEModelError`]: it does not.
     """
-    with align_module_device(layer.router):
-        weight = layer.router.weight
+    router = layer.known_router
+    with align_module_device(router):
+        weight = router.weight
         if weight.device.type == "meta":
             return
         with torch.no_grad():
-            output = layer.router.forward(weight.new_zeros(2, weight.shape[1]))
+            output = router.forward(weight.new_zeros(2, weight.shape[1]))
     weights_TK = read_router_output(layer, output).weights_TK
     if weights_TK is None or len(weights_TK) != 2:
         raise OrdMoEModelError(
@@ -247,16 +255,19 @@ class _RouterEntry:
     def __call__(self, module: nn.Module, args: tuple) -> None:
         forward = running_forward()
         # Several text models may run inside one another; the router belongs to one of them.
-        while forward is not None and (forward.plan is None or id(module) not in forward.plan.index_of_router):
+        while forward is not None:
+            plan = forward.plan
+            if plan is not None and id(module) in plan.index_of_router:
+                self._answer_by_tier(id(module), plan, forward)
+                return
             forward = forward.outer
-        if forward is None:
-            return
-        forward.routed.add(id(module))
-        index = forward.plan.index_of_router[id(module)]
-        if index not in forward.plan.layers:
-            return
-        _running.selection = TierSelection(self.router, index, forward.plan, forward)
-        _running.selection.__enter__()
+
+    def _answer_by_tier(self, router: int, plan: TierPlan, forward: RunningForward) -> None:
+        forward.routed.add(router)
+        index = plan.index_of_router[router]
+        if index in plan.layers:
+            _running.selection = TierSelection(self.router, index, plan, forward)
+            _running.selection.__enter__()
 
 
 def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -271,7 +282,7 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
             f"{selection.router.name} chose experts {selection.selections} times in one forward; its tiers would be "
             "wrong."
         )
-    if selection.plan.tier_weights == "router":
+    if selection.plan.settings.tier_weights == "router":
         return None
     return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection)
 
@@ -285,6 +296,6 @@ def _matched(output: tuple, top_weights_TK: torch.Tensor, selection: TierSelecti
     scale_T1 = top_weights_TK.sum(-1, keepdim=True) / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
     matched_TK = weights_TK * scale_T1
     if only_tier is None:
-        is_top_T = selection.forward.tier_of_token(weights_TK.device) == 1
+        is_top_T = selection.running.tier_of_token(weights_TK.device) == 1
         matched_TK = torch.where(is_top_T.unsqueeze(1), weights_TK, matched_TK)
     return (*output[:WEIGHTS], matched_TK, *output[WEIGHTS + 1 :])

@@ -84,35 +84,45 @@ class TierSelection(TorchFunctionMode):
         is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
         return is_over_experts and largest and k == self.router.top_k
 
+    @property
+    def running(self) -> RunningForward:
+        """The forward that the router is part of, where the plan depends on it."""
+        assert self.forward is not None, "a plan that depends on rows is made for a running forward"
+        return self.forward
+
     def _choose(
         self, scores_TE: torch.Tensor, left_out_TE: torch.Tensor | None, top_k_index_TK: torch.Tensor
     ) -> torch.Tensor:
         """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them."""
-        plan, top_k = self.plan, self.router.top_k
+        plan, settings, top_k = self.plan, self.plan.settings, self.router.top_k
         if plan.needs_rows:
-            self.forward.check_tokens(len(scores_TE), self.router.name, ONE_TIER)
-        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, plan.num_tiers * top_k)
-        if plan.grouping == "random":
-            row_T, position_T = self._places(scores_TE.device)
-            ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, plan.seed, plan.step, self.index)
+            self.running.check_tokens(len(scores_TE), self.router.name, ONE_TIER)
+        ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, settings.num_tiers * top_k)
+        if plan.is_random:
+            row_T, position_T = self._rows_and_positions(scores_TE.device)
+            ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, settings.seed, plan.draw.step, self.index)
         num_ranked = ranked_TE.shape[1]
         if plan.only_tier is not None:
-            start = first_rank(plan.only_tier, plan.num_tiers, num_ranked, top_k, plan.grouping) - 1
+            start = first_rank(plan.only_tier, settings.num_tiers, num_ranked, top_k, settings.grouping) - 1
             return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k]
-        tier_T = self.forward.tier_of_token(ranked_TE.device)
-        rank_TK = self.forward.once(
+        tier_T = self.running.tier_of_token(ranked_TE.device)
+        rank_TK = self.running.once(
             ("ranks", ranked_TE.device, num_ranked, top_k),
-            lambda: ranks_of_tiers(tier_T, plan.num_tiers, num_ranked, top_k, plan.grouping),
+            lambda: ranks_of_tiers(tier_T, settings.num_tiers, num_ranked, top_k, settings.grouping),
         )
         return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, ranked_TE.gather(1, rank_TK))
 
-    def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and position of each token, counted over the whole sequence, cached part included."""
-        num_rows, length = self.forward.shape
+    def _rows_and_positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample and position of each token, counted over the whole sequence, cached part included."""
+        forward, draw = self.running, self.plan.draw
+        num_rows, length = forward.shape
         token_T = torch.arange(num_rows * length, device=device)
-        row_T, num_samples, places = token_T // length, self.plan.num_samples, self.plan.places
+        row_T = token_T // length
         if len(self.plan.tiers) > 1:  # what generation repeats, as for beams, is one row
             row_T = row_T // self.plan.rows_per_tier(num_rows)
-        position_T = token_T % length + self.forward.past_length if places is None else places.reshape(-1).to(device)
-        sample_T = row_T % num_samples if num_samples else row_T
-        return sample_T + self.plan.first_sample, position_T
+        sample_T = row_T % draw.num_samples if draw.num_samples else row_T
+        if draw.positions is None:
+            position_T = token_T % length + forward.past_length
+        else:
+            position_T = draw.positions.reshape(-1).to(device)
+        return sample_T + draw.first_sample, position_T

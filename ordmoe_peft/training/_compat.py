@@ -1,80 +1,46 @@
 """Uses of names of the trainer upstream that are not public. See `ordmoe_peft/_compat.py`."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from .checkpoints import (
-    STATE_NAME,
-    clear_unfinished,
-    discard,
-    discard_oldest,
-    is_same,
-    move_to_place,
-    unfinished_folder,
-)
+from .checkpoints import discard, discard_oldest, is_same
 
 
-class WholeCheckpoints:
-    """Mixin of a [`~transformers.Trainer`]: its checkpoints are there whole or not at all, as `checkpoints.py` says,
-    and a run resumed from its last one is at its end.
+# Names of arguments that may be given as JSON in a string. transformers looks for them in this attribute, which each
+# of TRL's configurations extends.
+JSON_ARGUMENTS = tuple(SFTConfig._VALID_DICT_FIELDS)
 
-    The trainer has no seam for where a checkpoint is written: `_save_checkpoint` makes its path from `_get_output_dir`
-    and fills it file by file, and `on_save` comes after. Remove when the trainer does this itself (transformers 5.23,
-    `trainer.py`).
+
+class WholeCheckpoints(Trainer):
+    """What [`~transformers.Trainer`] lacks for a run that is killed at any moment to go on as if it had not been.
+
+    transformers writes `trainer_state.json` last, which `checkpoints.py` relies on. It does not wait for the other
+    processes' random states, writes over an earlier checkpoint of the same step, deletes checkpoints in any order, and
+    trains on where a run is resumed at its end. Remove when it does otherwise (transformers 5.24, `trainer.py`).
     """
 
-    _is_saving = False
-    _wants_push = False
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(unfinished_folder(folder)) if self._is_saving else folder
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, name = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
-        if self.is_local_process_zero():
-            discard(Path(folder, name))
-        self.accelerator.wait_for_everyone()
-        with ExitStack() as on_failure:
-            on_failure.callback(clear_unfinished, folder)
-            self._is_saving = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._is_saving = False
-            self._name_best_checkpoint(folder, name)
-            on_failure.pop_all()
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero():
-            move_to_place(folder, name)
-            clear_unfinished(folder)
-        if self._wants_push:
-            self._wants_push = False
-            self._push_from_checkpoint(str(Path(folder, name)))
+        folder, limit = self._get_output_dir(trial), self.args.save_total_limit
         if self.args.should_save:
-            discard_oldest(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            discard(Path(folder, f"checkpoint-{self.state.global_step}"))
+        self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = None  # upstream would delete the oldest in its way
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            discard_oldest(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _name_best_checkpoint(self, folder: str, name: str) -> None:
-        # Upstream looks for it where the checkpoint is written; its place is, or is going to be, in the run's folder.
-        best = f"checkpoint-{self.state.best_global_step}"
-        if best != name and not Path(folder, best).is_dir():
-            return
-        self.state.best_model_checkpoint = str(Path(folder, best))
-        if self.args.should_save:
-            self.state.save_to_json(str(unfinished_folder(folder) / name / STATE_NAME))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Uploads run on while training does, so they begin when the checkpoint is in its place.
-        if self._is_saving:
-            self._wants_push = True
-        else:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # each process writes its own; the first then writes the last file
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed within an epoch at its last step, upstream trains one step more before it looks.
@@ -84,7 +50,7 @@ class WholeCheckpoints:
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
-        # Upstream deletes all but the best here, in place, so that nothing of it is left to do.
+        # Upstream deletes all but the best here, so that nothing of it is left to do.
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             for checkpoint in sort_checkpoints(self._get_output_dir(trial)):

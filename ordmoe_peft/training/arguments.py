@@ -17,6 +17,7 @@ from ..errors import OrdMoEConfigError
 from ..moe_model import MoELayer
 from ..objectives.registry import OBJECTIVES
 from ..router_output import read_router_output
+from ._compat import JSON_ARGUMENTS
 
 
 logger = logging.get_logger(__name__)
@@ -35,129 +36,117 @@ ACT_ONLY_WITH = {
         *("min_p", "repetition_penalty"),
     ),
 }
+NOT_NEGATIVE = ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k")
+AT_LEAST_1 = ("max_completion_length", "generation_batch_size", "max_nonfinite_steps")
 # What only bears on several tiers: of these arguments, on L_ERL alone, and of the adapter's configuration.
 ACT_BETWEEN_TIERS = ("erl_coef", "objective_beta", "scored_by", "share_prompt", "tier_passes", "log_tiers_every")
 ACT_ON_ERL = ("objective", "objective_beta", "lower_tier_floor", "responses", "scored_by")
 CUT_TIERS = ("grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed")
 
 
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
 @dataclass
 class OrdMoETrainingArguments(SFTConfig):
     """[`~trl.SFTConfig`] and what OrdMoE adds: two further losses, and responses that tiers write themselves.
 
-    The total is `ntp_coef · L_NTP + erl_coef · L_ERL + balance_coef · L_balance`.
-
-    Args:
-        erl_coef (`float`, defaults to 0.01): λ_ERL, the weight of the expert-rank loss. The loss is unbounded below:
-            0.1 already lowered tier 1's accuracy in experiments with easy-VQA.
-        balance_coef (`float`, defaults to 0.001): λ_bal, the weight of the load-balancing loss of the tier-1 rows. It
-            takes the place of TRL's `router_aux_loss_coef`, which must stay unset or 0.
-        lower_tier_floor (`float` or `"uniform"`, *optional*): a token whose log-probability under a tier of negative
-            advantage is below this gives no gradient; `"uniform"` is −ln V. None, the paper's loss, by default.
-        ntp_coef (`float`, defaults to 1.0): weight of the supervised loss. 0 trains from the routing alone, for which
-            prompts without answers suffice; in experiments accuracy collapsed without it, so a warning says so.
-        objective (`str`, defaults to `"erl"`): what `L_ERL` is: the paper's loss, or `"logistic"`, `"plackett_luce"`,
-            `"dpo"`, `"ipo"`, `"simpo"` over the same ordered responses. `dpo` and `ipo` compare with the frozen base,
-            the same model with its adapter off.
-        objective_beta (`float`, *optional*): β of the objectives other than `erl`; 1 for `logistic` and
-            `plackett_luce`, 0.1 for `dpo` and `ipo`, 2 for `simpo` by default.
-        simpo_gamma (`float`, defaults to 0.5): γ, the margin of `simpo`.
-        responses (`str`, defaults to `"reference"`): `"reference"`, all tiers score the reference response, or
-            `"generated"`, in each step every tier with a part in the objective writes its own.
-        scored_by (`str`, defaults to `"tier"`): whether generated responses are scored by the `"tier"` that wrote
-            them or by the `"policy"`, tier 1.
-        share_prompt (`bool`, defaults to `True`): with `token_scope="response"`, compute each prompt once for all tiers
-            where the model allows; see [`~ordmoe_peft.training.row_layout.prompt_sharing.PromptSharing`].
-        tier_passes (`str`, defaults to `"auto"`): `"batched"`, one forward for all tiers, or `"sequential"`, a forward
-            and backward for each, at the peak memory of supervised fine-tuning. Losses and gradients are the same but
-            for rounding. Sequential, objectives other than `erl` take a further forward, without gradient, of each
-            tier but the first, since the gradient of one depends on the likelihoods of all. `"auto"` takes the first
-            micro-batch sequentially, measures it, and from then on runs batches at once where they are expected to
-            take at most half of the free memory; it says up to how many tokens that is, and keeps to it when resumed.
-        max_nonfinite_steps (`int`, defaults to 10): a step in which a loss or gradient is not finite does not move the
-            weights; so many in a row end training with an error.
-        log_tiers_every (`int`, defaults to 10): steps between runs, without gradient, of tiers that the objective has
-            no gradient for (of C = 3 evenly spaced tiers, the middle one), to log their likelihood; 0 for never.
-        log_router_health (`bool`, defaults to `False`): log statistics of the routers as `router/…`, see
-            [`~ordmoe_peft.training.RouterHealth`].
-        max_completion_length (`int`, defaults to 256): longest response to generate, in tokens.
-        generation_batch_size (`int`, *optional*): most rows in one `generate` call, at least one tier's; all tiers'
-            by default.
-        temperature (`float`, defaults to 1.0), top_p (`float`, defaults to 1.0), top_k (`int`, defaults to 0, off),
-            min_p (`float`, *optional*), repetition_penalty (`float`, defaults to 1.0): how responses are sampled;
-            temperature 0 is greedy. The draw depends on `seed`, step and process alone, so a resumed run repeats it.
-        generation_kwargs (`dict` or `str`, *optional*): further arguments of `generate`.
-
-        overwrite_output_dir (`bool`, defaults to `False`): start a run in a folder that holds checkpoints or an adapter
-            of an earlier one, which are deleted; without it, such a run is refused.
+    The total is `ntp_coef · L_NTP + erl_coef · L_ERL + balance_coef · L_balance`. What each field is stands in its help
+    text, here and in `ordmoe train --help`.
 
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
     """
 
-    erl_coef: float = field(default=0.01, metadata={"help": "Weight of the expert-rank loss."})
-    balance_coef: float = field(
-        default=0.001, metadata={"help": "Weight of the load-balancing loss, over tier-1 rows alone."}
+    erl_coef: float = _option(
+        0.01,
+        "λ_ERL, the weight of the expert-rank loss. The loss is unbounded below: 0.1 already lowered tier 1's accuracy "
+        "in experiments with easy-VQA.",
     )
-    lower_tier_floor: str | None = field(
-        default=None,
-        metadata={
-            "help": "Log-probability below which a token under a tier of negative advantage gives no gradient: a "
-            "number, or 'uniform' for that of a uniform guess. Not set: the paper's loss."
-        },
+    balance_coef: float = _option(
+        0.001,
+        "λ_bal, the weight of the load-balancing loss, over tier-1 rows alone. It takes the place of TRL's "
+        "router_aux_loss_coef, which must stay unset or 0.",
     )
+    lower_tier_floor: float | str | None = _option(
+        None,
+        "Log-probability below which a token under a tier of negative advantage gives no gradient: a number, or "
+        "'uniform' for that of a uniform guess, -ln V. Not set: the paper's loss.",
+    )
+    ntp_coef: float = _option(
+        1.0,
+        "Weight of the supervised loss. 0 trains from the routing alone, for which prompts without answers suffice; in "
+        "experiments accuracy collapsed without it, so a warning says so.",
+    )
+    objective: str = _option(
+        "erl",
+        f"What L_ERL is over the ordered responses: one of {tuple(OBJECTIVES)}, of which 'erl' is the paper's loss. "
+        "'dpo' and 'ipo' compare with the frozen base, the same model with its adapter off.",
+    )
+    objective_beta: float | None = _option(
+        None,
+        "Beta of the objectives other than 'erl'; by default 1 for 'logistic' and 'plackett_luce', 0.1 for 'dpo' and "
+        "'ipo', 2 for 'simpo'.",
+    )
+    simpo_gamma: float = _option(0.5, "Gamma, the margin of 'simpo'.")
 
-    ntp_coef: float = field(
-        default=1.0, metadata={"help": "Weight of the supervised loss; 0 trains from the routing alone."}
+    responses: str = _option(
+        "reference",
+        "'reference': all tiers score the reference response; 'generated': in each step every tier with a part in the "
+        "objective writes its own.",
     )
-    objective: str = field(default="erl", metadata={"help": f"What L_ERL is: one of {tuple(OBJECTIVES)}."})
-    objective_beta: float | None = field(
-        default=None, metadata={"help": "Beta of the objectives other than erl; each has its own default."}
+    scored_by: str = _option(
+        "tier", "Whether the 'tier' that wrote a generated response or the 'policy', tier 1, scores it."
     )
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of simpo."})
-    responses: str = field(
-        default="reference",
-        metadata={"help": "'reference': all tiers score the reference response; 'generated': each writes its own."},
+    share_prompt: bool = _option(
+        True, "With token_scope='response', compute each prompt once for all tiers where the model allows."
     )
-    scored_by: str = field(
-        default="tier", metadata={"help": "Whether the 'tier' or the 'policy', tier 1, scores generated responses."}
+    tier_passes: str = _option(
+        "auto",
+        "'batched': one forward for all tiers; 'sequential': a forward and backward for each, at the peak memory of "
+        "supervised fine-tuning. Losses and gradients are the same but for rounding. Sequential, objectives other than "
+        "'erl' take a further forward, without gradient, of each tier but the first, since the gradient of one depends "
+        "on the likelihoods of all. 'auto': the first micro-batch is taken sequentially and measured; from then on "
+        "batches run at once where they are expected to take at most half of the free memory. It says up to how many "
+        "tokens that is, and keeps to it when resumed.",
     )
-    share_prompt: bool = field(
-        default=True, metadata={"help": "With token_scope='response', compute each prompt once for all tiers."}
+    max_nonfinite_steps: int = _option(
+        10,
+        "A step in which a loss or gradient is not finite does not move the weights; so many in a row end training "
+        "with an error.",
     )
-    tier_passes: str = field(
-        default="auto",
-        metadata={
-            "help": "'batched': one forward for all tiers; 'sequential': one tier after another, at the memory of one; "
-            "'auto': by free memory."
-        },
+    log_tiers_every: int = _option(
+        10,
+        "Steps between runs, without gradient, of tiers that the objective has no gradient for (of C = 3 evenly spaced "
+        "tiers, the middle one), to log their likelihood; 0 for never.",
     )
-    max_nonfinite_steps: int = field(
-        default=10, metadata={"help": "Steps in a row without a finite loss and gradient that end training."}
+    log_router_health: bool = _option(False, "Log statistics of the routers as router/…")
+
+    max_completion_length: int = _option(256, "Longest response to generate, in tokens.")
+    generation_batch_size: int | None = _option(
+        None, "Most rows in one generate call, at least one tier's; those of all tiers by default."
     )
-    log_tiers_every: int = field(
-        default=10,
-        metadata={"help": "Steps between runs, without gradient, of tiers that take no part; 0 for never."},
+    temperature: float = _option(
+        1.0,
+        "Temperature of sampling; 0 is greedy. Draws depend on seed, step and process alone, so a resumed run repeats "
+        "them.",
     )
-    log_router_health: bool = field(default=False, metadata={"help": "Log statistics of the routers as router/…"})
-    max_completion_length: int = field(default=256, metadata={"help": "Longest response to generate, in tokens."})
-    generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Most rows in one generate call; those of all tiers by default."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of sampling."})
-    top_k: int = field(default=0, metadata={"help": "Sample from this many tokens; 0 for all."})
-    min_p: float | None = field(default=None, metadata={"help": "Least probability of a token, relative to the best."})
-    repetition_penalty: float = field(default=1.0, metadata={"help": "Penalty on repeated tokens; 1 is none."})
+    top_p: float = _option(1.0, "Nucleus of sampling.")
+    top_k: int = _option(0, "Sample from this many tokens; 0 for all.")
+    min_p: float | None = _option(None, "Least probability of a token, relative to the best.")
+    repetition_penalty: float = _option(1.0, "Penalty on repeated tokens; 1 is none.")
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of generate, as JSON."}
     )
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in a folder with an earlier run's results, which are deleted."}
+    overwrite_output_dir: bool = _option(
+        False,
+        "Start anew in a folder that holds checkpoints or an adapter of an earlier run, which are deleted; without it, "
+        "such a run is refused.",
     )
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*JSON_ARGUMENTS, "generation_kwargs"]
 
     def __post_init__(self):
         check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number
@@ -177,14 +166,15 @@ class OrdMoETrainingArguments(SFTConfig):
                 "Set responses='generated', or leave scored_by at 'tier'."
             )
         self._check_objective()
-        for name in ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k"):
+        self._check_floor()
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not (self.ntp_coef or self.erl_coef or self.balance_coef):
             raise OrdMoEConfigError(
                 "ntp_coef, erl_coef and balance_coef are all 0, which leaves nothing to learn from: set one higher."
             )
-        for name in ("max_completion_length", "generation_batch_size", "max_nonfinite_steps"):
+        for name in AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()
@@ -223,22 +213,24 @@ class OrdMoETrainingArguments(SFTConfig):
                 f"objective_beta={self.objective_beta} must be positive, and objective={self.objective!r} must have "
                 "one: 'erl' is weighed by erl_coef alone."
             )
-        if self.lower_tier_floor is not None and self.objective != "erl":
+
+    def _check_floor(self) -> None:
+        floor = self.lower_tier_floor
+        if floor is not None and self.objective != "erl":
             raise OrdMoEConfigError(
-                f"lower_tier_floor={self.lower_tier_floor!r} bounds objective='erl' alone; {self.objective!r} has no "
-                "tiers of negative advantage. Leave it unset."
+                f"lower_tier_floor={floor!r} bounds objective='erl' alone; {self.objective!r} has no tiers of negative "
+                "advantage. Leave it unset."
             )
-        if self.lower_tier_floor not in (None, "uniform"):
-            try:
-                self.lower_tier_floor = float(str(self.lower_tier_floor))
-            except ValueError as error:
-                raise OrdMoEConfigError(
-                    f"lower_tier_floor must be a log-probability or 'uniform', got {self.lower_tier_floor!r}."
-                ) from error
-            if not -math.inf < self.lower_tier_floor <= 0:
-                raise OrdMoEConfigError(
-                    f"lower_tier_floor is a finite log-probability, so at most 0, got {self.lower_tier_floor}."
-                )
+        if floor is None or floor == "uniform":
+            return
+        try:
+            self.lower_tier_floor = number = float(str(floor))
+        except ValueError as error:
+            raise OrdMoEConfigError(
+                f"lower_tier_floor must be a log-probability or 'uniform', got {floor!r}."
+            ) from error
+        if not -math.inf < number <= 0:
+            raise OrdMoEConfigError(f"lower_tier_floor is a finite log-probability, so at most 0, got {number}.")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -247,7 +239,9 @@ class OrdMoETrainingArguments(SFTConfig):
             self.max_completion_length, self.temperature, self.top_p, self.top_k, self.repetition_penalty
         )
         least = {"min_p": self.min_p} if self.temperature > 0 and self.min_p is not None else {}
-        return {"use_cache": True, **shared, **least, **(self.generation_kwargs or {})}
+        further = self.generation_kwargs or {}
+        assert isinstance(further, dict)  # transformers has read a string
+        return {"use_cache": True, **shared, **least, **further}
 
 
 def warn_of_idle_settings(config: OrdMoEConfig, args: OrdMoETrainingArguments, layers: Sequence[MoELayer]) -> None:
@@ -278,12 +272,14 @@ def _idle_settings(
 
 def _renormalises(layer: MoELayer) -> bool:
     """Whether the weights of a token's experts sum to the same for different tokens."""
-    weight = layer.router.weight
-    if weight.dim() != 2 or weight.device.type == "meta":  # shared out over processes, or not there
+    router = layer.router
+    # Shared out over processes, or not there.
+    if router is None or router.weight.dim() != 2 or router.weight.device.type == "meta":
         return False
+    weight = router.weight
     tokens_TH = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(4, -1)
     with torch.no_grad():
-        weights_TK = read_router_output(layer, layer.router.forward(tokens_TH)).weights_TK
+        weights_TK = read_router_output(layer, router.forward(tokens_TH)).weights_TK
     if weights_TK is None:
         return False
     sum_T = weights_TK.float().sum(-1)

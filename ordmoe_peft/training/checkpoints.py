@@ -1,14 +1,11 @@
-"""A training run's checkpoints, each there whole or not at all.
+"""Which of a run's checkpoints can be resumed from.
 
-The trainer writes a checkpoint file by file, and deletes an old one likewise, so a process killed on the way would
-leave part of one under the name that resuming looks for. So both happen in a folder aside, `_unfinished`: a checkpoint
-gets its name when it is complete, and loses it before its first file goes.
+The trainer writes `trainer_state.json` last, so a checkpoint is complete if that file can be read; deleting starts with
+it. A process that is killed on the way then leaves a folder that is passed over.
 """
 
-import os
+import json
 import shutil
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from transformers.trainer_utils import sort_checkpoints
@@ -19,39 +16,21 @@ from ..errors import OrdMoEConfigError
 
 logger = logging.get_logger(__name__)
 
-# The underscore keeps uploads of the run's folder from it, as they skip what begins with one.
-UNFINISHED = "_unfinished"
-# The last file of a checkpoint that the trainer writes.
 STATE_NAME = "trainer_state.json"
 
 
-def unfinished_folder(run_folder: str | Path) -> Path:
-    """Where checkpoints of a run are written and deleted."""
-    return Path(run_folder, UNFINISHED)
-
-
-def move_to_place(run_folder: str | Path, name: str) -> None:
-    """Give the complete checkpoint `name` its place. Machines that share the folder may all do so."""
-    with suppress(FileNotFoundError):
-        os.rename(unfinished_folder(run_folder) / name, Path(run_folder, name))
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was written to its end, and its deletion has not begun."""
+    try:
+        return isinstance(json.loads(Path(checkpoint, STATE_NAME).read_text(encoding="utf-8")), dict)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
 
 
 def discard(checkpoint: str | Path) -> None:
-    """Delete a checkpoint, if it is there, so that no part of it ever stands under its name."""
-    checkpoint = Path(checkpoint)
-    clear_unfinished(checkpoint.parent)
-    if checkpoint.exists():
-        unfinished_folder(checkpoint.parent).mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):
-            # A folder of its own: of what was discarded before, some may have stayed.
-            aside = tempfile.mkdtemp(prefix="discarded-", dir=unfinished_folder(checkpoint.parent))
-            os.rename(checkpoint, Path(aside, checkpoint.name))
-    clear_unfinished(checkpoint.parent)
-
-
-def clear_unfinished(run_folder: str | Path) -> None:
-    """Delete what killed processes left, but for files that cannot be deleted, such as open ones on some disks."""
-    shutil.rmtree(unfinished_folder(run_folder), ignore_errors=True)
+    """Delete a checkpoint, if it is there, so that no part of it ever passes for a complete one."""
+    Path(checkpoint, STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def is_same(one: str | Path, other: str | Path | None) -> bool:
@@ -60,24 +39,26 @@ def is_same(one: str | Path, other: str | Path | None) -> bool:
 
 
 def discard_oldest(run_folder: str | Path, limit: int | None, best: str | None) -> None:
-    """Keep at most `limit` checkpoints, in any case the newest and `best`: `rotate_checkpoints` of transformers."""
+    """`rotate_checkpoints` of transformers by [`discard`]: keep `limit`, in any case the newest and `best`.
+
+    Incomplete ones go first: by its time stamp, one whose deletion was cut off would be among the newest.
+    """
     if limit is None or limit <= 0:
         return
-    checkpoints = sort_checkpoints(str(run_folder), use_mtime=True)
+    checkpoints = sorted(sort_checkpoints(str(run_folder), use_mtime=True), key=is_complete)
     others = [path for path in checkpoints[:-1] if not is_same(path, best)]
     for checkpoint in others[: max(len(checkpoints) - limit, 0)]:
         discard(checkpoint)
 
 
 def last_checkpoint(run_folder: str | Path) -> str | None:
-    """The complete checkpoint of the highest step in `run_folder`, if there is one.
-
-    Other trainers write checkpoints in place: of theirs, those without their last file are passed over.
-    """
+    """The complete checkpoint of the highest step in `run_folder`, if there is one."""
     for checkpoint in reversed(sort_checkpoints(str(run_folder))):
-        if Path(checkpoint, STATE_NAME).is_file():
+        if is_complete(checkpoint):
             return checkpoint
-        logger.warning(f"{checkpoint} has no {STATE_NAME}: it was not written to its end, and is passed over.")
+        logger.warning(
+            f"{checkpoint} has no {STATE_NAME} that can be read: it was not written to its end, and is passed over."
+        )
     return None
 
 
@@ -95,19 +76,16 @@ def checkpoint_to_resume(wish: str | bool | None, run_folder: str | Path) -> str
     named = str(wish).lower()
     if wish is None or named == "false":
         return None
-    if named in ("true", "auto"):
-        checkpoint = last_checkpoint(run_folder)
-        if checkpoint is None and named == "true":
-            raise OrdMoEConfigError(
-                f"resume_from_checkpoint={wish}: no complete checkpoint in {run_folder}. Give 'auto' to start from the "
-                "beginning where there is none."
-            )
-    elif Path(wish, STATE_NAME).is_file():
-        checkpoint = str(wish)
-    else:
+    checkpoint = last_checkpoint(run_folder) if named in ("true", "auto") else str(wish)
+    if checkpoint is None and named == "true":
+        raise OrdMoEConfigError(
+            f"resume_from_checkpoint={wish}: no complete checkpoint in {run_folder}. Give 'auto' to start from the "
+            "beginning where there is none."
+        )
+    if checkpoint is not None and not is_complete(checkpoint):
         raise OrdMoEConfigError(
             f"resume_from_checkpoint={wish}: no checkpoint, or one that was not written to its end, as it has no "
-            f"{STATE_NAME}. Give 'auto' to go on from the last complete one in {run_folder}."
+            f"{STATE_NAME} that can be read. Give 'auto' to go on from the last complete one in {run_folder}."
         )
     if checkpoint is not None and not any(Path(checkpoint).glob("rng_state*")):
         logger.warning(

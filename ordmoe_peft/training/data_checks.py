@@ -32,19 +32,17 @@ def checked_data(dataset: Any, args: Any, name: str) -> Any:
         return type(dataset)({key: checked_data(part, args, f"{name} ({key})") for key, part in dataset.items()})
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset  # TRL says what it takes
-    columns = _text_columns(dataset, list(first_row(dataset, name)), args.dataset_text_field)
+    given = list(first_row(dataset, name))
+    columns = [
+        column for column in ("prompt", "completion", *CONVERSATIONS, args.dataset_text_field) if column in given
+    ]
+    if "input_ids" in given or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        columns = []  # rows are tokenized, or made when they are read
     may_be_empty = args.responses == "generated" and args.ntp_coef == 0
     if isinstance(dataset, IterableDataset):
         return checked_stream(dataset, columns, name, may_be_empty) if columns else dataset
     check_texts(dataset, columns, name, may_be_empty)
     return dataset
-
-
-def _text_columns(dataset: Any, columns: list[str], text_field: str) -> list[str]:
-    """None of a data set that is tokenized, or whose rows are made when they are read."""
-    if "input_ids" in columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
-        return []
-    return [name for name in ("prompt", "completion", *CONVERSATIONS, text_field) if name in columns]
 
 
 def check_trainable(model: PeftModel) -> None:
@@ -56,8 +54,8 @@ def check_trainable(model: PeftModel) -> None:
             f"The active adapter {', '.join(map(repr, merged))} is merged into the base's weights, out of "
             "training's reach. Call model.unmerge_adapter() first."
         )
-    marks = [f".{name}." for name in model.active_adapters]
-    if not any(p.requires_grad and any(mark in f"{name}." for mark in marks) for name, p in model.named_parameters()):
+    trainable = [f".{name}." for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not any(f".{adapter}." in name for name in trainable for adapter in model.active_adapters):
         raise OrdMoEConfigError(
             f"Nothing of the active adapter {', '.join(map(repr, model.active_adapters))} is trainable. To train an "
             "adapter further, load it by PeftModel.from_pretrained(model, adapter, is_trainable=True)."
@@ -85,7 +83,8 @@ def check_prepared(dataset: Any, args: Any, num_given: int | None, positions: in
         )
     if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
         return
-    if not any(_has_response(labels) for labels in column_values(dataset, "labels")):
+    # The first label is no token's next.
+    if all(label == IGNORED_LABEL for labels in column_values(dataset, "labels") for label in labels[1:]):
         raise OrdMoEDataError(f"No row has a response to learn from: all labels of all {len(dataset)} rows are masked.")
     if args.packing:
         return
@@ -106,9 +105,4 @@ def check_room_to_write(dataset: Any, new_tokens: int, positions: int | None) ->
 
 
 def _prompt_length(labels: Sequence[int]) -> int:
-    return next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
-
-
-def _has_response(labels: Sequence[int]) -> bool:
-    # The first label is no token's next.
-    return any(label != IGNORED_LABEL for label in labels[1:])
+    return next((length for length, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))

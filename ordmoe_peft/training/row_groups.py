@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data.generation import generate_by_tier, with_responses
 from ..data.positions import check_room, num_positions
+from ..tiers.plan import RandomDraw
 from .arguments import OrdMoETrainingArguments
 from .row_layout.separate import left_padded_prompts
 from .tier_scores import SFT_ROWS
@@ -58,16 +59,16 @@ def generated_rows(
     *,
     end_ids: torch.Tensor,
     pad_token_id: int,
-    step: int,
+    draw: RandomDraw,
     index: int,
 ) -> list[dict[str, Any]]:
     """A micro-batch's prompts with what each of `tiers` generates for them, as rows.
 
-    Drawn from the seed, the `step` and the `index` of the micro-batch in it, so the same when the step is run again.
+    Drawn from the seed, its step and the `index` of the micro-batch in it, so the same when the step is run again.
     """
     prompts = left_padded_prompts(inputs, pad_token_id)
     check_room(prompts["input_ids"].shape[1], args.sampling.get("max_new_tokens") or 0, num_positions(model.config))
-    drawn_from = (args.seed, model.training, step, index)
+    drawn_from = (args.seed, model.training, draw.step, index)
     generated = generate_by_tier(
         model,
         prompts,
@@ -76,7 +77,7 @@ def generated_rows(
         end_ids=end_ids,
         pad_token_id=pad_token_id,
         rows_per_call=args.generation_batch_size,
-        routing={"step": step, "first_sample": index * args.per_device_train_batch_size},
+        routing={"draw": draw},
         **args.sampling,
     )
     responses = zip(generated.ids_CBS, generated.mask_CBS, strict=True)

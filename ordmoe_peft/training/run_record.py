@@ -1,7 +1,8 @@
-"""What a run was begun with, in a file beside its results: a run goes on with its own alone, and overwrites no other's.
+"""Records what a run was begun with in a file beside its results.
 
-The record holds the base, the adapter's configuration, the data and the settings that decide what is learnt. Settings
-that only decide how long, how fast or how watched a run is may change when it is resumed.
+So a run is resumed with its own data and settings alone, and does not overwrite the results of another. The record
+holds the base, the adapter's configuration, the data and the settings that decide what is learnt. Settings that only
+decide how long, how fast or how watched a run is may change when it is resumed.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from ..data.shards import flattened
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
 from .arguments import OrdMoETrainingArguments
-from .checkpoints import checkpoint_to_resume, discard
+from .checkpoints import checkpoint_to_resume, discard, is_complete
 
 
 logger = logging.get_logger(__name__)
@@ -79,30 +80,31 @@ def describe_run(
     return RunDescription(json.loads(text), goal_of(args))
 
 
+def goal_of(args: OrdMoETrainingArguments) -> tuple[str, float]:
+    """How long a run is to be."""
+    return ("steps", args.max_steps) if args.max_steps > 0 else ("epochs", args.num_train_epochs)
+
+
 def _describe_base(model: nn.Module) -> dict[str, Any]:
+    """The base's configuration, and a digest of its weights: some values of each frozen tensor that is whole, here, and
+    not in 4 bits, which devices pack each in its way."""
     config = model.config.to_dict()
-    named = {name: value for name, value in flattened(config).items() if _is_of_the_base(name.rpartition(".")[2])}
-    return {
-        **named,
-        "is_quantized": config.get("quantization_config") is not None,
-        "weights": _weights_digest(model),
-    }
-
-
-def _is_of_the_base(name: str) -> bool:
-    # Token ids are set from the tokenizer, and implementations of attention and experts round otherwise at most.
-    return name not in NOT_OF_THE_BASE and not name.startswith("_") and not name.endswith(("_id", "implementation"))
-
-
-def _weights_digest(model: nn.Module) -> str:
-    """Some values of each frozen tensor that is whole, here, and not in 4 bits, which devices pack each in its way."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         is_whole = type(weight) is nn.Parameter and weight.device.type != "meta" and weight.is_floating_point()
         if is_whole and not weight.requires_grad and "lora_" not in name:
             values = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLED_VALUES)]
             digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return {
+        **{name: value for name, value in flattened(config).items() if _is_of_the_base(name.rpartition(".")[2])},
+        "is_quantized": config.get("quantization_config") is not None,
+        "weights": digest.hexdigest(),
+    }
+
+
+def _is_of_the_base(name: str) -> bool:
+    # Token ids are set from the tokenizer, and implementations of attention and experts round otherwise at most.
+    return name not in NOT_OF_THE_BASE and not name.startswith("_") and not name.endswith(("_id", "implementation"))
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
@@ -127,17 +129,11 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else type(value).__name__
 
 
-def goal_of(args: OrdMoETrainingArguments) -> tuple[str, float]:
-    """How long a run is to be."""
-    return ("steps", args.max_steps) if args.max_steps > 0 else ("epochs", args.num_train_epochs)
-
-
 # -------------------------------------------------------------------------------------------------------- its folder
 class RunFolder:
-    """The folder of a run's results.
+    """The folder of a run's results, its `output_dir`.
 
-    Args:
-        folder (`str` or `Path`): its `output_dir`.
+    In its methods `wish` is `resume_from_checkpoint`, and `overwrite` is `overwrite_output_dir`.
     """
 
     def __init__(self, folder: str | Path):
@@ -158,15 +154,11 @@ class RunFolder:
     @property
     def results(self) -> list[Path]:
         """What a run has left that another would overwrite."""
-        checkpoints = map(Path, sort_checkpoints(str(self.folder)))
+        checkpoints = map(Path, filter(is_complete, sort_checkpoints(str(self.folder))))
         return [*checkpoints, *(path for name in RESULT_NAMES if (path := self.folder / name).is_file())]
 
     def check_free(self, wish: str | bool | None, overwrite: bool) -> None:
         """See that a run that starts from the beginning overwrites no results, unless it is told to.
-
-        Args:
-            wish (`str` or `bool`, *optional*): `resume_from_checkpoint`.
-            overwrite (`bool`): `overwrite_output_dir`.
 
         Raises:
             [`OrdMoEConfigError`]: it would, or is told to go on and to overwrite.
@@ -186,20 +178,15 @@ class RunFolder:
     def check(self, run: RunDescription, wish: str | bool | None, overwrite: bool) -> str | None:
         """The checkpoint that `run` starts from, None for the beginning, if no other run's results are in the way.
 
-        Args:
-            run ([`RunDescription`]): the run.
-            wish (`str` or `bool`, *optional*): `resume_from_checkpoint`.
-            overwrite (`bool`): `overwrite_output_dir`.
-
         Raises:
             [`OrdMoEConfigError`]: names what the results in the folder, or the checkpoint, were made with instead.
         """
         self.check_free(wish, overwrite)
         checkpoint = checkpoint_to_resume(wish, self.folder)
-        origin = self if checkpoint is None else RunFolder(Path(checkpoint).resolve().parent)
-        is_own = origin.folder.resolve() == self.folder.resolve()
+        origin = self.folder.resolve() if checkpoint is None else Path(checkpoint).resolve().parent
+        is_own = origin == self.folder.resolve()
         if not is_own:
-            origin._check_same({part: run.parts[part] for part in ("base", "adapter")})
+            RunFolder(origin)._check_same({part: run.parts[part] for part in ("base", "adapter")})
         if not _starts_anew(wish) and self.results:
             if self.record is None and (checkpoint is None or not is_own):
                 raise OrdMoEConfigError(
@@ -213,8 +200,10 @@ class RunFolder:
         """[`check`], and record the run unless it is finished; an earlier one is deleted where that was asked for."""
         checkpoint = self.check(run, wish, overwrite)
         if overwrite:
+            for earlier in sort_checkpoints(str(self.folder)):
+                discard(earlier)
             for path in self.results:
-                path.unlink() if path.is_file() else discard(path)
+                path.unlink()
         if not self._is_finished(run.goal):
             self._write(run.parts)
         return checkpoint
@@ -224,13 +213,13 @@ class RunFolder:
         self.check(run, wish, overwrite)
         return not overwrite and self._is_finished(run.goal)
 
+    def finish(self, goal: tuple[str, float]) -> None:
+        """Record that a run of this length has left all its results."""
+        self._write({**(self.record or {}), "finished": goal})
+
     def _is_finished(self, goal: tuple[str, float]) -> bool:
         unit, amount = (self.record or {}).get("finished", (None, 0))
         return bool(self.results) and unit == goal[0] and amount >= goal[1]
-
-    def finish(self, goal: tuple[str, float]) -> None:
-        """Record that a run of this length has left all its results."""
-        self._write({**self.record, "finished": goal})
 
     def _write(self, record: dict[str, Any]) -> None:
         write_whole(self.folder / RECORD_NAME, json.dumps(record, indent=2, sort_keys=True) + "\n")

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..data.responses import IGNORED_LABEL
-from ..monitoring.router_records import recorded_router_outputs
+from ..monitoring.recording import recorded_router_outputs
+from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
 from .losses import mean_balance_loss
 from .random_state import RandomState
@@ -57,7 +58,7 @@ class TierForward:
         pad_token_id (`int`): fills rows that are shorter than others.
         sharing ([`PromptSharing`], *optional*): computes prompts once for all tiers of a forward; without it each tier
             has rows of its own.
-        step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
+        draw ([`~ordmoe_peft.tiers.plan.RandomDraw`]): the micro-batch's own, of `random` grouping.
         needs_balance (`bool`): whether the balance loss of a micro-batch's own rows is needed.
     """
 
@@ -65,8 +66,7 @@ class TierForward:
     moe_model: nn.Module
     pad_token_id: int
     sharing: PromptSharing | None = None
-    step: int = 0
-    first_sample: int = 0
+    draw: RandomDraw = field(default_factory=RandomDraw)
     needs_balance: bool = False
 
     def passes(
@@ -129,14 +129,8 @@ class TierForward:
     def _run(
         self, groups: list[RowGroup], rows: SeparateRows | SharedPromptRows, needs_balance: bool = False
     ) -> ForwardScores:
-        held = tier_routing(
-            self.moe_model,
-            rows.tiers,
-            num_samples=rows.num_samples,
-            places=rows.places,
-            step=self.step,
-            first_sample=self.first_sample,
-        )
+        draw = replace(self.draw, num_samples=rows.num_samples, positions=rows.positions)
+        held = tier_routing(self.moe_model, rows.tiers, draw=draw)
         with recorded_router_outputs(self.moe_model, enabled=needs_balance) as routing, held:
             outputs = score_labelled(self.model, self.moe_model.get_base_model().base_model, rows.inputs)
         outputs = rows.as_separate_rows(outputs)

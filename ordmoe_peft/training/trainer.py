@@ -36,6 +36,7 @@ from ..moe_model import find_moe_layers
 from ..objectives.advantages import tier_advantages
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
+from ..tiers.plan import RandomDraw
 from ._compat import WholeCheckpoints, logged_metrics
 from .answers import with_answers
 from .arguments import OrdMoETrainingArguments
@@ -323,17 +324,17 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         active, is_training = self._active_tiers, self.model.training
         step, every = self.state.global_step, self.args.log_tiers_every
         is_logged = not self._is_generated and (not is_training or (every and step % every == 0))
+        draw = RandomDraw(step, first_sample=micro_batch.index * self.args.per_device_train_batch_size)
         generated = None
         if self._is_generated:
             ids = {"end_ids": self.end_of_sequence_ids, "pad_token_id": self._pad_token_id}
-            generated = generated_rows(self.model, inputs, active, self.args, **ids, step=step, index=micro_batch.index)
+            generated = generated_rows(self.model, inputs, active, self.args, **ids, draw=draw, index=micro_batch.index)
         forward = TierForward(
             model,
             self.model,
             self._pad_token_id,
             self._sharing,
-            step=step,
-            first_sample=micro_batch.index * self.args.per_device_train_batch_size,
+            draw,
             needs_balance=self.args.balance_coef > 0,
         )
         return forward.passes(

@@ -41,9 +41,19 @@ def test_checkpointed_layers_keep_their_function_as_an_attribute():
     assert callable(layer.__dict__["_gradient_checkpointing_func"])
 
 
-def test_the_trainer_writes_and_deletes_checkpoints_by_methods_of_these_names():
-    for name in ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "_run_epoch", "_finalize_training"):
+def test_the_trainer_writes_the_state_last_and_then_deletes():
+    for name in ("_get_output_dir", "_save_rng_state", "_run_epoch", "_finalize_training"):
         assert callable(getattr(Trainer, name))
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = (
+        "self.save_model(",
+        "self._save_rng_state(",
+        ".save_to_json(",
+        "rotate_checkpoints(",
+        "args.save_total_limit",
+    )
+    places = [source.index(text) for text in order]
+    assert places == sorted(places)
 
 
 def test_the_wrapper_of_fsdps_checkpointing_calls_its_function_by_this_name():

@@ -17,7 +17,7 @@ from tests import models, text
 
 
 TOKENIZER = text.tokenizer()
-BASE = Path(__file__).parent.parent / "examples/easy_vqa/base"
+BASE = Path(__file__).parents[2] / "examples/easy_vqa/base"
 SAMPLED = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 5}
 
 

@@ -10,7 +10,8 @@ from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.data.rollouts import ROLLOUT_FEATURES, rollout
 from ordmoe_peft.data.samples import prompt_inputs
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
-from ordmoe_peft.monitoring.router_records import recorded_router_outputs
+from ordmoe_peft.monitoring.recording import recorded_router_outputs
+from ordmoe_peft.tiers.plan import RandomDraw
 from tests import models, text
 
 
@@ -59,7 +60,7 @@ def test_likelihood_is_that_of_the_tokens_as_they_were_written(tmp_path, groupin
     for start in (0, 3):
         inputs = prompt_inputs([dataset[place] for place in range(start, start + 3)], TOKENIZER)
         for tier in TIERS:
-            with tier_routing(model, tier, grouping=grouping, num_samples=3, step=start):
+            with tier_routing(model, tier, grouping=grouping, draw=RandomDraw(step=start, num_samples=3)):
                 output = model.generate(**inputs, **GREEDY, output_scores=True, return_dict_in_generate=True)
             written = output.sequences[:, inputs["input_ids"].shape[1] :]
             scores = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)

@@ -10,7 +10,6 @@ from transformers import BitsAndBytesConfig
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
-from ordmoe_peft.merging.delta_retention import RequantizationReport, Survival, SurvivalSum
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed
 from tests import models, reference
 
@@ -268,14 +267,3 @@ class TestRequantising:
             merged = tuned.merge_and_unload(requantize=True)
         assert max(weight.survived for weight in merged.requantization_report.weights) < 0.5
         assert "norm of delta" in str(merged.requantization_report)
-
-    def test_what_survived_by_hand(self):
-        """W = 0, Δ = (3, 4), R = (3, 0): ⟨R, Δ⟩ / ‖Δ‖² = 9 / 25 and ‖R − Δ‖ / ‖Δ‖ = 4 / 5."""
-        total = SurvivalSum()
-        for before, merged, after in ((1.0, 4.0, 4.0), (2.0, 6.0, 2.0)):
-            total.add(*(torch.tensor([value]) for value in (before, merged, after)))
-        assert total.survival("w") == Survival("w", delta_norm=5.0, survived=pytest.approx(0.36), noise=0.8)
-        assert SurvivalSum().survival("w") == Survival("w", 0.0, 1.0, 0.0)
-
-    def test_nothing_to_warn_of(self):
-        assert RequantizationReport([Survival("w", 1.0, 0.95, 0.1)]).warning() is None

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from ordmoe_peft.monitoring.health import drift_columns, layer_health, routing_columns, tier_columns
+from ordmoe_peft.monitoring.health import column_widths, drift_columns, layer_health, routing_columns, tier_columns
 
 
-def health(columns, num_experts, top_k, num_tiers=0, has_drift=False):
-    return layer_health(0, "mlp", num_experts, top_k, num_tiers, has_drift, columns.double().sum(0).tolist())
+def health(columns, num_experts, top_k):
+    sums = {name: values.double().sum(0).tolist() for name, values in columns.items()}
+    num_tiers = len(sums.get("gate_mass", []))
+    assert {name: len(values) for name, values in sums.items()} == column_widths(num_experts, num_tiers, False)
+    return layer_health(0, "mlp", num_experts, top_k, sums)
 
 
 def test_utilisation_is_relative_to_the_fair_share():
@@ -51,8 +54,7 @@ def test_gate_mass_is_what_the_router_gives_and_probability_what_softmax_does():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     index = [torch.tensor([[0, 1]]), torch.tensor([[2, 3]])]
     weights = [torch.tensor([[0.6, 0.4]]), torch.tensor([[0.2, 0.1]])]
-    columns = torch.cat([routing_columns(logits, index[0]), tier_columns(logits, weights, index)], dim=1)
-    layer = health(columns, 4, 2, num_tiers=2)
+    layer = health(routing_columns(logits, index[0]) | tier_columns(logits, weights, index), 4, 2)
     assert layer.gate_mass == pytest.approx([1, 0.3])
     assert layer.tier_probability == pytest.approx([0.75, 0.25])
     assert layer.drift_overlap is None
@@ -61,10 +63,11 @@ def test_gate_mass_is_what_the_router_gives_and_probability_what_softmax_does():
 def test_drift_by_hand():
     """Base (3/4, 1/4), adapted (1/4, 3/4): KL = 3/4 ln 3 − 1/4 ln 3 = ½ ln 3. Experts {0, 1} became {1, 2}: a half."""
     base, adapted = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    overlap, kl = drift_columns(adapted, torch.tensor([[1, 2]]), base, torch.tensor([[0, 1]]))[0].tolist()
-    assert overlap == pytest.approx(0.5)
-    assert kl == pytest.approx(0.5 * math.log(3))
+    columns = drift_columns(adapted, torch.tensor([[1, 2]]), base, torch.tensor([[0, 1]]))
+    assert columns["drift_overlap"].item() == pytest.approx(0.5)
+    assert columns["drift_kl"].item() == pytest.approx(0.5 * math.log(3))
 
 
 def test_a_layer_without_tokens_has_no_health():
-    assert layer_health(0, "mlp", 2, 1, 0, False, [0.0] * 7) is None
+    sums = {name: [0.0] * width for name, width in column_widths(2, 0, False).items()}
+    assert layer_health(0, "mlp", 2, 1, sums) is None

@@ -1,21 +1,14 @@
 import pytest
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
-from ordmoe_peft.moe_model import find_moe_layers
-from ordmoe_peft.tiers.plan import TierPlan, layers_in_scope, make_plan
+from ordmoe_peft.moe_model import MoEModel
+from ordmoe_peft.tiers.plan import RandomDraw, TierPlan, TierSettings, layers_in_scope, make_plan
 from tests import models
 
 
-def plan(tier, **changes):
-    settings = {
-        "num_tiers": 3,
-        "grouping": "uniform",
-        "layer_scope": "all",
-        "seed": 0,
-        "step": 0,
-        "num_samples": None,
-    }
-    return make_plan(find_moe_layers(models.qwen3_moe()), tier, **(settings | changes))
+def plan(tier, draw=None, **changes):
+    settings = TierSettings(**({"num_tiers": 3} | changes))
+    return make_plan(MoEModel.of(models.qwen3_moe()).layers, tier, settings, RandomDraw(**(draw or {})))
 
 
 def test_layer_scopes():
@@ -41,6 +34,9 @@ def test_layer_scopes():
         ({"tier": [[[1]]]}, r"shape \(1, 1, 1\)"),
         ({"tier": 1, "num_tiers": "3"}, "num_tiers must be a whole number, got '3'"),
         ({"tier": 1, "seed": 0.5}, "seed must be a whole number, got 0.5"),
+        ({"tier": 1, "tier_weights": "even"}, "tier_weights must be one of"),
+        ({"tier": 1, "draw": {"step": 0.5}}, "step must be a whole number, got 0.5"),
+        ({"tier": 1, "draw": {"num_samples": 0}}, "num_samples must be at least 1, got 0"),
         ({"tier": 1, "layer_scope": 1.5}, "layer_scope must be one of .* or a list of .* got 1.5"),
         ({"tier": 1, "layer_scope": ["0"]}, r"got \['0'\]"),
         ({"tier": 1, "layer_scope": []}, "names no MoE layer, but the model has 3"),

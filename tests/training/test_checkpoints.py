@@ -1,5 +1,6 @@
-"""Checkpoints are there whole or not at all."""
+"""What can be resumed from is complete."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ from ordmoe_peft.training.checkpoints import (
     discard,
     discard_oldest,
     last_checkpoint,
-    move_to_place,
-    unfinished_folder,
 )
+from ordmoe_peft.training.run_record import RunFolder
 from tests import text
 from tests.distributed.runs import tiny_trainer
 
@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path, step: int, whole: bool = True) -> Path:
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_model.safetensors").touch()
     if whole:
-        (checkpoint / STATE_NAME).touch()
+        (checkpoint / STATE_NAME).write_text("{}")
     return checkpoint
 
 
@@ -44,39 +44,37 @@ def names(folder: Path) -> set[str]:
 
 
 class TestFolders:
-    def test_a_checkpoint_gets_its_name_when_it_is_moved(self, tmp_path):
-        write_checkpoint(unfinished_folder(tmp_path), 4)
-        assert last_checkpoint(tmp_path) is None
-        move_to_place(tmp_path, "checkpoint-4")
-        move_to_place(tmp_path, "checkpoint-4")  # another machine that shares the folder
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    @pytest.mark.parametrize("state", [None, "", '{"global_step": 4, "log_hist', "4"])
+    def test_a_checkpoint_whose_state_cannot_be_read_is_none(self, tmp_path, state):
+        write_checkpoint(tmp_path, 2)
+        half = write_checkpoint(tmp_path, 4, whole=False)
+        if state is not None:
+            (half / STATE_NAME).write_text(state)
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
-    def test_a_deletion_that_is_cut_off_leaves_no_part_under_the_name(self, tmp_path, monkeypatch):
+    def test_a_deletion_that_is_cut_off_leaves_nothing_to_load(self, tmp_path, monkeypatch):
+        """Or fails, as where an upload still reads a file, on disks that keep open ones."""
         checkpoint = write_checkpoint(tmp_path, 4)
-        removed = []
 
         def cut_off(folder, **kwargs):
-            removed.append(folder)
-            if Path(folder).exists():
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
         monkeypatch.setattr(checkpoints.shutil, "rmtree", cut_off)
         with pytest.raises(KeyboardInterrupt):
             discard(checkpoint)
-        assert names(tmp_path) == {"_unfinished"}
+        assert names(checkpoint) == {"adapter_model.safetensors"}
+        assert last_checkpoint(tmp_path) is None
         monkeypatch.undo()
-        discard(write_checkpoint(tmp_path, 6))  # what was left is in nobody's way
+        discard(checkpoint)
+        discard(checkpoint)  # another machine that shares the folder
         assert names(tmp_path) == set()
 
-    def test_a_deletion_that_fails_is_in_nobodys_way(self, tmp_path, monkeypatch):
-        """As where an upload still reads a file, on disks that keep open ones."""
-        monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda folder, **kwargs: None)
-        for step in (2, 2, 4):
-            discard(write_checkpoint(tmp_path, step))
-        assert names(tmp_path) == {"_unfinished"}
-        monkeypatch.undo()
-        discard(write_checkpoint(tmp_path, 6))
-        assert names(tmp_path) == set()
+    def test_what_is_left_of_a_deletion_goes_first(self, tmp_path):
+        """Its folder changed last."""
+        for step, changed in ((2, 900), (4, 40), (6, 60), (8, 80)):
+            os.utime(write_checkpoint(tmp_path, step, whole=step != 2), (0, changed))
+        discard_oldest(tmp_path, 2, None)
+        assert names(tmp_path) == {"checkpoint-6", "checkpoint-8"}
 
     def test_the_best_is_known_under_any_spelling(self, tmp_path, monkeypatch):
         for step in (2, 4, 6):
@@ -135,27 +133,27 @@ class TestResuming:
 class TestTrainer:
     SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
-    def test_a_save_that_fails_leaves_nothing_of_itself_and_is_resumed_from_the_one_before(self, tmp_path, monkeypatch):
+    def test_a_save_that_fails_is_passed_over(self, tmp_path, monkeypatch):
         trainer = tiny_trainer(tmp_path, **self.SETTINGS)
         save = trainer._save_rng_state
 
         def full(folder):
             save(folder)
             if trainer.state.global_step == 4:
-                assert names(unfinished_folder(tmp_path)) == {"checkpoint-4"}
+                assert "adapter_model.safetensors" in names(tmp_path / "checkpoint-4")
                 raise OSError("No space left on device")
 
         monkeypatch.setattr(trainer, "_save_rng_state", full)
         with pytest.raises(OSError, match="No space left"):
             trainer.train()
-        assert {"checkpoint-2", "checkpoint-4", "_unfinished"} & names(tmp_path) == {"checkpoint-2"}
-        write_checkpoint(unfinished_folder(tmp_path), 4, whole=False)  # as a process that is killed would leave it
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert [path.name for path in RunFolder(tmp_path).results] == ["checkpoint-2"]
+        (tmp_path / "checkpoint-4" / "rng_state_7.pth").touch()  # of a run with more processes
 
         resumed = tiny_trainer(tmp_path, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
         assert {"checkpoint-2", "checkpoint-4", "checkpoint-6"} <= names(tmp_path)
-        assert "_unfinished" not in names(tmp_path)
-        assert names(tmp_path / "checkpoint-6") >= FILES
+        assert names(tmp_path / "checkpoint-4") == names(tmp_path / "checkpoint-6") >= FILES
         whole = tiny_trainer(tmp_path / "whole", **self.SETTINGS)
         whole.train()
         losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)]
@@ -198,17 +196,19 @@ class TestTrainer:
         again.train(resume_from_checkpoint="auto")
         assert {name for name in names(tmp_path / "second") if "checkpoint" in name} == {"checkpoint-2"}
 
-    def test_uploads_begin_when_the_checkpoint_is_in_its_place(self, tmp_path, monkeypatch):
-        pushed = []
-        trainer = tiny_trainer(tmp_path, **self.SETTINGS | {"max_steps": 2})
+    def test_the_oldest_are_deleted_when_the_newest_is_complete(self, tmp_path, monkeypatch):
+        """With its state first, and the limit as it was."""
+        seen = []
+
+        def look(folder, **kwargs):
+            seen.append((Path(folder).name, last_checkpoint(tmp_path)))
+            assert STATE_NAME not in names(Path(folder))
+            rmtree(folder, **kwargs)
+
+        rmtree = checkpoints.shutil.rmtree
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **kw: Path(path).exists() and look(path, **kw))
+        trainer = tiny_trainer(tmp_path, save_total_limit=1, **self.SETTINGS)
         trainer.train()
-        trainer.args.push_to_hub = True
-        monkeypatch.setattr(
-            type(trainer).__mro__[2],
-            "_push_from_checkpoint",
-            lambda self, folder: pushed.append((folder, names(Path(folder)))),
-        )
-        trainer._save_checkpoint(trainer.model, None)
-        ((folder, files),) = pushed
-        assert folder == str(tmp_path / "checkpoint-2")
-        assert STATE_NAME in files
+        steps = ((2, 4), (4, 6))
+        assert seen == [(f"checkpoint-{old}", str(tmp_path / f"checkpoint-{new}")) for old, new in steps]
+        assert trainer.args.save_total_limit == 1

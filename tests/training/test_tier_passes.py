@@ -6,6 +6,7 @@ import torch
 from ordmoe_peft import tier_routing
 from ordmoe_peft.objectives import preference
 from ordmoe_peft.objectives.advantages import tier_advantages
+from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.tiers.scope import tiers_of_labels
 from ordmoe_peft.training.row_layout.separate import left_padded_prompts
 from tests import models, text
@@ -178,7 +179,8 @@ def test_random_groups_are_drawn_alike_in_writing_and_scoring(tmp_path):
     model.eval()
     with torch.no_grad():
         trainer.compute_loss(model, dict(batch))
-        with tier_routing(model, [3] * len(prompts["input_ids"]), step=7, num_samples=len(prompts["input_ids"])):
+        rows = len(prompts["input_ids"])
+        with tier_routing(model, [3] * rows, draw=RandomDraw(step=7, num_samples=rows)):
             output = model.generate(
                 **prompts, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
             )

@@ -9,10 +9,9 @@ from trl import SFTTrainer
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from ordmoe_peft.moe_model import find_moe_layers
-from ordmoe_peft.monitoring.router_records import recorded_router_outputs
+from ordmoe_peft.monitoring.recording import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
-from ordmoe_peft.training import answers, settings_checks
-from ordmoe_peft.training import arguments as arguments_module
+from ordmoe_peft.tiers.plan import RandomDraw
 from tests import models, reference, text
 
 
@@ -72,12 +71,12 @@ def one_batch(trainer) -> dict[str, torch.Tensor]:
     return next(iter(trainer.get_train_dataloader()))
 
 
-def likelihoods(model, batch, num_tiers, **routing):
+def likelihoods(model, batch, num_tiers, **draw):
     """L̄ of each sample and tier, `(B, C)`, from one pass per tier, and tier 1's token log-probabilities."""
     columns, first = [], None
     labels = batch["labels"][:, 1:]
     for tier in range(1, num_tiers + 1):
-        with tier_routing(model, tier, num_samples=len(labels), **routing):
+        with tier_routing(model, tier, draw=RandomDraw(num_samples=len(labels), **draw)):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         token = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         token = token.masked_fill(labels == -100, 0)
@@ -277,33 +276,6 @@ class TestRefusals:
         with pytest.raises(OrdMoEDataError, match=r"\['kind', 'prompt'\], none of which holds an answer"):
             trainer_for(tmp_path, dataset=dataset)
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"router_aux_loss_coef": 0.01}, "second balance loss"),
-            ({"ntp_coef": 0, "erl_coef": 0, "balance_coef": 0}, "are all 0, which leaves nothing to learn from"),
-            ({"generation_kwargs": "3"}, "generation_kwargs must be a JSON object .* got '3'"),
-            ({"generation_kwargs": "{bad"}, "generation_kwargs must be a JSON object .* got '{bad'"),
-            ({"erl_coef": -1.0}, "erl_coef must not be negative, got -1.0"),
-            ({"objective": "ppo"}, "objective must be one of .*'erl'.*got 'ppo'"),
-            ({"responses": "sampled"}, "responses must be one of .*got 'sampled'"),
-            ({"scored_by": "policy"}, "same response by the same tier C times"),
-            ({"objective_beta": 0.5}, "objective='erl' must have one"),
-            ({"objective": "dpo", "objective_beta": -1.0}, "objective_beta=-1.0 must be positive"),
-            ({"objective": "dpo", "lower_tier_floor": "uniform"}, "bounds objective='erl' alone"),
-            ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
-            ({"lower_tier_floor": "low"}, "'uniform', got 'low'"),
-            ({"lower_tier_floor": "1.5"}, "at most 0, got 1.5"),
-            ({"lower_tier_floor": "nan"}, "at most 0, got nan"),
-            ({"generation_batch_size": 0}, "generation_batch_size must be at least 1, got 0"),
-            ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
-            ({"generation_kwargs": '{"num_return_sequences": 2}'}, "each tier writes one response"),
-        ],
-    )
-    def test_bad_arguments(self, tmp_path, changes, message):
-        with pytest.raises(OrdMoEConfigError, match=message):
-            arguments(tmp_path, **changes)
-
 
 def test_balance_counts_the_experts_that_a_router_with_a_bias_and_groups_chose(tmp_path):
     """DeepSeek-V3 chooses by sigmoid plus bias within groups: other experts than those of the largest probabilities."""
@@ -324,74 +296,6 @@ def test_balance_counts_the_experts_that_a_router_with_a_bias_and_groups_chose(t
     mask = batch["attention_mask"].reshape(-1)
     wanted = torch.stack([reference.balance_loss(output.logits_TE, output.index_TK, mask) for output in outputs]).mean()
     assert trainer._metrics["train"]["balance_loss"][-1] == pytest.approx(wanted.item(), abs=1e-5)
-
-
-class TestWarnings:
-    """Options that change nothing say so."""
-
-    @pytest.fixture
-    def warnings(self, monkeypatch):
-        messages = []
-        for module in (answers, arguments_module, settings_checks):
-            monkeypatch.setattr(module.logger, "warning", messages.append)
-        return messages
-
-    def test_options_of_another_mode(self, tmp_path, warnings):
-        arguments(tmp_path, temperature=0.5, simpo_gamma=1.0)
-        assert "simpo_gamma=1.0: no effect with objective='erl', only with 'simpo'." in warnings
-        assert "temperature=0.5: no effect with responses='reference', only with 'generated'." in warnings
-        warnings.clear()
-        arguments(tmp_path, temperature=0.5, responses="generated", simpo_gamma=1.0, objective="simpo")
-        assert warnings == []
-
-    def test_no_learning_rate(self, tmp_path, warnings):
-        arguments(tmp_path, learning_rate=0.0)
-        assert warnings == ["learning_rate=0: training does not move the weights."]
-
-    def test_further_settings_of_one_tier(self, tmp_path, warnings):
-        trainer_for(tmp_path, adapted(num_tiers=1, grouping="random"), erl_coef=0.5, log_tiers_every=10)
-        assert warnings == [
-            "erl_coef=0.5, grouping='random': no effect with num_tiers=1, which is supervised fine-tuning."
-        ]
-
-    @pytest.mark.parametrize(
-        ("adapter", "training", "message"),
-        [
-            ({}, {"share_prompt": False}, "share_prompt=False: no effect with token_scope='sequence', only with"),
-            ({"tier_weights": "match"}, {}, "tier_weights='match': no effect with routers whose weights sum"),
-            ({"tier_seed": 3}, {}, "tier_seed=3: no effect with grouping='uniform', only with 'random'."),
-            (
-                {"rewards": [1, 0, 0]},
-                {"erl_coef": 0, "lower_tier_floor": "uniform", "responses": "generated", "max_completion_length": 9},
-                "lower_tier_floor='uniform', responses='generated', rewards=[1, 0, 0]: no effect with erl_coef=0.",
-            ),
-            (
-                {},
-                {"erl_coef": 0, "objective": "logistic", "objective_beta": 2.0},
-                "objective='logistic', objective_beta=2",
-            ),
-            (
-                {},
-                {"responses": "generated", "log_tiers_every": 5, "max_completion_length": 9},
-                "log_tiers_every=5: no effect with responses=",
-            ),
-            (
-                {},
-                {"responses": "generated", "temperature": 0, "top_k": 5, "max_completion_length": 9},
-                "top_k=5: no effect with temperature=0",
-            ),
-        ],
-    )
-    def test_settings_that_others_leave_without_effect(self, tmp_path, warnings, adapter, training, message):
-        trainer_for(tmp_path, adapted(**adapter), **training)
-        assert len(warnings) == 1 and warnings[0].startswith(message)
-
-    def test_settings_with_an_effect(self, tmp_path, warnings):
-        """Random groups scaled to match: what a router that does not renormalise gives a random group is less."""
-        settings = {"token_scope": "response", "grouping": "random", "tier_seed": 3, "tier_weights": "match"}
-        model = get_peft_model(models.olmoe(), OrdMoEConfig(r=4, **settings))
-        trainer_for(tmp_path, model, share_prompt=False, erl_coef=0.5, log_tiers_every=5)
-        assert warnings == []
 
 
 def test_plain_text_data_sets_work(tmp_path):

@@ -7,12 +7,12 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...adapter.unserved_blocks import unserved_moe_blocks
 from ...data.generation import evaluation_mode
 from ...data.positions import check_fits
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ...data.texts import check_texts
 from ...errors import OrdMoEConfigError, OrdMoEDataError
+from ...moe_model import MoEModel
 from ...monitoring.health import LayerHealth
 from ...monitoring.router_meter import RouterMeter
 from ...tiers.ranking import GROUPINGS
@@ -90,7 +90,8 @@ def inspect_model(
     tier_weights = adapter_config(model).tier_weights
     reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
     reasons += [
-        f"{name}: its experts are not of transformers' experts interface." for name in unserved_moe_blocks(model)
+        f"{name}: its experts are not of transformers' experts interface."
+        for name in MoEModel.of(model).unserved_blocks
     ]
     return HealthReport(
         model=model.name_or_path,

@@ -18,7 +18,7 @@ from ...data.responses import IGNORED_LABEL
 from ...data.samples import ProcessingClass, sample_batches, scoring_inputs
 from ...errors import OrdMoEModelError
 from ...moe_model import MoELayer, find_moe_layers
-from ...monitoring.router_records import recorded_router_outputs
+from ...monitoring.recording import Call, record, recorded_router_outputs
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import tiers_of_labels
 from .correlation import routing_score
@@ -80,20 +80,14 @@ def recorded_expert_calls(model: nn.Module, token_N: torch.Tensor) -> Iterator[l
     """
     calls: list[ExpertCall] = []
 
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def append(call: Call) -> None:
         # The experts interface fixes both the order and the names of these arguments.
-        names = ("hidden_states", "top_k_index")
-        hidden_states, index = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        hidden_states, index = call.argument(0, "hidden_states"), call.argument(1, "top_k_index")
         kept_N = token_N.to(index.device)
         calls.append(ExpertCall(index, ExpertTokens(hidden_states[kept_N], index[kept_N])))
 
-    experts = [outer_experts(model, layer) for layer in find_moe_layers(model)]
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in experts]
-    try:
+    with record(model, experts=append):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def observe_tier(

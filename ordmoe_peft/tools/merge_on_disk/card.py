@@ -2,6 +2,8 @@
 
 from importlib.metadata import version
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from ...adapter.config import OrdMoEConfig
 from ...merging.delta_retention import RequantizationReport
 from ...quantization.config import MoeBitsAndBytesConfig
@@ -13,8 +15,8 @@ def model_card(
     config: OrdMoEConfig,
     recipe: MoeBitsAndBytesConfig | None,
     report: RequantizationReport | None,
-) -> str:
-    """README.md of `base` with `adapter` merged into it: what it is made of, and how."""
+) -> ModelCard:
+    """The card of `base` with `adapter` merged into it: what it is made of, and how."""
     rounded = "as it is stored"
     if recipe is not None:
         nested = ", with nested quantisation" if recipe.bnb_4bit_use_double_quant else ""
@@ -27,12 +29,9 @@ def model_card(
             "added to each. It loads with `from_pretrained` of transformers after `import ordmoe_peft`."
         )
     packages = ", ".join(f"{name} {version(name)}" for name in ("ordmoe-peft", "transformers", "peft", "torch"))
-    return f"""---
-base_model: {base}
-library_name: transformers
-tags:
-- ordmoe
-- merge
+    data = ModelCardData(base_model=base, library_name="transformers", tags=["ordmoe", "merge"])
+    return ModelCard(f"""---
+{data}
 ---
 
 # {base} with an OrdMoE adapter merged into it
@@ -45,4 +44,4 @@ tags:
 | merged with | {packages} |
 
 {loading}
-"""
+""")

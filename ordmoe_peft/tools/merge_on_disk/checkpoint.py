@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...errors import OrdMoEModelError
@@ -28,22 +28,20 @@ class Checkpoint:
     Args:
         folder (`Path`): the folder.
         files (`dict[str, str]`): the file of each tensor.
-        shapes (`dict[str, torch.Size]`), dtypes (`dict[str, torch.dtype]`): what each tensor is.
+        tensors (`dict[str, torch.Tensor]`): each tensor's shape and dtype, on the meta device.
     """
 
     folder: Path
-    files: dict[str, str]
-    shapes: dict[str, torch.Size]
-    dtypes: dict[str, torch.dtype]
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors by name. They are pages of their files, mapped for as long as the tensors live."""
-        with ExitStack() as stack:
-            opened = {
-                file: stack.enter_context(safe_open(self.folder / file, framework="pt"))
-                for file in dict.fromkeys(self.files[name] for name in names)
-            }
-            return {name: opened[self.files[name]].get_tensor(name) for name in names}
+        tensors: dict[str, torch.Tensor] = {}
+        for file in {self.files[name] for name in names}:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names if self.files[name] == file}
+        return tensors
 
 
 def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -79,38 +77,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} lacks {missing[0]}: merging on disk reads safetensors, in one file or in shards with an index. "
             f"Weights that are there: {there or 'none'}. Load the model with transformers and save it again."
         )
-    checkpoint = Checkpoint(folder, {}, {}, {})
+    checkpoint = Checkpoint(folder)
     for file in files:
         with safe_open(folder / file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                piece = opened.get_slice(name)
+                header = opened.get_slice(name)
+                if header.get_dtype() not in str_to_torch_dtype:
+                    raise OrdMoEModelError(
+                        f"{name} is of dtype {header.get_dtype()}, which merging does not know: dequantise the base "
+                        "first."
+                    )
+                dtype = str_to_torch_dtype[header.get_dtype()]
                 checkpoint.files[name] = file
-                checkpoint.shapes[name] = torch.Size(piece.get_shape())
-                checkpoint.dtypes[name] = _dtype(piece.get_dtype(), name)
+                checkpoint.tensors[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
     return checkpoint
-
-
-def _dtype(code: str, name: str) -> torch.dtype:
-    if code not in _DTYPES:
-        raise OrdMoEModelError(f"{name} is of dtype {code}, which merging does not know: dequantise the base first.")
-    return _DTYPES[code]
-
-
-# The dtypes of a header. Others have no arithmetic and belong to other quantisers.
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 class ShardWriter:
@@ -124,9 +104,9 @@ class ShardWriter:
     def __init__(self, folder: Path, max_shard_size: int):
         self.folder = folder
         self.max_shard_size = max_shard_size
-        self.shard: dict[str, torch.Tensor] = {}
-        self.shards: list[list[str]] = []
         self.total_size = self.shard_size = 0
+        self.shards: list[list[str]] = []
+        self.shard: dict[str, torch.Tensor] = {}
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put tensors into one shard, this or, where they do not fit, the next."""
@@ -140,11 +120,11 @@ class ShardWriter:
     def close(self) -> None:
         """Write the last shard, and the index where there are several."""
         self._write()
-        weight_map = {}
+        stem, ending = SAFE_WEIGHTS_NAME.split(".")
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards, start=1):
-            file = SAFE_WEIGHTS_NAME
-            if len(self.shards) > 1:
-                file = file.replace(".safetensors", f"-{number:05d}-of-{len(self.shards):05d}.safetensors")
+            of_several = f"-{number:05d}-of-{len(self.shards):05d}" if len(self.shards) > 1 else ""
+            file = f"{stem}{of_several}.{ending}"
             (self.folder / f"{number}.part").rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
         if len(self.shards) > 1:

@@ -2,8 +2,8 @@
 
 The adapter is attached to a model without weights. Then, stack by stack, the tensors of the checkpoint become the
 parameter that they make, PEFT's layers merge into it, and it goes back to the names and layout that it was read under.
-What the adapter does not touch is copied as it is, even tensors that transformers does not know. A base that we saved
-in 4 bits becomes dense, all of it, under the names of the model's parameters.
+Tensors that the adapter does not change are copied, even those that transformers does not know. A base that this
+package saved in 4 bits becomes dense as a whole, under the names of the model's parameters.
 
 By default the deltas are added to the weights as they are stored. An adapter that was trained on a base in 4 bits saw
 other weights; `quantization_config` rounds the base through the recipe that it was trained with first, so that the
@@ -13,10 +13,8 @@ merged model computes what was trained. `requantize` packs the merged weights ag
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -30,13 +28,12 @@ from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...files import whole_folder
 from ...merging.delta_retention import RequantizationReport
 from ...quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
-from .checkpoint import ShardWriter, checkpoint_folder, files_beside, open_checkpoint
-from .parameter_sources import PackedSource, Source, check_source, find_sources
-from .requantization import Packing
-from .tensor_merge import TensorMerge
-from .units import plan_work
-from .weightless_model import Host, empty_model
+from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
+from .parameter_sources import find_sources
+from .units import UnitMerger, plan_units
+from .weightless_model import WeightlessModel, meta_model
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +45,7 @@ class MergeSummary:
 
     Args:
         base (`str`): the base.
-        merged (`int`): parameters that the adapter changed.
-        rounded (`int`): parameters that were rounded through the 4-bit recipe.
+        merged (`int`), rounded (`int`): parameters that the adapter changed, that were rounded to 4 bits first.
         copied (`int`): tensors that were copied.
         shards (`int`), num_bytes (`int`): what was written.
         report ([`RequantizationReport`], *optional*): with `requantize`, what that left of each delta.
@@ -64,29 +60,13 @@ class MergeSummary:
     report: RequantizationReport | None
 
 
-def merge_checkpoint(
-    adapter: str | Path,
-    output: str | Path,
-    base: str | Path | None = None,
-    revision: str | None = None,
-    quantization_config: MoeBitsAndBytesConfig | None = None,
-    requantize: bool = False,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
-    trust_remote_code: bool = False,
-    progressbar: bool = False,
-) -> MergeSummary:
-    """Write the base with the adapter merged into it to `output`, which `from_pretrained` loads.
-
-    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
-    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
-    for NaN and infinity. The base is only read, and `output` appears when it is complete.
+@dataclass(frozen=True)
+class MergeOptions:
+    """How [`merge_checkpoint`] merges.
 
     Args:
-        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
-        output (`str` or `Path`): folder to write to; must not exist, or be empty.
-        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by us; the one that
-            the adapter names, by default.
+        base (`str` or `Path`, *optional*): folder or hub id of the base, dense or saved in 4 bits by this package; the
+            one that the adapter names, by default.
         revision (`str`, *optional*): branch, tag or commit of the base on the hub.
         quantization_config ([`MoeBitsAndBytesConfig`], *optional*): round the base's weights through this recipe before
             the deltas are added, as loading with it would; the output is dense unless `requantize` is set. The weights
@@ -98,82 +78,115 @@ def merge_checkpoint(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
         trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
         progressbar (`bool`, defaults to `False`): show one bar for the tensors.
+    """
+
+    base: str | Path | None = None
+    revision: str | None = None
+    quantization_config: MoeBitsAndBytesConfig | None = None
+    requantize: bool = False
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str = "5GB"
+    trust_remote_code: bool = False
+    progressbar: bool = False
+
+
+def merge_checkpoint(adapter: str | Path, output: str | Path, options: MergeOptions | None = None) -> MergeSummary:
+    """Write the base with the adapter merged into it to `output`, which `from_pretrained` loads.
+
+    Memory holds one shard of the output and one fused stack at a time, in the dtype that is written, beside pages of
+    the files that are read. Deltas of experts are added an expert at a time, in float32; all merged weights are checked
+    for NaN and infinity. The base is only read, and `output` appears when it is complete.
+
+    Args:
+        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
+        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        options ([`MergeOptions`], *optional*): into which base, and how.
 
     Raises:
         [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, `output` is taken, or `requantize` has no recipe.
         [`OrdMoEModelError`]: the base is another one than the adapter's, is quantised by others, or is
             stored in a form that cannot be written back; or a merged weight is not finite.
     """
-    output = Path(output)
+    output, options = Path(output), options or MergeOptions()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
-    shard_size = _shard_size(max_shard_size)
-    adapter_config = _adapter_config(adapter)
-    base = base or adapter_config.base_model_name_or_path
+    shard_size = _shard_size(options.max_shard_size)
+    config = _adapter_config(adapter)
+    base = options.base or config.base_model_name_or_path
     if not base:
         raise OrdMoEConfigError(f"{adapter} does not name its base: give `base` (`--model_name_or_path`).")
-    checkpoint = open_checkpoint(checkpoint_folder(base, revision))
-    recipe = stored_recipe(checkpoint.folder)
-    if recipe is not None and quantization_config is not None:
+    checkpoint = open_checkpoint(checkpoint_folder(base, options.revision))
+    stored = stored_recipe(checkpoint.folder)
+    _check_recipes(str(adapter), config, str(base), stored, options)
+    merger = _prepared(checkpoint, adapter, stored, options)
+    with whole_folder(output) as unfinished:
+        writer = ShardWriter(unfinished, shard_size)
+        for unit in tqdm(merger.units, disable=not options.progressbar, desc="Merging"):
+            writer.add(merger.merged(unit))
+        writer.close()
+        quantizer = merger.quantizer if options.requantize else None
+        _copy_files_beside(checkpoint.folder, unfinished, options.dtype, quantizer)
+        card = model_card(str(base), str(adapter), config, options.quantization_config, merger.report)
+        card.save(unfinished / "README.md")
+    return MergeSummary(
+        base=str(base),
+        merged=len(merger.model.adapted),
+        rounded=len(merger.rounded),
+        copied=sum(len(unit.names) for unit in merger.units if not unit.sources),
+        shards=len(writer.shards),
+        num_bytes=writer.total_size,
+        report=merger.report,
+    )
+
+
+def _prepared(
+    checkpoint: Checkpoint, adapter: str | Path, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
+) -> UnitMerger:
+    """All that is settled from names and shapes alone, before the first weight is read."""
+    model = WeightlessModel(meta_model(checkpoint.folder, options.trust_remote_code), adapter)
+    skeleton = meta_model(checkpoint.folder, options.trust_remote_code)
+    recipe, quantizer = stored or options.quantization_config, None
+    if recipe is not None:
+        quantizer = MoeBnb4BitHfQuantizer(recipe, pre_quantized=stored is not None)
+        quantizer.preprocess_model(model=skeleton, device_map=None)
+    in_4_bits = set() if quantizer is None else set(quantizer.packed_names(skeleton))
+    sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
+    # A model in 4 bits is stored under its own names; a dense base that becomes one changes the names of all tensors.
+    renamed = set() if stored or not options.requantize else set(sources)
+    unpacked = set() if options.requantize else in_4_bits
+    return UnitMerger(
+        checkpoint,
+        model,
+        plan_units(checkpoint, model, sources, renamed | unpacked),
+        quantizer,
+        rounded=set() if stored else in_4_bits,
+        stored_packed={name for source in sources.values() if source.is_packed for name in source.names},
+        dtype=options.dtype,
+        report=RequantizationReport() if options.requantize else None,
+    )
+
+
+def _check_recipes(
+    adapter: str, config: OrdMoEConfig, base: str, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
+) -> None:
+    """See that at most one recipe is there, and one where it is needed; warn where training had one that is not."""
+    if stored is not None and options.quantization_config is not None:
         raise OrdMoEConfigError(
             f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
         )
-    if requantize and recipe is None and quantization_config is None:
+    if stored is not None or options.quantization_config is not None:
+        return
+    if options.requantize:
         raise OrdMoEConfigError(
             f"requantize needs the recipe: {base} is stored dense, so give `quantization_config` (`load_in_4bit`)."
         )
-    if adapter_config.base_quantization is not None and recipe is None and quantization_config is None:
+    if config.base_quantization is not None:
+        kinds = (config.base_quantization.get(name) for name in ("quant_method", "bnb_4bit_quant_type"))
+        in_short = ", ".join(str(kind) for kind in kinds if kind is not None)
         logger.warning(
-            f"{adapter} was trained on its base quantised by {_in_short(adapter_config.base_quantization)}, and is now "
-            "merged into the weights as they are stored. Give the recipe (`load_in_4bit` and its fields) to merge into "
-            "what training saw."
+            f"{adapter} was trained on its base quantised by {in_short}, and is now merged into the weights as they "
+            "are stored. Give the recipe (`load_in_4bit` and its fields) to merge into what training saw."
         )
-    host = Host(empty_model(checkpoint.folder, trust_remote_code), adapter)
-    skeleton = empty_model(checkpoint.folder, trust_remote_code)
-    sources = find_sources(skeleton, checkpoint.files, recipe)
-    parameters = {name: source for source in sources for name in check_source(source, checkpoint.shapes)}
-    packing = None
-    if quantization_config is not None:
-        packing = Packing(empty_model(checkpoint.folder, trust_remote_code), quantization_config)
-    works = plan_work(checkpoint, host, parameters, _also_changed(sources, parameters, packing, requantize))
-    report = RequantizationReport() if requantize else None
-    merge = TensorMerge(
-        checkpoint,
-        host,
-        packing,
-        dtype,
-        packed={name for source in sources if isinstance(source, PackedSource) for name in source.names},
-        packed_dtype=dtype or skeleton.config.dtype or torch.bfloat16,
-        report=report,
-    )
-
-    with whole_folder(output) as unfinished, tqdm(works, disable=not progressbar, desc="Merging") as bar:
-        writer = ShardWriter(unfinished, shard_size)
-        for work in bar:
-            writer.add(merge.finished(work))
-        writer.close()
-        stored_as = (packing.config if packing else recipe) if requantize else None
-        _copy_files_beside(checkpoint.folder, unfinished, dtype, stored_as)
-        card = model_card(str(base), str(adapter), adapter_config, quantization_config, report)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-    return MergeSummary(
-        base=str(base),
-        merged=sum(len(work.layers) for work in works),
-        rounded=len(packing.names) if packing else 0,
-        copied=sum(len(work.names) for work in works if not work.sources),
-        shards=len(writer.shards),
-        num_bytes=writer.total_size,
-        report=report,
-    )
-
-
-def _also_changed(
-    sources: list[Source], parameters: Iterable[str], packing: Packing | None, requantize: bool
-) -> set[str]:
-    """The parameters that do not stay as they are stored, beside those that the adapter changes."""
-    if requantize:
-        return set() if packing is None else set(parameters)  # which take the model's own names
-    return packing.names if packing else {source.target for source in sources if isinstance(source, PackedSource)}
 
 
 def _shard_size(size: int | str) -> int:
@@ -181,11 +194,6 @@ def _shard_size(size: int | str) -> int:
         return convert_file_size_to_int(size)
     except ValueError as error:
         raise OrdMoEConfigError(f"max_shard_size={size!r} is not a size: give bytes, or such as '5GB'.") from error
-
-
-def _in_short(recipe: dict[str, Any]) -> str:
-    kinds = (recipe.get("quant_method"), recipe.get("bnb_4bit_quant_type"))
-    return ", ".join(str(kind) for kind in kinds if kind is not None)
 
 
 def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
@@ -221,25 +229,20 @@ def stored_recipe(folder: Path) -> MoeBitsAndBytesConfig | None:
 
 
 def _copy_files_beside(
-    folder: Path, output: Path, dtype: torch.dtype | None, stored_as: MoeBitsAndBytesConfig | None
+    folder: Path, output: Path, dtype: torch.dtype | None, quantizer: MoeBnb4BitHfQuantizer | None
 ) -> None:
-    """Copy all but weights; the configuration says what the merged model is: a dense one, or `stored_as`."""
+    """Copy all but weights; the configuration says that the merged model is dense, or packed by `quantizer`."""
     for path in files_beside(folder):
         shutil.copyfile(path, output / path.name)
-    config = json.loads((output / CONFIG_NAME).read_text())
-    changed = {name: value for name, value in config.items() if name != "quantization_config"}
-    if dtype is not None:
-        changed = _with_dtype(changed, str(dtype).removeprefix("torch."))
-    if stored_as is not None:
-        changed["quantization_config"] = stored_as.to_dict()
-    if changed != config:
-        (output / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
 
+    def with_dtype(part: dict) -> dict:
+        return part | dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, str(dtype).removeprefix("torch."))
 
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """A configuration, and those inside it, with another dtype."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: dtype if key in ("dtype", "torch_dtype") else _with_dtype(value, dtype) for key, value in config.items()
-    }
+    text = (output / CONFIG_NAME).read_text()
+    # The hook sees the configurations inside this one, too.
+    config = json.loads(text, object_hook=None if dtype is None else with_dtype)
+    config.pop("quantization_config", None)
+    if quantizer is not None:
+        config["quantization_config"] = quantizer.quantization_config.to_dict()
+    if config != json.loads(text):
+        (output / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")

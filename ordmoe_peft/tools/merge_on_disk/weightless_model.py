@@ -1,87 +1,76 @@
-"""A model without weights: what an adapter is attached to on disk, and what conversions ask for shapes."""
+"""A model without weights, which an adapter is attached to and whose shapes conversions ask for."""
 
 from pathlib import Path
 
 import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ...merging.in_memory import PackedWeight
+from ...merging.in_memory import BaseWeight, lora_layers
+from ...moe_model import without_wrappers
 from ...quantization.storage import is_packed
 
 
-def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in `folder`, of the class that its checkpoint names, with parameters that take no memory.
-
-    They and the buffers are zeros on the CPU rather than nothing on `meta`: PEFT would send the adapter's factors there
-    after them, and attaching an adapter tries each router out.
-    """
+def meta_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in `folder`, of the class that its checkpoint names, on the meta device."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is not None:
-            model = architecture(config)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, _weightless(parameter))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, _weightless(buffer).data)
-    return model
+            return architecture(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _weightless(parameter: torch.Tensor) -> nn.Parameter:
-    """One number in the shape of many."""
-    return nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+class WeightlessModel:
+    """A model without weights with an adapter on it, which is given the weights to merge into one by one.
 
-
-class Host:
-    """A model without weights that an adapter is attached to, and that takes the weights to merge into one by one.
+    Its weights are zeros on the CPU that take no memory, rather than on the meta device: PEFT would put the adapter's
+    factors there, too, and attaching an adapter runs each router.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): the model.
+        model ([`~transformers.PreTrainedModel`]): the model, on the meta device; changed in place.
         adapter (`str` or `Path`): folder or hub id of the adapter.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: str | Path):
-        names = {id(module): name for name, module in model.named_modules()}
-        # Before PEFT wraps them: modules stay the same, their names do not.
-        self.owners = {
-            f"{names[id(module)]}.{attribute}": (module, attribute)
-            for module in model.modules()
-            for attribute, _ in module.named_parameters(recurse=False)
-        }
+        self.model = model
+        for module in model.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                setattr(module, name, _weightless(tensor))
         # The factors stay pages of the adapter's file where they are in float32.
         PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-        self.adapted: list[tuple[LoraLayer, list[str]]] = []
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                owner = layer.get_base_layer()
-                is_one = isinstance(layer, ParamWrapper)
-                attributes = [layer.parameter_name] if is_one else [name for name, _ in owner.named_parameters()]
-                self.adapted.append((layer, [f"{names[id(owner)]}.{attribute}" for attribute in attributes]))
+        layers = lora_layers(model)
+        self.weights: dict[str, BaseWeight] = {}
+        for wrapped_name in model.state_dict():
+            owner_name, _, attribute = wrapped_name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            layer = layers.get((owner, attribute))
+            adapters = [] if layer is None else list(layer.lora_A)
+            self.weights[without_wrappers(wrapped_name)] = BaseWeight([wrapped_name], owner, attribute, layer, adapters)
+
+    @property
+    def adapted(self) -> list[BaseWeight]:
+        """The weights that the adapter changes."""
+        return [weight for weight in self.weights.values() if weight.layer is not None]
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """Make `value` the parameter `name`."""
-        owner, attribute = self.owners[name]
-        setattr(owner, attribute, value if is_packed(value) else nn.Parameter(value, requires_grad=False))
+        """Make `value` the parameter or buffer `name`."""
+        weight = self.weights[name]
+        is_buffer = not isinstance(weight.value, nn.Parameter)
+        parameter = value if is_buffer or is_packed(value) else nn.Parameter(value, requires_grad=False)
+        setattr(weight.owner, weight.attribute, parameter)
 
     def take(self, name: str) -> torch.Tensor:
-        """The parameter `name`, which has no content afterwards."""
-        owner, attribute = self.owners[name]
-        value = getattr(owner, attribute)
-        setattr(owner, attribute, _weightless(value))
+        """The parameter or buffer `name`, which has no content afterwards."""
+        weight = self.weights[name]
+        value = weight.value
+        setattr(weight.owner, weight.attribute, _weightless(value))
         return value if is_packed(value) else value.data
 
-    def packed_weight(self, name: str) -> PackedWeight | None:
-        """The packed weight that was put in the place of the parameter `name`, if it is one."""
-        owner, attribute = self.owners[name]
-        if not is_packed(getattr(owner, attribute)):
-            return None
-        layer = next((layer for layer, names in self.adapted if name in names), None)
-        return PackedWeight(name, owner, attribute, layer, [] if layer is None else list(layer.lora_A))
+
+def _weightless(tensor: torch.Tensor) -> torch.Tensor:
+    """One number in the shape of many."""
+    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(zeros, requires_grad=False) if isinstance(tensor, nn.Parameter) else zeros

@@ -24,7 +24,7 @@ class SeparateRows:
     inputs: dict[str, Any]
     tiers: torch.Tensor
     num_samples: int
-    places: None = None
+    positions: None = None
 
     @property
     def first_mask(self) -> torch.Tensor:

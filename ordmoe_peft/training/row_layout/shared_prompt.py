@@ -35,7 +35,7 @@ class SharedPromptRows:
         inputs (`dict`): the model's inputs, with `position_ids`, and with `shift_labels`, the token that each position
             predicts, in place of labels. A mask is still to be added, see [`branch_mask`].
         tiers (`torch.Tensor` of shape `(N, S)`): the tier of each position.
-        places (`torch.Tensor` of shape `(N, S)`): its column in the row that it is from; −1 for padding.
+        positions (`torch.Tensor` of shape `(N, S)`): its column in the row that it is from; −1 for padding.
         segments_NS (`torch.Tensor` of shape `(N, S)`): −1 for padding, 0 for the shared prompt, g for the g-th tier.
         columns_NS (`torch.Tensor` of shape `(N, S)`): the column it would have in the first tier's row.
         index_GNW (`torch.Tensor` of shape `(G, N, W)`): for each position of each tier's separate rows but the last,
@@ -45,7 +45,7 @@ class SharedPromptRows:
 
     inputs: dict[str, Any]
     tiers: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     segments_NS: torch.Tensor
     columns_NS: torch.Tensor
     index_GNW: torch.Tensor
@@ -113,7 +113,7 @@ def shared_prompt_rows(
     return SharedPromptRows(
         inputs,
         tiers=join(tiers_of_rows, 1),
-        places=join(columns, 0).masked_fill(segments_NS == PADDING, -1),
+        positions=join(columns, 0).masked_fill(segments_NS == PADDING, -1),
         segments_NS=segments_NS,
         columns_NS=columns_NS,
         index_GNW=join.columns_of_separate_rows(max(labels_NS.shape[1] for labels_NS in labels) - 1),

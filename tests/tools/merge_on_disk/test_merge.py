@@ -17,7 +17,7 @@ from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.adapter.export import export_plain_lora
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.tools.merge_on_disk.checkpoint import open_checkpoint
-from ordmoe_peft.tools.merge_on_disk.merge import merge_checkpoint
+from ordmoe_peft.tools.merge_on_disk.merge import MergeOptions, merge_checkpoint
 from tests import models, text
 
 
@@ -65,6 +65,10 @@ def error_of(capsys, *arguments) -> str:
     return captured.err
 
 
+def layout(checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+
+
 def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -78,7 +82,7 @@ def test_the_merged_model_computes_what_the_adapter_does(family, tmp_path):
     assert contents(tmp_path / "base") == before
 
     there, here = open_checkpoint(tmp_path / "base"), open_checkpoint(output)
-    assert (there.shapes, there.dtypes) == (here.shapes, here.dtypes)
+    assert layout(here) == layout(there)
     assert len(set(here.files.values())) > len(set(there.files.values())) > 1
     loaded, report = type(tuned.get_base_model()).from_pretrained(output, output_loading_info=True)
     assert not any(report.values())
@@ -167,7 +171,7 @@ def test_a_base_that_is_stored_in_4_bits(build, tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["dense", "in 4 bits"])
-@pytest.mark.parametrize("build", [models.qwen3_moe, models.gpt_oss, models.qwen3_vl_moe])
+@pytest.mark.parametrize("build", [models.qwen3_moe, models.gpt_oss, models.qwen3_vl_moe, models.deepseek_v3])
 def test_requantising_gives_what_merging_in_memory_and_saving_does(build, stored, tmp_path, capsys):
     dense, batch = build(), models.image_batch() if build is models.qwen3_vl_moe else models.text_batch()
     dense.save_pretrained(tmp_path / "base")
@@ -189,7 +193,7 @@ def test_requantising_gives_what_merging_in_memory_and_saving_does(build, stored
         in_memory = tuned.merge_and_unload(requantize=True)
     in_memory.save_pretrained(tmp_path / "wanted")
     there, here = open_checkpoint(tmp_path / "wanted"), open_checkpoint(output)
-    assert (here.shapes, here.dtypes) == (there.shapes, there.dtypes)
+    assert layout(here) == layout(there)
     assert len(set(here.files.values())) > 1
     for name in there.files:
         wanted, got = there.read([name])[name], here.read([name])[name]
@@ -212,9 +216,9 @@ def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path):
     there, here = open_checkpoint(tmp_path / "base"), open_checkpoint(output)
     experts = [name for name in there.files if "experts" in name]
     for name, tensor in here.read(experts).items():
-        assert tensor.dtype == there.dtypes[name]
+        assert tensor.dtype == there.tensors[name].dtype
         assert torch.equal(tensor.view(-1).view(torch.uint8), there.read([name])[name].view(-1).view(torch.uint8))
-    assert here.dtypes["lm_head.weight"] == torch.bfloat16
+    assert here.tensors["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_requantising_that_loses_the_deltas_warns(tmp_path, capsys):
@@ -260,7 +264,7 @@ def test_what_the_adapter_leaves_alone_is_copied_to_the_byte(tmp_path):
 def test_dtype_is_what_is_written(tmp_path):
     tuned, batch = saved(models.qwen3_vl_moe(), tmp_path), models.image_batch()
     output = merged(tmp_path, "--dtype", "bfloat16")
-    assert set(open_checkpoint(output).dtypes.values()) == {torch.bfloat16}
+    assert {tensor.dtype for tensor in open_checkpoint(output).tensors.values()} == {torch.bfloat16}
     config = json.loads((output / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     loaded = type(tuned.get_base_model()).from_pretrained(output)
@@ -303,8 +307,6 @@ class TestRefusals:
     def test_what_is_no_ordmoe_adapter(self, folder, capsys):
         output = ("--output", folder / "merged")
         assert "not a saved adapter" in error_of(capsys, folder / "base", *output)
-        assert "No --adapter" in error_of(capsys, *output)
-        assert "No --output" in error_of(capsys, folder / "adapter")
         export_plain_lora(folder / "adapter", folder / "other")
         assert "holds a PeftType.LORA adapter" in error_of(capsys, folder / "other", *output)
 
@@ -398,7 +400,7 @@ def test_from_python_with_the_fused_form_on_disk(tmp_path):
     fused.mkdir()
     save_file(models.qwen3_moe().state_dict(), fused / "model.safetensors")
     tuned.get_base_model().config.save_pretrained(fused)
-    summary = merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", base=fused)
+    summary = merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", MergeOptions(base=fused))
     assert (summary.merged, summary.rounded, summary.shards) == (7 * models.NUM_LAYERS, 0, 1)
     loaded = type(tuned.get_base_model()).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(loaded, batch), logits(tuned, batch), rtol=1e-4, atol=1e-5)

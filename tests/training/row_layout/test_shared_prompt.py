@@ -12,6 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.data.generation import with_responses
 from ordmoe_peft.objectives.expert_rank import mean_log_likelihood
+from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.training.row_groups import row_groups
 from ordmoe_peft.training.row_layout.prompt_sharing import PromptSharing
 from ordmoe_peft.training.row_layout.separate import left_padded_prompts
@@ -83,7 +84,7 @@ def results(
 ):
     """What a step has of its one pass: the loss, TRL's outputs, what is scored, and all gradients."""
     groups = row_groups(batch, tiers or range(1, num_tiers + 1), generated, scored_by)
-    forward = TierForward(model, model, models.PAD, sharing, step=3, needs_balance=needs_balance)
+    forward = TierForward(model, model, models.PAD, sharing, draw=RandomDraw(step=3), needs_balance=needs_balance)
     (tier_pass,) = forward.passes(groups, num_tiers, **settings)
     outputs, scores = tier_pass.run(), tier_pass.scores
     ranked = mean_log_likelihood(scores.log_probs_CBS, scores.mask_CBS) * torch.linspace(1, -1, num_tiers)[:, None]
@@ -134,7 +135,7 @@ def test_layout():
     assert shared.inputs["position_ids"][0].tolist() == [100, 101, 102, 103, 104, 102, 103]
     assert shared.inputs["position_ids"][1, :5].tolist() == [100, 101, 102, 100, 101]
     assert shared.tiers.tolist() == [[1, 1, 1, 1, 1, 3, 3], [1, 1, 1, 3, 3, 1, 1]]
-    assert shared.places.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, -1, -1]]
+    assert shared.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, -1, -1]]
     assert shared.segments_NS.tolist() == [[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, -1, -1]]
     assert shared.index_GNW.tolist() == [[[0, 1, 2, 3], [0, 1, 2, -1]], [[-1, -1, 5, 6], [3, 4, -1, -1]]]
     assert shared.inputs.keys() == {"input_ids", "shift_labels", "position_ids", "pixel_values"}

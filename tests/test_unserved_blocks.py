@@ -4,8 +4,8 @@ from peft import get_peft_model
 from torch import nn
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, coverage_report, quantize_experts_, tier_routing
-from ordmoe_peft.adapter.unserved_blocks import unserved_moe_blocks
 from ordmoe_peft.errors import OrdMoEModelError
+from ordmoe_peft.moe_model import MoEModel
 from tests import models
 from tests.quantization import families
 
@@ -83,7 +83,7 @@ NAMES = ["model.layers.1.mlp", "model.layers.2.mlp"]
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_are_found_by_what_they_hold(block):
     model = half_covered(block)
-    assert unserved_moe_blocks(model) == NAMES
+    assert MoEModel.of(model).unserved_blocks == NAMES
     config = OrdMoEConfig(targets=["attention"], layer_scope=[0])
     tuned = get_peft_model(model, config)
     assert coverage_report(tuned).unserved == [f"base_model.model.{name}" for name in NAMES]
@@ -94,13 +94,13 @@ def test_blocks_are_found_by_what_they_hold(block):
     "build",
     [
         *models.FAMILIES.values(),
-        *(models.gpt_oss, models.openai_privacy_filter, models.nemotron_h, models.qwen2_moe, models.qwen3_dense),
+        *(models.gpt_oss, models.openai_privacy_filter, models.nemotron_h, models.qwen2_moe),
         *(families.afmoe, families.gemma4, families.hunyuan_v1_moe),
         lambda: models.deepseek_v3(first_k_dense_replace=1),
     ],
 )
 def test_models_of_transformers_have_none(build):
-    assert unserved_moe_blocks(build()) == []
+    assert MoEModel.of(build()).unserved_blocks == []
 
 
 def test_lists_that_are_no_experts():
@@ -110,7 +110,7 @@ def test_lists_that_are_no_experts():
     convolution = nn.Module()  # a kernel of one is a stack of columns
     convolution.first, convolution.second = nn.Conv1d(H, H, 1), nn.Linear(H, H)
     model.model.layers[1].mlp, model.model.layers[2].mlp = heads, convolution
-    assert unserved_moe_blocks(model) == []
+    assert MoEModel.of(model).unserved_blocks == []
 
 
 @pytest.mark.parametrize("targets", [["router"], ["experts"], ["experts", "attention"]])

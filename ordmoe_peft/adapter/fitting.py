@@ -1,0 +1,102 @@
+"""Whether a configuration fits a model: all that is checked before an adapter changes anything."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..moe_model import MoEModel, without_wrappers
+from ..quantization.other_quantizers import check_expert_storage
+from ..tiers.plan import make_plan
+from ..tiers.routing import check_router, check_weights, settings_of
+from .config import OrdMoEConfig
+from .lora_fields import check_modules_to_save, check_whole_model, resolve_patterns
+from .offloading import check_offloading
+from .targets import Target, base_moe, resolve_targets
+
+
+def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
+    """See that `config` fits `model`. Returns what its roles stand for.
+
+    Raises:
+        [`OrdMoEModelError`], [`OrdMoEConfigError`]: it does not.
+    """
+    check_whole_model(config, model)
+    check_expert_storage(model)
+    moe = MoEModel.of(model)
+    check_base(config, model)
+    if config.num_tiers > 1:
+        moe.check_scope_is_served(config.layer_scope)
+    make_plan(moe.layers, 1, settings_of(config))
+    targets = check_targets(config, model)
+    check_offloading(model, targets)
+    check_modules_to_save(config, model, [layer.block_name for layer in moe.layers])
+    if config.tier_weights == "match":
+        for layer in moe.layers:
+            check_router(layer)
+            check_weights(layer)
+    return targets
+
+
+def check_base(config: OrdMoEConfig, model: nn.Module) -> None:
+    """See that the base has the sizes that `config` recorded, if it did.
+
+    Raises:
+        [`OrdMoEModelError`]: the adapter was made for a base of other sizes.
+    """
+    sizes = base_moe(model)
+    if config.base_moe is not None and config.base_moe != sizes:
+        differences = ", ".join(
+            f"{name} {config.base_moe.get(name)} (this model: {size})"
+            for name, size in sizes.items()
+            if config.base_moe.get(name) != size
+        )
+        raise OrdMoEModelError(
+            f"The adapter was made for another base, {config.base_model_name_or_path!r}, with {differences}. Load it "
+            "on that base."
+        )
+
+
+def check_targets(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
+    """The modules and the parameters that the roles in `config.targets` stand for.
+
+    Raises:
+        [`OrdMoEModelError`]: a role matches nothing or only part of the layers.
+        [`OrdMoEConfigError`]: names were given that the roles do not stand for.
+    """
+    targets = resolve_targets(model, config.targets)
+    for field, given, is_parameter in (
+        ("target_modules", config.target_modules, False),
+        ("target_parameters", config.target_parameters, True),
+    ):
+        resolved = {target.name for target in targets if target.is_parameter == is_parameter}
+        if given and set(given) != resolved and _names_meant(model, given) != resolved:
+            raise OrdMoEConfigError(
+                f"{field}={sorted(given) if not isinstance(given, str) else given!r} is not what targets="
+                f"{config.targets} stands for in {type(model).__name__}. Set `targets` alone and leave {field} unset."
+            )
+    return targets
+
+
+def fill_in_targets(config: OrdMoEConfig, targets: list[Target]) -> None:
+    """Write explicit names into `config`. They are saved with the adapter, so that plain PEFT can load it.
+
+    Raises:
+        [`OrdMoEConfigError`]: a pattern of `config` stands for none of `targets`.
+    """
+    config.target_modules = {target.name for target in targets if not target.is_parameter}
+    config.target_parameters = sorted(target.name for target in targets if target.is_parameter)
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, resolve_patterns(field, getattr(config, field) or {}, targets))
+
+
+def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:
+    """The modules whose names end so.
+
+    PEFT shortens 20 and more names to endings that no other module shares (`_find_minimal_target_modules`,
+    `peft/tuners/tuners_utils.py`), and saves these.
+    """
+    if isinstance(endings, str):
+        return set()  # a regular expression
+    names = [without_wrappers(name) for name, _ in model.named_modules()]
+    return {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)}

@@ -1,0 +1,101 @@
+"""A saved adapter whose weights do not fit leaves the model, and what is loaded already, as they were."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from tests import models
+from tests.adapter.test_attachment import EVERYTHING, State
+
+
+def cut(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_a_tensor(folder):
+    state = load_file(folder / "adapter_model.safetensors")
+    del state[min(state)]
+    save_file(state, folder / "adapter_model.safetensors")
+
+
+def with_a_tensor_more(folder):
+    state = load_file(folder / "adapter_model.safetensors")
+    save_file(state | {"base_model.model.model.layers.7.mlp.gate.lora_A.weight": torch.ones(1)}, folder / FILE)
+
+
+def with_another_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+
+
+FILE = "adapter_model.safetensors"
+DAMAGE = [
+    (lambda folder: (folder / FILE).unlink(), OrdMoEConfigError, "no adapter_model.safetensors"),
+    (cut, OrdMoEConfigError, "adapter_model.safetensors cannot be read"),
+    (without_a_tensor, OrdMoEModelError, "adapter_model.safetensors .*it has no base_model.*lora_A.weight. Load"),
+    (with_a_tensor_more, OrdMoEModelError, r"layers.7.mlp.gate.lora_A.weight, which the model does not"),
+    (with_another_rank, OrdMoEModelError, r"lora_A.weight of shape \(4, 64\), where the model needs \(5, 64\).*more"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE)
+def test_an_adapter_whose_file_does_not_fit(damage, error, message, tmp_path):
+    saved = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, targets=EVERYTHING))
+    saved.save_pretrained(tmp_path / "whole")
+    saved.save_pretrained(tmp_path / "broken")
+    damage(tmp_path / "broken")
+    model = models.qwen3_moe()
+    before = State(model)
+    with pytest.raises(error, match=message):
+        PeftModel.from_pretrained(model, tmp_path / "broken")
+    before.check()
+
+    tuned = PeftModel.from_pretrained(model, tmp_path / "whole")
+    names = dict(tuned.named_parameters()).keys()
+    with pytest.raises(error, match=message):
+        tuned.load_adapter(tmp_path / "broken", "second")
+    assert list(tuned.peft_config) == ["default"]
+    assert dict(tuned.named_parameters()).keys() == names
+    tuned.load_adapter(tmp_path / "whole", "second")
+
+
+def test_weights_that_do_not_fit_a_trained_adapter_leave_it(tmp_path):
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=5)).save_pretrained(tmp_path)
+    tuned = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    models.randomize_adapter(tuned)
+    before = deepcopy(dict(tuned.state_dict()))
+    with pytest.raises(OrdMoEModelError, match="does not fit"):
+        tuned.load_adapter(tmp_path, "default")
+    assert all(torch.equal(value, before[name]) for name, value in tuned.state_dict().items())
+
+
+def test_a_saved_adapters_configuration_may_begin_a_new_one(tmp_path):
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(tmp_path)
+    (tmp_path / FILE).unlink()
+    config = OrdMoEConfig.from_pretrained(tmp_path)
+    config.base_moe = None
+    assert get_peft_model(models.qwen3_moe(), config).peft_config["default"].r == 4
+
+
+def test_an_adapter_in_the_cache_of_the_hub_is_looked_at(tmp_path, monkeypatch):
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    without_a_tensor(tmp_path / "adapter")
+    snapshot = tmp_path / "cache" / "models--someone--adapter" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "adapter").rename(snapshot)
+    refs = tmp_path / "cache" / "models--someone--adapter" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = models.qwen3_moe()
+    before = State(model)
+    with pytest.raises(OrdMoEModelError, match="has no base_model"):
+        PeftModel.from_pretrained(model, "someone/adapter", cache_dir=tmp_path / "cache")
+    before.check()

@@ -1,0 +1,46 @@
+"""What `ordmoe merge` reads and prints; what it writes is tested in `tests/tools/merge_on_disk`."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.cli.main import main
+from ordmoe_peft.cli.merge import build_parser
+from tests import models
+
+
+def test_options_and_their_defaults():
+    (options,) = build_parser().parse_args_and_config(["--adapter", "a", "--output", "b"])
+    assert options.written_dtype() is None
+    assert options.quantization_config() is None
+    assert (options.max_shard_size, options.requantize, options.model_name_or_path) == ("5GB", False, "")
+    (options,) = build_parser().parse_args_and_config(["--dtype", "float16", "--load_in_4bit", "--adapter", "a"])
+    assert options.written_dtype() is torch.float16
+    assert options.quantization_config().bnb_4bit_quant_type == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "x"], "No --adapter: give `ordmoe merge ADAPTER --output DIR`"),
+        (["my-adapter"], "No --output"),
+        (["my-adapter", "--output", "x", "--dtype", "int8"], "dtype must be auto, bfloat16"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(arguments, message, capsys):
+    assert main(["merge", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_adapter_comes_first_and_a_table_says_what_was_done(tmp_path, capsys):
+    base = models.qwen3_moe()
+    base.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(type(base).from_pretrained(tmp_path / "base"), OrdMoEConfig())
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'adapter'} merged into {tmp_path / 'base'}" in printed
+    assert f"│ {3 * models.NUM_LAYERS} " in printed
+    assert f"Merged model in {tmp_path / 'merged'}" in printed
+    assert "Warning" not in printed
