@@ -49,7 +49,7 @@ WHOLE_STORIES = {
     "quantization/test_loading.py",
     "quantization/test_tied_stacks.py",
     "training/test_images.py",
-    "training/test_stream.py",
+    "training/test_sequential_passes.py",
 }
 # Tested where their promises are: contracts with upstream, and every error where it is raised.
 TESTED_ELSEWHERE = {"_compat", "training._compat", "errors"}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import discard, discard_oldest, is_same
 
@@ -57,3 +57,8 @@ class WholeCheckpoints(Trainer):
                 if not is_same(checkpoint, best):
                     discard(checkpoint)
         return super()._finalize_training(trial, *args)
+
+
+def logged_metrics(trainer: SFTTrainer, mode: str) -> dict[str, list[float]]:
+    """What the trainer logs next of a mode, `"train"` or `"eval"`: lists that it averages and empties."""
+    return trainer._metrics[mode]

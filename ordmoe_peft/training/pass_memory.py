@@ -70,7 +70,7 @@ class _ProcessMeter:
     """This process's resident memory, by Linux's proc(5)."""
 
     def free(self) -> int:
-        return min(_proc_bytes("meminfo", "MemAvailable"), _free_in_container())
+        return int(min(_proc_bytes("meminfo", "MemAvailable"), _free_in_container()))
 
     def restart(self) -> int:
         Path("/proc/self/clear_refs").write_text("5")

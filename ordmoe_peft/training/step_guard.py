@@ -1,7 +1,7 @@
 """Steps that must not move the weights: what is not finite in them, or nothing to learn from."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import reduce
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..errors import OrdMoERuntimeError
 from .checkpoints import last_checkpoint
-from .tier_passes import TierScores
+from .tier_scores import TierScores
 
 
 logger = logging.get_logger(__name__)
@@ -24,6 +24,19 @@ DROPPED = {
     "empty_steps": "without a response to learn from",
     "overflowed_steps": "whose gradient overflowed in fp16",
 }
+
+
+@dataclass
+class StepSoFar:
+    """The step that runs, on this process: its rows with a response and micro-batches without, how many values each
+    metric had before, and of the passes so far the loss and what was not finite.
+    """
+
+    rows: int = 0
+    empty_batches: int = 0
+    metrics_before: dict[str, int] = field(default_factory=dict)
+    loss: torch.Tensor | float = 0.0
+    found: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -69,42 +82,32 @@ class StepGuard(TrainerCallback):
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
         self.max_nonfinite_steps, self.metrics = max_nonfinite_steps, metrics
-        self.found: list[str] = []
-        self.rows, self.local_empty_batches = 0, 0
+        self.step = StepSoFar()
         self.counts: dict[str, int] = {}
         self.is_dropped, self.last_found = False, ""
-        self.step_loss: torch.Tensor | float = 0.0
-        self.lengths_before: dict[str, int] = {}
         self.since_log, self.since_begin = MeanLoss(), MeanLoss()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.found, self.since_log, self.since_begin = [], MeanLoss(), MeanLoss()
+        self.step, self.since_log, self.since_begin = StepSoFar(), MeanLoss(), MeanLoss()
         self.counts = state.stateful_callbacks.setdefault(STATE_NAME, {})
         for name in (*LOGGED_COUNTS, *DROPPED, "in_a_row"):
             self.counts.setdefault(name, 0)
 
-    def expect(self, rows_of_batches: Iterable[int]) -> None:
-        """Take the number of rows with a response in each micro-batch of the step to come, on this process."""
-        rows_of_batches = list(rows_of_batches)
-        self.rows, self.local_empty_batches = sum(rows_of_batches), rows_of_batches.count(0)
-        self.step_loss, self.lengths_before = 0.0, {name: len(values) for name, values in self.metrics.items()}
-
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Take a micro-batch's part of the step's loss."""
-        self.step_loss = self.step_loss + loss.detach()
+    def begin_step(self, rows_of_batches: list[int]) -> None:
+        """Begin a step, given the rows with a response in each of its micro-batches, on this process."""
+        metrics_before = {name: len(values) for name, values in self.metrics.items()}
+        self.step = StepSoFar(sum(rows_of_batches), rows_of_batches.count(0), metrics_before)
 
     @torch.no_grad()
     def check_pass(
         self, tiers: list[int], scores: TierScores | None, loss: torch.Tensor, gradients: Iterable[torch.Tensor]
     ) -> None:
-        """Note what is not finite after a pass and its backward.
+        """Add a pass over `tiers` to its step, after its backward, and note what is not finite.
 
-        Args:
-            tiers (`list[int]`): the tiers that the pass ran.
-            scores ([`TierScores`], *optional*): what is known of the batch's tiers by now.
-            loss (`torch.Tensor`, scalar): the pass's.
-            gradients (iterable of `torch.Tensor`): accumulated gradients; none where a scaler looks after them.
+        `scores` are what is known of the batch by now. No `gradients` are given where a scaler looks after them.
         """
+        step = self.step
+        step.loss = step.loss + loss
         by_tier = {} if scores is None else _values_by_name(scores)
         names = " and ".join(map(str, tiers))
         overall = {
@@ -114,34 +117,34 @@ class StepGuard(TrainerCallback):
         values = by_tier | overall
         finite = torch.stack([value.isfinite().all().to(loss.device) for value in values.values()]).tolist()
         bad = [name for name, is_finite in zip(values, finite, strict=True) if not is_finite]
-        named = [name for name in bad if name in by_tier and name not in self.found]
-        # A pass's loss and gradient say no more than the likelihoods in it, or than a pass before.
-        self.found += named or ([] if self.found else bad[:1])
+        named = [name for name in bad if name in by_tier and name not in step.found]
+        # Report loss or gradient only if no likelihood is already named as the cause.
+        step.found += named or ([] if step.found else bad[:1])
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        counts = torch.tensor([bool(self.found), self.rows, self.local_empty_batches], device=args.device)
+        step, self.step = self.step, StepSoFar()
+        counts = torch.tensor([bool(step.found), step.rows, step.empty_batches], device=args.device)
         is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
-        found, self.found = self.found, []
         self.counts["empty_batches"] += empty_batches
         self.counts["in_a_row"] = self.counts["in_a_row"] + 1 if is_bad else 0
         self.counts["nonfinite_steps"] += bool(is_bad)
         self.counts["empty_steps"] += not (is_bad or rows)
         self.is_dropped = bool(is_bad or not rows)
         for mean in (self.since_log, self.since_begin):
-            mean.add(self.step_loss, self.is_dropped)
+            mean.add(step.loss, self.is_dropped)
         if self.is_dropped:
             optimizer.zero_grad()
-            self._forget_metrics()
+            self._forget_metrics(step.metrics_before)
         self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
         if self.num_dropped == state.global_step + 1 >= self.max_nonfinite_steps and not is_bad:
             raise self._nothing_learnt(state.global_step + 1)
         if is_bad:
-            self.last_found = ", ".join(found)
-            self._report(state.global_step + 1, ", ".join(found) or "something on another process", args.output_dir)
+            self.last_found = ", ".join(step.found)
+            self._report(state.global_step + 1, self.last_found or "something on another process", args.output_dir)
 
-    def _forget_metrics(self) -> None:
+    def _forget_metrics(self, before: dict[str, int]) -> None:
         for name, values in list(self.metrics.items()):
-            del values[self.lengths_before.get(name, 0) :]
+            del values[before.get(name, 0) :]
             if not values:
                 del self.metrics[name]
 
@@ -169,11 +172,7 @@ class StepGuard(TrainerCallback):
             self.since_log = MeanLoss()
 
     def check_run(self, num_steps: int, trained: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See that a run has left an adapter to keep.
-
-        Args:
-            num_steps (`int`): its steps.
-            trained (iterable of names and tensors): the weights that it trained.
+        """See that a run of so many steps has left an adapter to keep, with the weights that it `trained`.
 
         Raises:
             [`OrdMoERuntimeError`]: it took no step, most did not move the weights, or these are not finite.
@@ -216,10 +215,9 @@ class StepGuard(TrainerCallback):
 
 
 def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:
-    values = {f"log-likelihood under tier {tier}": scores.log_probs_CBS[tier - 1] for tier in scores.tiers}
-    if scores.reference_CBS is not None:
-        names = {tier: f"log-likelihood under tier {tier} of the frozen base" for tier in scores.tiers}
-        values |= {name: scores.reference_CBS[tier - 1] for tier, name in names.items()}
+    values = {f"log-likelihood under tier {tier}": scores.by_tier[tier][0] for tier in scores.tiers}
+    for tier in scores.tiers if scores.reference else ():
+        values[f"log-likelihood under tier {tier} of the frozen base"] = scores.reference[tier][0]
     return values | {"supervised loss": scores.ntp_loss}
 
 

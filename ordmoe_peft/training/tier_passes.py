@@ -1,15 +1,19 @@
-"""The tier passes of a batch: its rows, once for each tier that is needed, in one forward or tier by tier.
+"""The tier passes of a micro-batch, as values: which rows run on which tier, in which order, and what they score.
 
 With reference responses a tier's rows are the batch itself; with generated ones they are the batch's prompts, each with
-what that tier wrote. The first rows are always the batch itself on tier 1, which supervised fine-tuning learns from.
+what that tier generated. The first rows are always the batch itself on tier 1: supervised fine-tuning learns from them.
 
-Tier by tier, only one pass holds a graph at a time: a caller takes the gradient of the first and drops the graph, then
-of each that [`TierPasses.run_pass`] runs. Passes without gradient come before, so that they are not on top of a graph.
+    C = 3, evenly spaced rewards        batched                 sequential, one graph at a time
+    reference responses                 pass 0: tiers 1, 3      pass 0: tier 1      pass 1: tier 3
+    generated responses                 pass 0: batch, 1, 3     pass 0: batch       pass 1: tier 1     pass 2: tier 3
+
+What needs no gradient (the frozen base, tiers that are only logged, precomputed scores) runs before pass 0, so that it
+is not on top of a graph.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -17,298 +21,203 @@ from torch import nn
 
 from ..data.responses import IGNORED_LABEL
 from ..monitoring.recording import recorded_router_outputs
-from ..router_output import RouterOutput
 from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
-from ..tiers.scope import tiers_of_labels
+from .losses import mean_balance_loss
 from .random_state import RandomState
+from .row_groups import RowGroup
 from .row_layout.prompt_sharing import PromptSharing
-from .row_layout.separate import stack_rows
-from .row_layout.shared_prompt import PackedRows
+from .row_layout.separate import SeparateRows, separate_rows, stack_rows
+from .row_layout.shared_prompt import SharedPromptRows
 from .score_labels import score_labelled
+from .tier_scores import Scored, TierScores
 
 
-# The place of the batch's own rows where tiers have responses of their own.
-UNRANKED = 0
-
-# Tier → log-probabilities and labels of its rows, each (B, S).
-Scored = dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass
-class TierScores:
-    """What the tier passes say of a batch; tiers that were not run have zeros.
+@dataclass(frozen=True)
+class ForwardScores:
+    """What one forward says of groups of rows, as if each group had a forward of its own.
 
     Args:
-        log_probs_CBS (`torch.Tensor` of shape `(C, B, S)`): log-probability of each label of each tier's response, 0
-            where there is none.
-        labels_CBS (`torch.Tensor` of shape `(C, B, S)`): those labels; `-100` where there is none.
-        reference_CBS (`torch.Tensor` of shape `(C, B, S)`, *optional*): the frozen base's log-probabilities.
-        ntp_loss (`torch.Tensor`, scalar): mean negative log-probability per token of the batch's own responses, tier 1.
-        tiers (`list[int]`): the tiers that were run, from 1.
-        attention_mask_BS (`torch.Tensor` of shape `(B, S')`): the batch's own, over all S' inputs of its rows.
-        routing (`list` of [`~ordmoe_peft.router_output.RouterOutput`]): tier 1's over the batch (T = B·S'), per MoE
-            layer.
+        first_group ([`~transformers.utils.ModelOutput`]): the per-token outputs of the first group's rows.
+        scored (`dict`): log-probabilities and labels of each group's tier.
+        balance_loss (`torch.Tensor`, scalar): of the first group's rows; 0 where it was not asked for.
     """
 
-    log_probs_CBS: torch.Tensor
-    labels_CBS: torch.Tensor
-    reference_CBS: torch.Tensor | None
-    ntp_loss: torch.Tensor
-    tiers: list[int]
-    attention_mask_BS: torch.Tensor
-    routing: list[RouterOutput]
-
-    @property
-    def mask_CBS(self) -> torch.Tensor:
-        """Where there is a label."""
-        return self.labels_CBS != IGNORED_LABEL
-
-
-@dataclass
-class RowGroup:
-    """A batch of rows for a tier: whose response they hold, and which tier routes them."""
-
-    tier: int
-    routed_by: int
-    inputs: dict[str, Any]
-
-
-@dataclass
-class Forward:
-    """What a forward over several groups of rows says of them, as if each row had been one of its own.
-
-    Args:
-        outputs ([`~transformers.utils.ModelOutput`]): per-token fields, one group's rows after another's.
-        scored (`dict`): (log-probabilities, labels) of each group's tier, `(B, S)` each.
-        attention_mask_BS (`torch.Tensor` of shape `(B, S')`): of the first group's rows.
-        first_group (`Callable`): from values of all tokens, as router logits, to those of the first group's.
-    """
-
-    outputs: Any
+    first_group: Any
     scored: Scored
-    attention_mask_BS: torch.Tensor
-    first_group: Callable[[torch.Tensor], torch.Tensor]
+    balance_loss: torch.Tensor
 
 
-class TierPasses:
-    """Stands in for the model in `SFTTrainer.compute_loss`: runs the tiers, answers with the batch's own rows.
-
-    So the loss and the metrics of supervised fine-tuning stay TRL's own, of tier 1, from the same forward. What the
-    other rows gave is left in `scores`.
-
-    With `tier_by_tier` a call runs the batch's own rows alone, as pass 0, and [`TierPasses.run_pass`] each of the
-    others; `scores` then has a graph for the pass that was run last, numbers for those before, and zeros
-    for those to come, or with `looks_ahead` numbers for these too.
+@dataclass(frozen=True)
+class TierForward:
+    """Forwards over groups of rows, each row held to its group's tier.
 
     Args:
-        model (`Callable`): the model as the trainer wraps it.
-        moe_model (`nn.Module`): the model whose routers are held to tiers.
-        num_tiers (`int`): C.
-        active (sequence of `int`): tiers that the objective has a gradient for.
+        model (`Callable`): the model with TRL's fused head, as the trainer wraps it.
+        moe_model (`nn.Module`): the same without wrapping, whose routers are held to tiers.
         pad_token_id (`int`): fills rows that are shorter than others.
-        watched (sequence of `int`): further tiers, run without gradient on reference responses, to log them.
-        written (list of `dict`, *optional*): for each active tier the batch's prompts with what it wrote, as rows; by
-            default all tiers score the batch's own responses.
-        scored_by (`str`): `"tier"`, each generated response under the tier that wrote it, or `"policy"`, under tier 1.
-        needs_reference (`bool`): whether the frozen base scores the rows as well.
-        records_routing (`bool`): whether tier 1's routing is needed.
-        sharing (`PromptSharing`, *optional*): computes prompts once for all tiers of a forward; without it each tier
+        sharing ([`PromptSharing`], *optional*): computes prompts once for all tiers of a forward; without it each tier
             has rows of its own.
-        step (`int`), first_sample (`int`): what `random` grouping draws from, see [`~ordmoe_peft.tier_routing`].
-        tier_by_tier (`bool`): whether each tier has a forward of its own.
-        looks_ahead (`bool`): whether the tiers that are to come are first run without gradient, which costs a forward
-            of each; with the same dropout as in their pass.
+        draw ([`~ordmoe_peft.tiers.plan.RandomDraw`]): the micro-batch's own, of `random` grouping.
+        needs_balance (`bool`): whether the balance loss of a micro-batch's own rows is needed.
     """
 
-    def __init__(
+    model: Callable
+    moe_model: nn.Module
+    pad_token_id: int
+    sharing: PromptSharing | None = None
+    draw: RandomDraw = field(default_factory=RandomDraw)
+    needs_balance: bool = False
+
+    def passes(
         self,
-        model: Callable,
-        moe_model: nn.Module,
-        *,
+        groups: list[RowGroup],
         num_tiers: int,
-        active: Sequence[int],
-        pad_token_id: int,
-        watched: Sequence[int] = (),
-        written: Sequence[dict[str, Any]] | None = None,
-        scored_by: str = "tier",
+        *,
+        logged_tiers: Sequence[int] = (),
         needs_reference: bool = False,
-        records_routing: bool = False,
-        sharing: PromptSharing | None = None,
-        step: int = 0,
-        first_sample: int = 0,
-        tier_by_tier: bool = False,
-        looks_ahead: bool = False,
-    ):
-        self.model, self.moe_model = model, moe_model
-        self.num_tiers, self.active, self.watched = num_tiers, list(active), list(watched)
-        self.written, self.scored_by, self.pad_token_id = written, scored_by, pad_token_id
-        self.needs_reference, self.records_routing = needs_reference, records_routing
-        self.draw = {"step": step, "first_sample": first_sample}
-        self.sharing = sharing
-        self.tier_by_tier, self.looks_ahead = tier_by_tier, looks_ahead
-        self.scores: TierScores | None = None
-        self._groups: list[RowGroup] = []
-        self._scored: Scored = {}
-        self._draws: dict[int, RandomState] = {}
+        is_sequential: bool = False,
+        precompute_scores: bool = False,
+    ) -> list["TierPass"]:
+        """The passes of a micro-batch, after all that is run without gradient.
 
-    def tiers_of_pass(self, place: int) -> list[int]:
-        """The tiers that hold in a pass, from the first one, 0."""
-        groups = self._groups[place : place + 1] if self.tier_by_tier else self._groups
-        return sorted({group.routed_by for group in groups})
-
-    def __call__(self, **inputs: Any) -> Any:
-        if not inputs.get("fused_lm_head"):
-            return self.model(**inputs)
-        batch_size = len(inputs["labels"])
-        self._groups = self._row_groups(inputs)
-        if self.sharing is not None and self.sharing.awaits_verdict and not self.tier_by_tier:
-            self._judge_sharing(self._groups)
+        Args:
+            groups (`list` of [`RowGroup`]): its rows, see [`row_groups`].
+            num_tiers (`int`): C.
+            logged_tiers (sequence of `int`): further tiers, run on reference responses to log them.
+            needs_reference (`bool`): whether the frozen base scores the rows as well.
+            is_sequential (`bool`): whether each group has a pass of its own.
+            precompute_scores (`bool`): whether the groups of later passes are first run without gradient, with the same
+                dropout as in their pass, so that pass 0 knows the scores of all.
+        """
+        if self.sharing is not None and self.sharing.awaits_verdict and not is_sequential:
+            self._judge(self.sharing, groups)
+        by_pass = [[group] for group in groups] if is_sequential else [groups]
+        states: list[RandomState | None] = [None] * len(by_pass)
         with torch.no_grad():
-            reference = self._run_reference() if self.needs_reference else None
-            self._scored = self._run_all([RowGroup(tier, tier, inputs) for tier in self.watched])
-            if self.tier_by_tier and self.looks_ahead:
-                self._look_ahead()
-        together = self._groups[:1] if self.tier_by_tier else self._groups
-        with recorded_router_outputs(self.moe_model, enabled=self.records_routing) as routing:
-            forward = self._run(together)
-        self._scored |= forward.scored
-        outputs = _first_rows(forward.outputs, batch_size)
-        self.scores = TierScores(
-            log_probs_CBS=self._stack(self._scored, 0),
-            labels_CBS=self._stack(self._scored, 1),
-            reference_CBS=None if reference is None else self._stack(reference, 0),
-            ntp_loss=-outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1),
-            tiers=self._tiers_run(),
-            attention_mask_BS=forward.attention_mask_BS,
-            routing=[output.of_tokens(forward.first_group) for output in routing],
+            reference: Scored = {}
+            if needs_reference:
+                with self.moe_model.disable_adapter():
+                    reference = self._scored(by_pass)
+            logged = [RowGroup(tier, tier, groups[0].inputs) for tier in logged_tiers]
+            scored = self._scored([[group] for group in logged] if is_sequential else [logged] if logged else [])
+            for index, together in enumerate(by_pass[1:] if precompute_scores else [], start=1):
+                states[index] = RandomState.now(together[0].inputs["input_ids"].device)
+                scored |= self.run(together).scored
+        width = max(group.inputs["labels"].shape[1] for group in groups) - 1
+        known = TierScores(num_tiers, width, scored, reference)
+        return [
+            TierPass(self, index, together, known, is_last=index == len(by_pass) - 1, random_state=state)
+            for index, (together, state) in enumerate(zip(by_pass, states, strict=True))
+        ]
+
+    def run(self, groups: list[RowGroup], needs_balance: bool = False) -> ForwardScores:
+        """One forward over all rows of `groups`."""
+        rows: SeparateRows | SharedPromptRows | None = None
+        if self.sharing is not None and self.sharing.is_judged:
+            rows = self._shared(self.sharing, groups)
+        return self._run(groups, rows or self._separate(groups), needs_balance)
+
+    def _separate(self, groups: list[RowGroup]) -> SeparateRows:
+        tiers = [group.routed_by for group in groups]
+        scope = adapter_config(self.moe_model).token_scope
+        return separate_rows([group.inputs for group in groups], tiers, scope, self.pad_token_id)
+
+    def _shared(self, sharing: PromptSharing, groups: list[RowGroup]) -> SharedPromptRows | None:
+        return sharing.join([group.inputs for group in groups], [group.routed_by for group in groups])
+
+    def _run(
+        self, groups: list[RowGroup], rows: SeparateRows | SharedPromptRows, needs_balance: bool = False
+    ) -> ForwardScores:
+        draw = replace(self.draw, num_samples=rows.num_samples, positions=rows.positions)
+        held = tier_routing(self.moe_model, rows.tiers, draw=draw)
+        with recorded_router_outputs(self.moe_model, enabled=needs_balance) as routing, held:
+            outputs = score_labelled(self.model, self.moe_model.get_base_model().base_model, rows.inputs)
+        outputs = rows.as_separate_rows(outputs)
+        # With a model split over devices the head may be on another one than its inputs.
+        log_probs_NS = outputs.log_probs
+        labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
+        labels_NS = labels["labels"][:, 1:].to(log_probs_NS.device)
+        parts = zip(log_probs_NS.chunk(len(groups)), labels_NS.chunk(len(groups)), strict=True)
+        return ForwardScores(
+            _first_rows(outputs, len(groups[0].inputs["labels"])),
+            {group.tier: part for group, part in zip(groups, parts, strict=True)},
+            mean_balance_loss(
+                [output.of_tokens(rows.first_group) for output in routing], rows.first_mask, like=log_probs_NS
+            ),
         )
-        return outputs
 
-    def run_pass(self, place: int) -> None:
-        """Run pass `place`, from 1, after [`TierPasses.drop_graph`]; `scores` then has its graph."""
-        draw = self._draws.get(place)
-        with nullcontext() if draw is None else draw.replayed():
-            self._scored |= self._run([self._groups[place]]).scored
-        self.scores = replace(
-            self.scores,
-            log_probs_CBS=self._stack(self._scored, 0),
-            labels_CBS=self._stack(self._scored, 1),
-            tiers=self._tiers_run(),
-        )
-
-    def drop_graph(self) -> None:
-        """Keep the numbers alone: backward leaves some of a graph's memory to whom still refers to it."""
-        self._scored = {tier: (values.detach(), labels) for tier, (values, labels) in self._scored.items()}
-        self.scores = replace(
-            self.scores,
-            log_probs_CBS=self.scores.log_probs_CBS.detach(),
-            ntp_loss=self.scores.ntp_loss.detach(),
-            routing=[],
-        )
-
-    def _look_ahead(self) -> None:
-        for place, group in enumerate(self._groups[1:], start=1):
-            self._draws[place] = RandomState.now(group.inputs["input_ids"].device)
-            self._scored |= self._run([group]).scored
-
-    def _run_reference(self) -> Scored:
-        with self.moe_model.disable_adapter():
-            return self._run_all(self._groups)
-
-    def _run_all(self, groups: list[RowGroup]) -> Scored:
-        """The scores of groups that no gradient is taken of; none of none."""
-        batches = [[group] for group in groups] if self.tier_by_tier else [groups] if groups else []
+    def _scored(self, batches: list[list[RowGroup]]) -> Scored:
         scored: Scored = {}
-        for batch in batches:
-            scored |= self._run(batch).scored
+        for groups in batches:
+            scored |= self.run(groups).scored
         return scored
 
-    def _tiers_run(self) -> list[int]:
-        return sorted(tier for tier in self._scored if tier != UNRANKED)
-
-    def _row_groups(self, inputs: dict[str, Any]) -> list[RowGroup]:
-        if self.written is None:
-            return [RowGroup(tier, tier, inputs) for tier in (1, *(tier for tier in self.active if tier != 1))]
-        groups = [RowGroup(UNRANKED, 1, inputs)]
-        flags = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-        for tier, rows in zip(self.active, self.written, strict=True):
-            groups.append(RowGroup(tier, tier if self.scored_by == "tier" else 1, flags | rows))
-        return groups
-
-    def _run(self, groups: list[RowGroup]) -> Forward:
-        packed = None
-        if self.sharing is not None and self.sharing.is_judged:
-            packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
-        return self._run_rows(groups) if packed is None else self._run_packed(groups, packed)
-
-    def _run_rows(self, groups: list[RowGroup]) -> Forward:
-        """One forward, a row for each group and sample."""
-        rows = stack_rows([group.inputs for group in groups], self.pad_token_id)
-        batch_size = len(groups[0].inputs["labels"])
-        tiers = torch.tensor([group.routed_by for group in groups]).repeat_interleave(batch_size)
-        tiers = tiers_of_labels(tiers, rows["labels"], adapter_config(self.moe_model).token_scope)
-        with tier_routing(self.moe_model, tiers, draw=RandomDraw(num_samples=batch_size, **self.draw)):
-            outputs = self._score(rows)
-        return Forward(
-            outputs,
-            _scored(outputs, groups, rows["labels"]),
-            # Padding-free rows have no mask, and no padding.
-            rows.get("attention_mask", torch.ones_like(rows["input_ids"]))[:batch_size],
-            lambda values_TX: values_TX[: len(values_TX) // len(groups)],
-        )
-
-    def _score(self, inputs: dict[str, Any]) -> Any:
-        return score_labelled(self.model, self.moe_model.get_base_model().base_model, inputs)
-
-    def _run_packed(self, groups: list[RowGroup], packed: PackedRows) -> Forward:
-        """One forward, a row for each sample."""
-        with tier_routing(self.moe_model, packed.tiers_NS, draw=RandomDraw(positions=packed.places_NS, **self.draw)):
-            outputs = packed.as_separate_rows(self._score(packed.inputs))
-        labels = stack_rows([{name: group.inputs[name] for name in ("input_ids", "labels")} for group in groups], 0)
-        mask_BS = groups[0].inputs["attention_mask"]
-        return Forward(outputs, _scored(outputs, groups, labels["labels"]), mask_BS, packed.first_tier)
-
-    def _judge_sharing(self, groups: list[RowGroup]) -> None:
+    def _judge(self, sharing: PromptSharing, groups: list[RowGroup]) -> None:
         """Run the batch with shared prompts and without, once, so that no model learns from what is not the same."""
         groups = [replace(group, routed_by=1) for group in groups]
-        packed = self.sharing.pack([group.inputs for group in groups], [group.routed_by for group in groups])
-        if not self.sharing.can_judge(packed, groups[0].inputs["input_ids"].device):
+        shared = self._shared(sharing, groups)
+        can_judge = sharing.can_judge(shared is not None, groups[0].inputs["input_ids"].device)
+        if shared is None or not can_judge:
             return
         was_training = self.moe_model.training
         self.moe_model.eval()
         with torch.no_grad():
-            both = [self._run_packed(groups, packed).outputs, self._run_rows(groups).outputs]
+            both = [self._run(groups, rows).scored for rows in (shared, self._separate(groups))]
         self.moe_model.train(was_training)
         # The first rows are the same in both; what is in question is the branches.
-        branches = slice(len(groups[0].inputs["labels"]), None)
-        self.sharing.judge(*(rows.log_probs[branches] for rows in both), both[1].label_mask[branches])
-
-    def _stack(self, scored: Scored, part: int) -> torch.Tensor:
-        width = max(group.inputs["labels"].shape[1] for group in self._groups) - 1
-        filler = (0, IGNORED_LABEL)[part]
-        example = next(iter(scored.values()))[part]
-        absent = example.new_full((len(example), width), filler)
-        parts = {tier: both[part] for tier, both in scored.items()}
-        return torch.stack([_widened(parts.get(tier, absent), width, filler) for tier in range(1, self.num_tiers + 1)])
+        branches = [group.tier for group in groups[1:]]
+        shared_log_probs, log_probs = (torch.cat([scored[tier][0] for tier in branches]) for scored in both)
+        labels = torch.cat([both[1][tier][1] for tier in branches])
+        sharing.judge(shared_log_probs, log_probs, labels != IGNORED_LABEL)
 
 
-def _widened(values_BS: torch.Tensor, width: int, filler: int) -> torch.Tensor:
-    return torch.nn.functional.pad(values_BS, (0, width - values_BS.shape[1]), value=filler)
+@dataclass
+class TierPass:
+    """One forward of a micro-batch, and in training its backward.
 
+    Args:
+        forward ([`TierForward`]): runs it.
+        index (`int`): 0 for the pass with the batch's own rows.
+        groups (`list` of [`RowGroup`]): the rows.
+        previous ([`TierScores`]): what is known before it, numbers without a graph.
+        is_last (`bool`): whether no pass of the micro-batch comes after it.
+        random_state ([`RandomState`], *optional*): what its dropout was drawn from when its scores were precomputed.
 
-def _scored(outputs: Any, groups: list[RowGroup], labels_NS: torch.Tensor) -> Scored:
-    """(Log-probabilities, labels) by tier, of outputs and labels of separate rows."""
-    # With a model split over devices the head may be on another one than its inputs.
-    labels_NS = labels_NS[:, 1:].to(outputs.log_probs.device)
-    parts = zip(outputs.log_probs.chunk(len(groups)), labels_NS.chunk(len(groups)), strict=True)
-    return {group.tier: part for group, part in zip(groups, parts, strict=True)}
+    Attributes:
+        scores ([`TierScores`]): what is known after it; set by [`TierPass.run`].
+    """
+
+    forward: TierForward
+    index: int
+    groups: list[RowGroup]
+    previous: TierScores
+    is_last: bool
+    random_state: RandomState | None = None
+    scores: TierScores = field(init=False, repr=False)
+
+    @property
+    def routed_by(self) -> list[int]:
+        """The tiers that route its rows."""
+        return sorted({group.routed_by for group in self.groups})
+
+    def run(self) -> Any:
+        """Run the forward and set `scores`. Returns the outputs for the rows of the first group."""
+        is_first = self.index == 0
+        with nullcontext() if self.random_state is None else self.random_state.replayed():
+            found = self.forward.run(self.groups, needs_balance=is_first and self.forward.needs_balance)
+        self.scores = replace(self.previous, by_tier=self.previous.by_tier | found.scored)
+        if is_first:
+            num_tokens = found.first_group.label_mask.sum().clamp(min=1)
+            ntp_loss = -found.first_group.log_probs.sum() / num_tokens
+            self.scores = replace(self.scores, ntp_loss=ntp_loss, balance_loss=found.balance_loss)
+        return found.first_group
 
 
 def _first_rows(outputs: Any, batch_size: int) -> Any:
     per_row = {
-        field.name: value[:batch_size]
-        for field in fields(outputs)
-        if isinstance(value := getattr(outputs, field.name), torch.Tensor) and value.dim() > 0
+        part.name: value[:batch_size]
+        for part in fields(outputs)
+        if isinstance(value := getattr(outputs, part.name), torch.Tensor) and value.dim() > 0
     }
     return type(outputs)(**per_row)

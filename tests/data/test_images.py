@@ -43,7 +43,7 @@ def test_models_say_the_same_of_encoded_images():
 def test_loss_and_gradients_are_those_of_pixel_values(token_scope):
     model, batch = adapted(models.qwen3_vl_moe), image_rows()
     model.peft_config["default"].token_scope = token_scope
-    settings = {"active": [1, 3], "watched": [2], "needs_reference": True}
+    settings = {"tiers": [1, 3], "logged_tiers": [2], "needs_reference": True}
     patches = images_encoded(model)
     got = results(model, encode_images(model, batch), 3, None, **settings)
     assert patches == [len(batch["pixel_values"])]

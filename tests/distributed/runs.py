@@ -93,7 +93,7 @@ def make_uneven(trainer: OrdMoETrainer, empty: int | None = None) -> None:
     process need separate rows in the first and in the fourth step.
     """
     is_first, batches = trainer.accelerator.process_index == 0, []
-    collate, pack = trainer.data_collator, trainer._sharing.pack
+    collate, join = trainer.data_collator, trainer._sharing.join
 
     def without_responses(rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(rows)
@@ -103,7 +103,7 @@ def make_uneven(trainer: OrdMoETrainer, empty: int | None = None) -> None:
         return batch
 
     trainer.data_collator = without_responses
-    trainer._sharing.pack = lambda *args: None if is_first and trainer.state.global_step in (0, 3) else pack(*args)
+    trainer._sharing.join = lambda *args: None if is_first and trainer.state.global_step in (0, 3) else join(*args)
 
 
 def verdict_of(trainer: OrdMoETrainer) -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ from ..._compat import attention_implementation
 from ...data.generation import placeholder_ids
 from ...data.images import row_positions
 from ...tiers.routing import adapter_config
-from .shared_prompt import PackedRows, branch_mask, pack_rows
+from .shared_prompt import SharedPromptRows, branch_mask, shared_prompt_rows
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ STATE_NAME = "OrdMoEPromptSharing"
 
 
 class PromptSharing(TrainerCallback):
-    """Packs tiers' rows so that each prompt is computed once, where that gives what separate rows give.
+    """Joins tiers' rows so that each prompt is computed once, where that gives what separate rows give.
 
     What is known to break it is looked up when it is made: scope, attention function, kinds of layers. What is not
     known shows in the first batch, which is to be run both ways and given to `judge`. Where it cannot be used, a
@@ -61,38 +61,38 @@ class PromptSharing(TrainerCallback):
         elif self.is_judged:  # by an evaluation before
             self._keep_verdict()
 
-    def pack(self, batches: list[dict[str, Any]], tiers: list[int]) -> PackedRows | None:
+    def join(self, batches: list[dict[str, Any]], tiers: list[int]) -> SharedPromptRows | None:
         """Rows of several tiers as one row each, with their mask; `None` where they need rows of their own.
 
         Args:
             batches (list of `dict`): for each tier its rows, see
-                [`~ordmoe_peft.training.row_layout.shared_prompt.pack_rows`].
+                [`~ordmoe_peft.training.row_layout.shared_prompt.shared_prompt_rows`].
             tiers (list of `int`): the tier of each batch.
         """
         if not self.is_possible or len(batches) < 2:
             return None
-        packed = pack_rows(batches, tiers, row_positions(self.model, batches[0]), self.pad_token_id)
-        ids_NS = packed.inputs["input_ids"]
-        in_branch_NS = packed.segments_NS > 1
+        shared = shared_prompt_rows(batches, tiers, row_positions(self.model, batches[0]), self.pad_token_id)
+        ids_NS = shared.inputs["input_ids"]
+        in_branch_NS = shared.segments_NS > 1
         if torch.isin(ids_NS[in_branch_NS], self.placeholder_ids.to(ids_NS.device)).any():
             logger.warning_once(
                 "Images after the first response are not shared between tiers: batches with such samples take rows of "
                 "their own for each tier."
             )
             return None
-        packed.inputs["attention_mask"] = self._mask(packed)
-        return packed
+        shared.inputs["attention_mask"] = self._mask(shared)
+        return shared
 
     @property
     def awaits_verdict(self) -> bool:
         """Whether the next batch is to be judged."""
         return self.is_possible and not self.is_judged
 
-    def can_judge(self, packed: PackedRows | None, device: torch.device) -> bool:
-        """Whether all processes could pack this batch; each must ask."""
-        return not reduce(torch.tensor(packed is None, dtype=torch.long, device=device), reduction="sum").item()
+    def can_judge(self, is_shared: bool, device: torch.device) -> bool:
+        """Whether prompts of this batch could be shared on all processes; each must ask."""
+        return not reduce(torch.tensor(not is_shared, dtype=torch.long, device=device), reduction="sum").item()
 
-    def judge(self, packed_log_probs: torch.Tensor, log_probs: torch.Tensor, mask: torch.Tensor) -> None:
+    def judge(self, shared_log_probs: torch.Tensor, log_probs: torch.Tensor, mask: torch.Tensor) -> None:
         """Compare branches' log-probabilities on tier 1 with those of separate rows, and give up where they differ.
 
         Rounding alone sends some tokens to other experts, the more so in low tiers, whose scores lie close together,
@@ -100,7 +100,7 @@ class PromptSharing(TrainerCallback):
         root of the precision. Rows without responses, or not finite as they are, say nothing.
         """
         mask = mask & log_probs.isfinite()
-        is_same = (packed_log_probs - log_probs)[mask].abs() <= torch.finfo(self.dtype).eps ** 0.5
+        is_same = (shared_log_probs - log_probs)[mask].abs() <= torch.finfo(self.dtype).eps ** 0.5
         same, count = reduce(torch.stack([is_same.sum(), mask.sum()]), reduction="sum").tolist()
         if not count:
             return
@@ -113,9 +113,9 @@ class PromptSharing(TrainerCallback):
         if self.state is not None:
             self.state.stateful_callbacks[STATE_NAME] = {"is_possible": self.is_possible}
 
-    def _mask(self, packed: PackedRows) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, shared: SharedPromptRows) -> torch.Tensor | dict[str, torch.Tensor]:
         windows = attention_windows(self.model)
-        masks = {kind: branch_mask(packed, window) for kind, window in windows.items()}
+        masks = {kind: branch_mask(shared, window) for kind, window in windows.items()}
         if attention_implementation(self.model) == "eager":  # which adds its mask to the scores
             masks = {kind: self._as_bias(mask) for kind, mask in masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -132,7 +132,7 @@ class PromptSharing(TrainerCallback):
 
 
 def reason_for_separate_rows(model: nn.Module) -> str | None:
-    """Why a packed row would not be what separate rows are, as far as configurations tell; `None` for no reason."""
+    """Why shared prompts would change a result, as far as configurations tell; `None` for no reason."""
     implementation = attention_implementation(model)
     if implementation not in ATTENTION_WITH_MASK:
         return (

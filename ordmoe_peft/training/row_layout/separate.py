@@ -1,5 +1,6 @@
-"""Rows of a collated batch: their prompts, and several batches in one."""
+"""Rows of a collated batch: their prompts, and several batches in one, a row for each sample and tier."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +8,52 @@ import torch
 from ...data.images import ENCODED, concatenated_images
 from ...data.responses import IGNORED_LABEL
 from ...errors import OrdMoEDataError
+from ...tiers.scope import tiers_of_labels
+
+
+@dataclass(frozen=True)
+class SeparateRows:
+    """A row for each sample and tier: the N samples under the first tier, then under the second, and so on.
+
+    Args:
+        inputs (`dict`): the model's inputs.
+        tiers (`torch.Tensor` of shape `(G·N,)` or `(G·N, S)`): the tier of each row, or of each of its positions.
+        num_samples (`int`): N.
+    """
+
+    inputs: dict[str, Any]
+    tiers: torch.Tensor
+    num_samples: int
+    positions: None = None
+
+    @property
+    def first_mask(self) -> torch.Tensor:
+        """Which inputs of the first tier's rows are no padding (`torch.Tensor` of shape `(N, S)`)."""
+        # Padding-free rows have no mask, and no padding.
+        mask = self.inputs.get("attention_mask", torch.ones_like(self.inputs["input_ids"]))
+        return mask[: self.num_samples]
+
+    def as_separate_rows(self, outputs: Any) -> Any:
+        """The model's outputs for these rows, as they are."""
+        return outputs
+
+    def first_group(self, values_TX: torch.Tensor) -> torch.Tensor:
+        """Of values of all tokens, those of the first tier's rows."""
+        return values_TX[: len(values_TX) * self.num_samples // len(self.inputs["labels"])]
+
+
+def separate_rows(batches: list[dict[str, Any]], tiers: list[int], token_scope: str, pad_token_id: int) -> SeparateRows:
+    """Rows of several tiers after one another.
+
+    Args:
+        batches (list of `dict`): for each tier its rows.
+        tiers (list of `int`): the tier of each batch.
+        token_scope (`str`): see [`~ordmoe_peft.tiers.scope`].
+        pad_token_id (`int`): fills rows that are shorter than others.
+    """
+    rows, num_samples = stack_rows(batches, pad_token_id), len(batches[0]["labels"])
+    row_tiers = torch.tensor(tiers).repeat_interleave(num_samples)
+    return SeparateRows(rows, tiers_of_labels(row_tiers, rows["labels"], token_scope), num_samples)
 
 
 def prompt_lengths(inputs: dict[str, Any]) -> torch.Tensor:
@@ -29,10 +76,10 @@ def left_padded_prompts(inputs: dict[str, Any], pad_token_id: int) -> dict[str, 
     """The prompts of right-padded rows as `generate` takes them; images stay as they are."""
     lengths_B = prompt_lengths(inputs)
     longest = int(lengths_B.max())
-    place_BS = torch.arange(longest, device=lengths_B.device) - (longest - lengths_B).unsqueeze(1)
-    is_prompt_BS = place_BS >= 0
+    column_BS = torch.arange(longest, device=lengths_B.device) - (longest - lengths_B).unsqueeze(1)
+    is_prompt_BS = column_BS >= 0
     return {
-        name: value.gather(1, place_BS.clamp(min=0)).where(is_prompt_BS, filler(name, pad_token_id))
+        name: value.gather(1, column_BS.clamp(min=0)).where(is_prompt_BS, filler(name, pad_token_id))
         if is_per_token(value, inputs)
         else value
         for name, value in inputs.items()

@@ -8,7 +8,7 @@ from ordmoe_peft.monitoring.router_meter import RouterMeter
 from ordmoe_peft.training.row_layout import prompt_sharing as prompt_sharing_module
 from ordmoe_peft.training.row_layout.prompt_sharing import attention_windows, reason_for_separate_rows
 from tests import models
-from tests.training.row_layout.test_shared_prompt import adapted as packed_adapted
+from tests.training.row_layout.test_shared_prompt import adapted as shared_adapted
 from tests.training.row_layout.test_shared_prompt import assert_same, image_rows, results, rows, sharing_of
 from tests.training.test_tier_passes import rows_run
 from tests.training.test_trainer import adapted, one_batch, trainer_for
@@ -65,15 +65,15 @@ def test_training_with_shared_prompts_is_training_without(tmp_path):
 
 def test_router_health_is_of_the_batch_on_tier_1():
     """Branches of tier 1's row and padding do not count."""
-    model, batch = packed_adapted(), rows()
+    model, batch = shared_adapted(), rows()
     reports = []
     for run in (lambda: results(model, batch, 3, sharing_of(model)), lambda: model(**{**batch, "labels": None})):
         with RouterMeter(model, training_only=True) as meter:
             run()
         reports.append([(layer.num_tokens, layer.imbalance, layer.token_entropy) for layer in meter.report()])
     assert len(reports[0]) == models.NUM_LAYERS
-    for packed, plain in zip(*reports, strict=True):
-        assert packed == pytest.approx(plain, rel=1e-5)
+    for shared, plain in zip(*reports, strict=True):
+        assert shared == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "an_attention_of_ones_own"])
@@ -84,11 +84,11 @@ def test_attention_without_such_masks_is_named(attention):
 
 
 def test_models_with_a_state_keep_separate_rows(warnings):
-    model = packed_adapted(linear_attention_model)
+    model = shared_adapted(linear_attention_model)
     sharing = sharing_of(model)
     assert not sharing.is_possible
     assert len(warnings) == 1 and "linear_attention" in warnings[0]
-    assert sharing.pack([rows(), rows()], [1, 3]) is None
+    assert sharing.join([rows(), rows()], [1, 3]) is None
 
 
 def test_windows_are_those_of_transformers():
@@ -106,7 +106,7 @@ def drop_positions(model):
 @pytest.mark.parametrize("num_tiers", [2, 3])
 def test_what_is_not_known_shows_in_the_first_batch(warnings, num_tiers):
     """A model that counts positions itself: branches would follow the response of tier 1."""
-    model, batch = packed_adapted(num_tiers=num_tiers), rows()
+    model, batch = shared_adapted(num_tiers=num_tiers), rows()
     drop_positions(model)
     sharing = sharing_of(model)
     got = results(model, batch, num_tiers, sharing)
@@ -136,7 +136,7 @@ def test_a_resumed_run_keeps_to_the_verdict(tmp_path, warnings, is_possible):
 
 
 def test_a_batch_without_responses_judges_nothing():
-    model = packed_adapted()
+    model = shared_adapted()
     batch = rows() | {"labels": torch.full_like(rows()["labels"], -100)}
     sharing = sharing_of(model)
     assert_same(results(model, batch, 3, sharing), results(model, batch, 3, None))
@@ -144,7 +144,7 @@ def test_a_batch_without_responses_judges_nothing():
 
 
 def test_a_batch_that_is_not_finite_judges_nothing():
-    model = packed_adapted()
+    model = shared_adapted()
     broken = model.get_base_model().model.norm.register_forward_hook(lambda *args: args[-1] * torch.nan)
     sharing = sharing_of(model)
     results(model, rows(), 3, sharing)
@@ -173,18 +173,18 @@ def test_experts_that_change_places_by_rounding_are_no_reason():
         model.model.layers[0].register_forward_hook(rounded_by_length)
         return model
 
-    model, batch = packed_adapted(deep), rows([(20, 12)] * 6)
+    model, batch = shared_adapted(deep), rows([(20, 12)] * 6)
     sharing = sharing_of(model)
-    results(model, batch, 3, sharing, records_routing=False)  # the first batch is run both ways
+    results(model, batch, 3, sharing, needs_balance=False)  # the first batch is run both ways
     assert sharing.is_possible and sharing.is_judged
-    shared, separate = (results(model, batch, 3, each, records_routing=False)[2] for each in (sharing, None))
+    shared, separate = (results(model, batch, 3, each, needs_balance=False)[2] for each in (sharing, None))
     difference = (shared.log_probs_CBS - separate.log_probs_CBS)[separate.mask_CBS].abs().mean()
     assert difference > torch.finfo(torch.bfloat16).eps ** 0.5
 
 
 def test_images_after_a_response_keep_separate_rows(warnings):
     """A first answer before the image: its branches would hold the image again."""
-    model, batch = packed_adapted(models.qwen3_vl_moe), image_rows()
+    model, batch = shared_adapted(models.qwen3_vl_moe), image_rows()
     batch["labels"][:, 1] = batch["input_ids"][:, 1]
     sharing = sharing_of(model)
     assert_same(results(model, batch, 3, sharing), results(model, batch, 3, None))

@@ -3,7 +3,7 @@ import torch
 
 from ordmoe_peft.data.generation import with_responses
 from ordmoe_peft.errors import OrdMoEDataError
-from ordmoe_peft.training.row_layout.separate import left_padded_prompts, stack_rows
+from ordmoe_peft.training.row_layout.separate import left_padded_prompts, separate_rows, stack_rows
 
 
 def batch():
@@ -52,3 +52,14 @@ def test_batches_stack_to_the_widest():
     assert rows["attention_mask"].sum(1).tolist() == [4, 4, 5, 6]
     assert torch.equal(rows["pixel_values"], torch.cat([batch()["pixel_values"]] * 2))
     assert rows["fused_lm_head"] is True
+
+
+def test_rows_of_several_tiers_stand_after_one_another():
+    short = {"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[-100, 5]])}
+    long = {"input_ids": torch.tensor([[4, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    rows = separate_rows([short, long], [1, 3], "response", pad_token_id=0)
+    assert rows.inputs["input_ids"].tolist() == [[4, 5, 0], [4, 6, 7]]
+    assert rows.tiers.tolist() == [[1, 1, 1], [3, 3, 1]]
+    assert separate_rows([short, long], [1, 3], "sequence", pad_token_id=0).tiers.tolist() == [1, 3]
+    assert rows.first_mask.tolist() == [[1, 1, 1]], "no mask, as in padding-free rows"
+    assert rows.first_group(torch.arange(6)).tolist() == [0, 1, 2]

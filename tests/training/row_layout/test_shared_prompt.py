@@ -11,12 +11,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.data.generation import with_responses
-from ordmoe_peft.objectives.balance import balance_loss
 from ordmoe_peft.objectives.expert_rank import mean_log_likelihood
+from ordmoe_peft.tiers.plan import RandomDraw
+from ordmoe_peft.training.row_groups import row_groups
 from ordmoe_peft.training.row_layout.prompt_sharing import PromptSharing
 from ordmoe_peft.training.row_layout.separate import left_padded_prompts
-from ordmoe_peft.training.row_layout.shared_prompt import branch_mask, pack_rows
-from ordmoe_peft.training.tier_passes import TierPasses
+from ordmoe_peft.training.row_layout.shared_prompt import branch_mask, shared_prompt_rows
+from ordmoe_peft.training.tier_passes import TierForward
 from tests import models
 
 
@@ -69,16 +70,25 @@ def sharing_of(model) -> PromptSharing:
     return PromptSharing(model, models.PAD, model.dtype)
 
 
-def results(model, batch, num_tiers: int, sharing: PromptSharing | None, **settings):
-    """What a step has of its passes: the loss, TRL's outputs, what is scored, and all gradients."""
-    settings = {"active": range(1, num_tiers + 1), "records_routing": True, "step": 3} | settings
-    passes = TierPasses(model, model, num_tiers=num_tiers, pad_token_id=models.PAD, sharing=sharing, **settings)
-    outputs = passes(**batch, fused_lm_head=True, use_cache=False)
-    scores = passes.scores
+def results(
+    model,
+    batch,
+    num_tiers: int,
+    sharing: PromptSharing | None,
+    *,
+    tiers=None,
+    generated=None,
+    scored_by="tier",
+    needs_balance=True,
+    **settings,
+):
+    """What a step has of its one pass: the loss, TRL's outputs, what is scored, and all gradients."""
+    groups = row_groups(batch, tiers or range(1, num_tiers + 1), generated, scored_by)
+    forward = TierForward(model, model, models.PAD, sharing, draw=RandomDraw(step=3), needs_balance=needs_balance)
+    (tier_pass,) = forward.passes(groups, num_tiers, **settings)
+    outputs, scores = tier_pass.run(), tier_pass.scores
     ranked = mean_log_likelihood(scores.log_probs_CBS, scores.mask_CBS) * torch.linspace(1, -1, num_tiers)[:, None]
-    loss = scores.ntp_loss - 0.3 * ranked.sum(0).mean()
-    for output in scores.routing:
-        loss = loss + 0.1 * balance_loss(output.logits_TE, output.index_TK, scores.attention_mask_BS.reshape(-1))
+    loss = scores.ntp_loss - 0.3 * ranked.sum(0).mean() + 0.1 * scores.balance_loss
     model.zero_grad()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -116,27 +126,27 @@ def test_layout():
         "labels": torch.tensor([[-100, -100, -100, 21, 22], [-100, 41, 42, -100, -100]]),
         "pixel_values": torch.ones(3),
     }
-    packed = pack_rows([batch, batch], [1, 3], torch.arange(5).expand(2, 5) + 100, pad_token_id=0)
-    assert packed.inputs["input_ids"].tolist() == [[11, 12, 13, 21, 22, 13, 21], [31, 41, 42, 31, 41, 0, 0]]
-    assert packed.inputs["shift_labels"].tolist() == [
+    shared = shared_prompt_rows([batch, batch], [1, 3], torch.arange(5).expand(2, 5) + 100, pad_token_id=0)
+    assert shared.inputs["input_ids"].tolist() == [[11, 12, 13, 21, 22, 13, 21], [31, 41, 42, 31, 41, 0, 0]]
+    assert shared.inputs["shift_labels"].tolist() == [
         [-100, -100, 21, 22, -100, 21, 22],
         [41, 42, -100, 41, 42, -100, -100],
     ]
-    assert packed.inputs["position_ids"][0].tolist() == [100, 101, 102, 103, 104, 102, 103]
-    assert packed.inputs["position_ids"][1, :5].tolist() == [100, 101, 102, 100, 101]
-    assert packed.tiers_NS.tolist() == [[1, 1, 1, 1, 1, 3, 3], [1, 1, 1, 3, 3, 1, 1]]
-    assert packed.places_NS.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, -1, -1]]
-    assert packed.segments_NS.tolist() == [[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, -1, -1]]
-    assert packed.index_GNW.tolist() == [[[0, 1, 2, 3], [0, 1, 2, -1]], [[-1, -1, 5, 6], [3, 4, -1, -1]]]
-    assert packed.inputs.keys() == {"input_ids", "shift_labels", "position_ids", "pixel_values"}
+    assert shared.inputs["position_ids"][0].tolist() == [100, 101, 102, 103, 104, 102, 103]
+    assert shared.inputs["position_ids"][1, :5].tolist() == [100, 101, 102, 100, 101]
+    assert shared.tiers.tolist() == [[1, 1, 1, 1, 1, 3, 3], [1, 1, 1, 3, 3, 1, 1]]
+    assert shared.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 0, 1, -1, -1]]
+    assert shared.segments_NS.tolist() == [[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, -1, -1]]
+    assert shared.index_GNW.tolist() == [[[0, 1, 2, 3], [0, 1, 2, -1]], [[-1, -1, 5, 6], [3, 4, -1, -1]]]
+    assert shared.inputs.keys() == {"input_ids", "shift_labels", "position_ids", "pixel_values"}
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_tokens_see_the_prompt_and_their_own_branch(window):
     batch = rows()
     shape = batch["labels"].shape
-    packed = pack_rows([batch] * 3, [1, 2, 3], torch.arange(shape[1]).expand(shape), models.PAD)
-    mask = branch_mask(packed, window)[:, 0]
+    shared = shared_prompt_rows([batch] * 3, [1, 2, 3], torch.arange(shape[1]).expand(shape), models.PAD)
+    mask = branch_mask(shared, window)[:, 0]
     for row, (prompt, response) in enumerate(LENGTHS):
         tokens = [(column, None if column < prompt - 1 else 1) for column in range(prompt + response)]
         tokens += [(prompt - 1 + step, tier) for tier in (2, 3) for step in range(response)]
@@ -175,7 +185,7 @@ def test_what_differs_is_rounding(monkeypatch):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant):
     model, batch = adapted(), rows()
-    settings = {"records_routing": not use_reentrant}  # which cuts router logits off
+    settings = {"needs_balance": not use_reentrant}  # which cuts router logits off
     wanted = results(model, batch, 3, None, **settings)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
@@ -194,8 +204,8 @@ def test_sliding_windows_reach_back_along_the_branch(build, attention):
     assert_shared_like_rows(adapted(lambda: build(sliding_window=3), attention), rows())
 
 
-def test_reference_and_watched_tiers_share_prompts_as_well():
-    settings = {"active": [1, 2], "watched": [3, 4], "needs_reference": True}
+def test_reference_and_logged_tiers_share_prompts_as_well():
+    settings = {"tiers": [1, 2], "logged_tiers": [3, 4], "needs_reference": True}
     assert_shared_like_rows(adapted(num_tiers=4), rows(), 4, **settings)
 
 
@@ -212,9 +222,9 @@ def test_responses_of_the_tiers_own(scored_by, grouping):
     """Prompts padded on the left, as `generate` reads them, and responses longer and shorter than the batch's own."""
     batch = rows()
     prompts = left_padded_prompts(batch, models.PAD)
-    written = []
+    generated = []
     for longest in (2, 9, 5):
         ids = torch.randint(1, models.IMAGE_TOKEN, (len(LENGTHS), longest))
         lengths = torch.randint(1, longest + 1, (len(LENGTHS), 1))
-        written.append(with_responses(prompts, ids, torch.arange(longest) < lengths))
-    assert_shared_like_rows(adapted(grouping=grouping), batch, written=written, scored_by=scored_by)
+        generated.append(with_responses(prompts, ids, torch.arange(longest) < lengths))
+    assert_shared_like_rows(adapted(grouping=grouping), batch, generated=generated, scored_by=scored_by)

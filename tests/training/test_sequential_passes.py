@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ordmoe_peft import OrdMoETrainer
+from ordmoe_peft.training.losses import TierLoss
 from tests import models, text
 from tests.training.test_tier_passes import BETA
 from tests.training.test_trainer import adapted, one_batch, trained, trainer_for
@@ -76,20 +76,27 @@ def forwards(folder, **changes) -> list[tuple[int, bool]]:
 
 
 def test_no_forward_has_more_rows_than_the_batch(tmp_path):
-    """A middle tier is looked at before any graph is kept; only objectives that are no sum over tiers look ahead."""
-    trained, watched = (4, True), (4, False)
+    """A middle tier is run before any graph is kept; only objectives that are no sum over tiers precompute scores."""
+    trained, scored = (4, True), (4, False)
     assert forwards(tmp_path, log_tiers_every=0) == [trained] * 2
-    assert forwards(tmp_path, log_tiers_every=1) == [watched, trained, trained]
-    assert forwards(tmp_path, objective="plackett_luce") == [watched] * 2 + [trained] * 3
+    assert forwards(tmp_path, log_tiers_every=1) == [scored, trained, trained]
+    assert forwards(tmp_path, objective="plackett_luce") == [scored] * 2 + [trained] * 3
     # All tiers of the frozen base come first.
-    assert forwards(tmp_path, objective="dpo") == [watched] * 3 + [watched] * 2 + [trained] * 3
+    assert forwards(tmp_path, objective="dpo") == [scored] * 3 + [scored] * 2 + [trained] * 3
 
 
-def test_dropout_is_the_same_when_looked_ahead_and_trained_on(tmp_path, monkeypatch):
+def test_dropout_is_the_same_when_scores_are_precomputed(tmp_path, monkeypatch):
     """What a later pass adds to the loss is then nothing but its gradient."""
     added = []
-    later_loss = OrdMoETrainer._later_loss
-    monkeypatch.setattr(OrdMoETrainer, "_later_loss", lambda *args: added.append(later_loss(*args)) or added[-1])
+    added_by = TierLoss.added
+
+    def noted(self, scores, previous):
+        loss = added_by(self, scores, previous)
+        if previous is not None:
+            added.append(loss)
+        return loss
+
+    monkeypatch.setattr(TierLoss, "added", noted)
     gradients = []
     for seed in (0, 1):
         model = adapted(lambda: models.qwen3_moe(attention_dropout=0.5))
