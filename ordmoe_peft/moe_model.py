@@ -271,11 +271,3 @@ def _has_router(block: nn.Module, experts: nn.Module, num_experts: int, widths: 
         if part is not experts or part is block
         for weight in part.parameters(recurse=False)
     )
-
-
-def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    return MoEModel.of(model).layers
-
-
-def text_models(model: nn.Module, layers: list[MoELayer]) -> dict[nn.Module, list[MoELayer]]:
-    return MoEModel.of(model).text_models

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from ordmoe_peft import OrdMoEConfig, forward, tier_routing
 from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.forward import running_forward
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.routing import install_tier_hooks, remove_tier_hooks
 from tests import models
 
@@ -139,7 +139,7 @@ class TwoStacks(nn.Module):
 class TestSeveralTextModels:
     def chosen(self, model, ids, watched):
         index, handles = [], []
-        for layer in find_moe_layers(watched):
+        for layer in MoEModel.of(watched).layers:
             handles.append(layer.router.register_forward_hook(lambda m, args, output: index.append(output[2])))
         logits(watched, input_ids=ids)
         for handle in handles:

@@ -6,32 +6,32 @@ from torch import nn
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import MoEModel, find_moe_layers, text_models
+from ordmoe_peft.moe_model import MoEModel
 from tests import models
 
 
 def test_layers_are_found_with_their_sizes(model):
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     assert [(layer.index, layer.decoder_layer) for layer in layers] == [(i, i) for i in range(models.NUM_LAYERS)]
     assert {(layer.num_experts, layer.top_k) for layer in layers} == {(models.NUM_EXPERTS, models.TOP_K)}
     assert {layer.projections for layer in layers} == {("gate_up_proj", "down_proj")}
-    assert text_models(model, layers) == {model.get_decoder(): layers}
+    assert MoEModel.of(model).text_models == {model.get_decoder(): layers}
 
 
 def test_dense_layers_between_are_passed_over():
     model = models.qwen3_moe(mlp_only_layers=[1], intermediate_size=40)
-    assert [(layer.index, layer.decoder_layer) for layer in find_moe_layers(model)] == [(0, 0), (1, 2)]
+    assert [(layer.index, layer.decoder_layer) for layer in MoEModel.of(model).layers] == [(0, 0), (1, 2)]
 
 
 def test_wrapped_layers_are_the_same_layers(model):
-    before = find_moe_layers(model)
+    before = MoEModel.of(model).layers
     get_peft_model(model, OrdMoEConfig())
-    assert find_moe_layers(model) == before
+    assert MoEModel.of(model).layers == before
 
 
 def test_a_dense_model_has_none():
     with pytest.raises(OrdMoEModelError, match="no MoE layers"):
-        find_moe_layers(models.qwen3_dense())
+        MoEModel.of(models.qwen3_dense())
 
 
 def test_the_view_is_built_once_and_follows_the_model(model):

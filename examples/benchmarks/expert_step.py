@@ -21,7 +21,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from ordmoe_peft.cli.tables import print_table
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.storage import expert_unpacker
 
 from .measuring import by_turns, in_own_process, peak_of, print_cpu, resident_peak_of
@@ -166,7 +166,7 @@ def experts_hit(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[list[
     hit = []
     handles = [
         layer.router.register_forward_hook(lambda _, __, out: hit.append(out[2].unique().tolist()))
-        for layer in find_moe_layers(model)
+        for layer in MoEModel.of(model).layers
     ]
     with torch.no_grad():
         model(**inputs)
@@ -176,7 +176,7 @@ def experts_hit(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[list[
 
 
 def unpack_all(model: nn.Module, hit: list[list[int]]) -> None:
-    for layer, experts in zip(find_moe_layers(model), hit, strict=True):
+    for layer, experts in zip(MoEModel.of(model).layers, hit, strict=True):
         for projection in layer.projections:
             unpack = expert_unpacker(getattr(layer.experts, projection))
             for expert in experts:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.storage import pack_experts
 
 
@@ -85,7 +85,7 @@ def build_base(shape: Shape, dtype: torch.dtype, nf4: bool, device: str) -> Qwen
             parameter.normal_(std=0.3 if "gate.weight" in name else 0.02)
         else:
             parameter.fill_(1.0)
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         if nf4:
             for name in layer.projections:
                 setattr(layer.experts, name, pack_experts(getattr(layer.experts, name).data, name))

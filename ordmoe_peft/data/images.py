@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput, logging
 
-from ..moe_model import find_moe_layers, text_models
+from ..moe_model import MoEModel
 
 
 logger = logging.get_logger(__name__)
@@ -93,7 +93,7 @@ def _reason_for_pixels(model: nn.Module) -> str | None:
     name = type(model).__name__
     if ENCODED not in _parameters(model.forward):
         return f"{name} takes no encoded images"
-    decoder = {parameter for part in text_models(model, find_moe_layers(model)) for parameter in part.parameters()}
+    decoder = {parameter for part in MoEModel.of(model).text_models for parameter in part.parameters()}
     around = [parameter for parameter in model.base_model.parameters() if parameter not in decoder]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in around):
         return f"weights of {name} outside its text model are trained"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, find_moe_layers
+from ..moe_model import MoELayer, MoEModel
 from ..router_output import RouterOutput, read_router_output
 
 
@@ -64,7 +64,7 @@ def record(
     Raises:
         [`OrdMoEModelError`]: routers are listened to, and a layer has none of a known kind.
     """
-    layers = find_moe_layers(model) if layers is None else layers
+    layers = MoEModel.of(model).layers if layers is None else layers
     without = [layer.block_name for layer in layers if layer.router is None]
     if without and (unscaled_router or router or wrapped_router):
         raise OrdMoEModelError(f"{', '.join(without)}: no router of a known kind, so its routing cannot be recorded.")

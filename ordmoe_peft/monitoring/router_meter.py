@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, running_forward
-from ..moe_model import MoELayer, find_moe_layers, text_models
+from ..moe_model import MoELayer, MoEModel
 from ..tiers.plan import TierPlan, TierSettings
 from ..tiers.routing import check_router, install_tier_hooks, route
 from .health import LayerHealth, column_widths, drift_columns, layer_health, routing_columns, tier_columns
@@ -77,7 +77,7 @@ class RouterMeter:
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.num_tiers, self.grouping, self.seed, self.training_only = num_tiers, grouping, seed, training_only
-        self.moe_layers = find_moe_layers(self.model)
+        self.moe_layers = MoEModel.of(self.model).layers
         self.unsupported = _unsupported(self.model, self.moe_layers)
         # By the layer's index.
         self.meters = {
@@ -93,7 +93,7 @@ class RouterMeter:
         return _LayerMeter(layer, num_tiers, isinstance(wrapped, BaseTunerLayer) and not wrapped.merged)
 
     def __enter__(self) -> "RouterMeter":
-        for model in text_models(self.model, self.moe_layers):
+        for model in MoEModel.of(self.model).text_models:
             install_forward_hooks(model)
         layers = [meter.layer for meter in self.meters.values()]
         listening = record(self.model, router=self._count, wrapped_router=self._finish, layers=layers)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..moe_model import find_moe_layers
+from ..moe_model import MoEModel
 from .storage import is_packed
 
 
@@ -19,7 +19,7 @@ def keep_packed_when_sharded(model: nn.Module) -> None:
 
     Call it before the model is sharded.
     """
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         weights = {name: getattr(layer.experts, name) for name in layer.projections}
         states = {name: weight.quant_state for name, weight in weights.items() if is_packed(weight)}
         if states:

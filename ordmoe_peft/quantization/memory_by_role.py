@@ -12,7 +12,7 @@ from torch import nn
 
 from .._compat import storage_id
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, find_moe_layers, without_wrappers
+from ..moe_model import MoELayer, MoEModel, without_wrappers
 from .selection import is_of_router
 from .storage import is_packed, logical_shape, stored_tensors
 
@@ -114,7 +114,7 @@ def in_units(count: int) -> str:
 def role_finder(model: nn.Module) -> Callable[[str], str]:
     """A function from the full name of a parameter, without PEFT's wrappers, to its role."""
     try:
-        layers = find_moe_layers(model)
+        layers = MoEModel.of(model).layers
     except OrdMoEModelError:
         layers = []
     modules = {without_wrappers(name): module for name, module in model.named_modules()}

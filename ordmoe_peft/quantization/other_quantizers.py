@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import find_moe_layers, is_fused_experts, unwrapped, without_wrappers
+from ..moe_model import MoEModel, is_fused_experts, unwrapped, without_wrappers
 from .config import QUANT_METHOD
 from .memory_by_role import in_units
 from .storage import PACKABLE_DTYPES, is_packed
@@ -87,7 +87,7 @@ def unreadable_kind(module: nn.Module) -> str | None:
 
 def warn_of_dense_experts(model: nn.Module, method: str) -> None:
     """Say how much memory the experts take that the quantiser left alone."""
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     # Without repetition: stacks of layers may share them.
     stacks = list({getattr(layer.experts, name): None for layer in layers for name in layer.projections})
     dense = sum(stack.nbytes for stack in stacks if not is_packed(stack))

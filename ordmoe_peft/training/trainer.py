@@ -32,7 +32,7 @@ from ..data.responses import IGNORED_LABEL, end_of_sequence_ids
 from ..data.rows import check_fits, num_positions
 from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError
-from ..moe_model import find_moe_layers
+from ..moe_model import MoEModel
 from ..objectives.advantages import tier_advantages
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
@@ -117,7 +117,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
         has_loss_func = self.compute_loss_func is not None
-        layers = find_moe_layers(self.model)
+        layers = MoEModel.of(self.model).layers
         check_settings(config, args, layers, self.advantages, self.padding_free, has_loss_func)
         if self._is_generated:
             new_tokens = args.sampling.get("max_new_tokens") or 0

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
 from ordmoe_peft.cli.main import main
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from tests import models
 from tests.cli.test_main import base, data, error_of, save_base  # noqa: F401 (fixtures)
 
@@ -46,7 +46,7 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
 def test_dead_experts_are_named_in_the_log_and_the_report(data, tmp_path, capsys):  # noqa: F811
     model = models.gpt_oss()
     with torch.no_grad():
-        find_moe_layers(model)[1].router.bias[:2] = -100.0
+        MoEModel.of(model).layers[1].router.bias[:2] = -100.0
     folder, reports = save_base(model, tmp_path / "base"), tmp_path / "report"
     assert run(folder, "--dataset_name", data, "--report", reports) == 0
     named = "Dead experts (below 1% of an even share): 2 of 8 in layer 1"

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.config import MoeBitsAndBytesConfig
 from tests import models, text
 
@@ -152,7 +152,7 @@ def train_sharded(folder: str, settings: dict[str, Any], quant_storage: str | No
         if parameter.requires_grad:  # TRL casts these to bfloat16 where experts are in 4 bits
             parameter.data = parameter.data.float()
     trainer.train()
-    stack = find_moe_layers(trainer.model)[0].experts.gate_up_proj
+    stack = MoEModel.of(trainer.model).layers[0].experts.gate_up_proj
     return result_of(trainer) | {"stack": (type(stack.data).__name__, stack.dtype)}
 
 

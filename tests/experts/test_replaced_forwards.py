@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoERuntimeError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from tests import models
 
 
@@ -24,7 +24,7 @@ def dispatched(model):
 
 def patched(pick):
     def patch(model):
-        for layer in find_moe_layers(model):
+        for layer in MoEModel.of(model).layers:
             module = pick(model, layer)
             module.forward = types.MethodType(type(module).forward, module)
 
@@ -45,7 +45,7 @@ def block(model, layer):
 
 def compiled(pick):
     def compile_module(model):
-        for layer in find_moe_layers(model):
+        for layer in MoEModel.of(model).layers:
             pick(model, layer).compile(backend="eager")
 
     return compile_module
@@ -119,7 +119,7 @@ def test_routers_and_attention_compute_what_peft_computes(way):
 
 def test_experts_whose_patch_drops_the_adapter_are_refused():
     tuned = adapted()
-    layer = find_moe_layers(tuned)[1]
+    layer = MoEModel.of(tuned).layers[1]
     own = layer.experts.forward
     for patch, message in (
         (lambda x, index, weights: own(x, index, weights), "takes no `expert_lora`"),

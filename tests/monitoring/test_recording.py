@@ -7,7 +7,7 @@ from torch import nn
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.recording import record, recorded_router_outputs, recorded_routing_weight_sums
 from tests import models
 
@@ -37,7 +37,7 @@ class TestRecord:
 
     def test_some_layers_alone(self):
         model, told = models.qwen3_moe(), []
-        with torch.no_grad(), record(model, router=told.append, layers=find_moe_layers(model)[1:2]):
+        with torch.no_grad(), record(model, router=told.append, layers=MoEModel.of(model).layers[1:2]):
             model(**models.text_batch())
         assert [call.layer.index for call in told] == [1]
 
@@ -92,7 +92,7 @@ class TestRoutingWeightSums:
 
     def test_the_sum_is_that_of_the_weights_that_the_router_returned(self):
         model = models.qwen3_moe()
-        layer = find_moe_layers(model)[0]
+        layer = MoEModel.of(model).layers[0]
         weights_TK = torch.tensor([[0.5, 0.25], [2.0, 3.0]])
         layer.router.forward = lambda x: (torch.zeros(2, models.NUM_EXPERTS), weights_TK, torch.tensor([[0, 1]] * 2))
         with recorded_routing_weight_sums(model) as sums:
@@ -108,7 +108,7 @@ class TestRoutingWeightSums:
     )
     def test_other_outputs_have_no_sum(self, output):
         model = models.qwen3_moe()
-        router = find_moe_layers(model)[0].router
+        router = MoEModel.of(model).layers[0].router
         router.forward = lambda x: output
         with recorded_routing_weight_sums(model) as sums:
             router(None)
@@ -119,7 +119,7 @@ class TestRoutingWeightSums:
         for tier_weights in ("router", "match"):
             with (
                 tier_routing(model, 3, tier_weights=tier_weights, layer_scope=[0]),
-                recorded_routing_weight_sums(model, find_moe_layers(model)[:1]) as sums[tier_weights],
+                recorded_routing_weight_sums(model, MoEModel.of(model).layers[:1]) as sums[tier_weights],
                 torch.no_grad(),
             ):
                 model(**models.text_batch())

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoERuntimeError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.router_meter import RouterMeter
 from tests import models
 
@@ -37,7 +37,7 @@ def adapted(build=models.qwen3_moe, randomize=True, **settings):
 
 def test_utilisation_and_probability_are_those_of_the_routers_own_output(model, batch):
     outputs = {}
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     handles = [
         layer.router.register_forward_hook(
             lambda module, args, output, index=layer.index: outputs.update({index: output})
@@ -123,7 +123,7 @@ def test_recomputation_in_backward_is_not_counted(checkpointing):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
     runs = []
-    find_moe_layers(model)[0].router.register_forward_hook(lambda *_: runs.append(1))
+    MoEModel.of(model).layers[0].router.register_forward_hook(lambda *_: runs.append(1))
     batch = models.text_batch()
     with RouterMeter(model, num_tiers=3, training_only=True) as meter:
         model(**batch).logits.sum().backward()
@@ -162,7 +162,7 @@ def test_an_untouched_adapter_has_not_drifted():
 
 def test_drift_is_that_of_the_router_on_the_adapted_models_hidden_states(batch, family):
     model = adapted(models.FAMILIES[family])
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     seen = {}
     handles = [
         layer.router.register_forward_hook(
@@ -232,7 +232,7 @@ def test_an_interrupted_training_forward_does_not_count_later_ones():
         raise KeyboardInterrupt
 
     with RouterMeter(model, training_only=True) as meter:
-        handle = find_moe_layers(model)[0].router.register_forward_pre_hook(interrupt)
+        handle = MoEModel.of(model).layers[0].router.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(**batch)
         handle.remove()

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEModelError, OrdMoERuntimeError
-from ordmoe_peft.moe_model import find_moe_layers, unwrapped
+from ordmoe_peft.moe_model import MoEModel, unwrapped
 from ordmoe_peft.quantization.storage import dense_stack, is_packed
 from tests import models, reference
 
@@ -86,7 +86,7 @@ def dense_weights(experts, module, scaling: float) -> dict[str, torch.Tensor]:
 def test_experts_are_those_of_the_slow_reference(layout, dtype, with_adapter):
     blocks = {"layers_block_type": ["full_attention", "moe"], "num_hidden_layers": 2}
     dense = LAYOUTS[layout](**(blocks if layout == "not gated" else {"num_hidden_layers": 1})).to(dtype)
-    name = find_moe_layers(dense)[0].experts_name
+    name = MoEModel.of(dense).layers[0].experts_name
     for quantisation in QUANTISATIONS.values():
         config = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantisation)
         model = quantize_experts_(copy.deepcopy(dense), config)
@@ -116,7 +116,7 @@ def test_experts_are_those_of_the_slow_reference(layout, dtype, with_adapter):
 
 def test_packed_experts_are_frozen_with_their_biases():
     model = quantize_experts_(models.gpt_oss(), MoeBitsAndBytesConfig())
-    module = model.get_submodule(find_moe_layers(model)[0].experts_name)
+    module = model.get_submodule(MoEModel.of(model).layers[0].experts_name)
     assert not any(parameter.requires_grad for parameter in module.parameters())
     module.down_proj_bias.requires_grad_()
     with pytest.raises(OrdMoEModelError, match="down_proj_bias of GptOssExperts want gradients"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.selection import (
     expert_stacks,
     is_of_router,
@@ -21,7 +21,7 @@ def test_a_linear_takes_the_largest_block_that_divides_its_rows(in_features, lar
 
 
 def test_stacks_are_skipped_by_name_module_and_parent():
-    layers = find_moe_layers(models.qwen3_moe())
+    layers = MoEModel.of(models.qwen3_moe()).layers
     everything = expert_stacks(layers, None)
     assert len(everything) == 2 * models.NUM_LAYERS
     assert everything - expert_stacks(layers, ["model.layers.0"]) == {
@@ -37,7 +37,7 @@ def test_names_to_skip_that_name_nothing_are_found():
 
 def test_routers_gates_and_heads_stay_as_they_are():
     model = models.qwen2_moe()
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     kept = unquantised_linears(model, layers)
     assert "lm_head" in kept
     assert {name for name in kept if name.endswith("shared_expert_gate")} == {

@@ -6,7 +6,7 @@ from torch import nn
 
 from ordmoe_peft import tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.group_limits import hides_experts
 from ordmoe_peft.tiers.routing import check_router, install_tier_hooks
 from tests import models
@@ -105,7 +105,7 @@ def with_router(limit) -> nn.Module:
 @pytest.mark.parametrize("limit", WAYS, ids=lambda limit: limit.__name__)
 def test_ranks_are_those_of_the_scores_however_the_limit_is_written(limit, num_tiers):
     model, x = with_router(limit), torch.randn(40, models.HIDDEN_SIZE)
-    router = find_moe_layers(model)[0].router
+    router = MoEModel.of(model).layers[0].router
     router.register_forward_pre_hook(lambda module, args: (x,), prepend=True)
     seen = []
     install_tier_hooks(model)
@@ -139,8 +139,8 @@ def test_a_limit_that_is_not_recognised_is_refused_by_name(limit):
 
 
 def test_routers_without_limits_are_not_watched_for_them(model):
-    assert not any(check_router(layer).may_limit for layer in find_moe_layers(model))
-    assert all(check_router(layer).may_limit for layer in find_moe_layers(models.deepseek_v3()))
+    assert not any(check_router(layer).may_limit for layer in MoEModel.of(model).layers)
+    assert all(check_router(layer).may_limit for layer in MoEModel.of(models.deepseek_v3()).layers)
 
 
 def test_what_looks_like_experts_left_out():

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.tiers.routing import adapter_config, install_tier_hooks
 from tests import models, reference
@@ -38,7 +38,7 @@ def watched_routing(model):
 
         handles.append(layer.router.register_forward_hook(after_router))
 
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         watch(layer)
     try:
         yield seen
@@ -74,7 +74,7 @@ def test_chosen_experts_are_the_ranks_of_the_method_with_the_routers_own_weights
 def test_group_limited_routers_keep_their_groups_where_tiers_fit(num_tiers, ranks_within_groups):
     """Two groups of two experts are kept, enough for two tiers of two; a third takes ranks of all experts."""
     model, batch = models.deepseek_v3(), models.text_batch()
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         layer.router.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, models.NUM_EXPERTS))
     for tier in range(1, num_tiers + 1):
         with watched_routing(model) as seen, tier_routing(model, tier, num_tiers=num_tiers):
@@ -224,7 +224,7 @@ class TestBlocks:
             raise error
 
         base = logits(model, batch)
-        experts = find_moe_layers(model)[1].experts
+        experts = MoEModel.of(model).layers[1].experts
         handle = experts.register_forward_pre_hook(fail)
         with pytest.raises(error), tier_routing(model, 3):
             logits(model, batch)
@@ -387,7 +387,7 @@ def test_matched_weights_sum_to_what_tier_1s_would(family, model, batch, groupin
 def test_matched_weights_have_a_gradient_through_both_choices():
     """Against the same output put together by hand from the router's softmax."""
     model = models.olmoe()
-    layer = find_moe_layers(model)[0]
+    layer = MoEModel.of(model).layers[0]
     weight = layer.router.weight
     hidden = torch.randn(5, models.HIDDEN_SIZE)
     probabilities = (hidden @ weight.T).softmax(-1)
@@ -402,7 +402,7 @@ def test_matched_weights_have_a_gradient_through_both_choices():
     install_tier_hooks(model)
     layer.router.register_forward_hook(stop)
     layer.router.register_forward_pre_hook(lambda module, args: (hidden,), prepend=True)
-    for other in find_moe_layers(model)[1:]:
+    for other in MoEModel.of(model).layers[1:]:
         other.router.register_forward_pre_hook(lambda module, args: None)
     with tier_routing(model, 3, tier_weights="match", layer_scope=[0]):
         model(torch.arange(5)[None])

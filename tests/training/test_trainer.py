@@ -8,7 +8,7 @@ from trl import SFTTrainer
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.recording import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.tiers.plan import RandomDraw
@@ -280,7 +280,7 @@ class TestRefusals:
 def test_balance_counts_the_experts_that_a_router_with_a_bias_and_groups_chose(tmp_path):
     """DeepSeek-V3 chooses by sigmoid plus bias within groups: other experts than those of the largest probabilities."""
     model = adapted(models.deepseek_v3, num_tiers=1)
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     for layer in layers:
         layer.router.e_score_correction_bias.copy_(torch.linspace(-2, 2, models.NUM_EXPERTS))
     trainer = trainer_for(tmp_path, model, balance_coef=0.5)

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...errors import OrdMoEConfigError
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ...monitoring.diagnostics import ablation_findings
 from ...tiers.plan import make_plan
 from ...tiers.routing import settings_of
@@ -80,7 +80,7 @@ class Ablation:
 
     def check_tiers(self, model: nn.Module) -> None:
         """See that every cell's tiers fit the model, before anything runs."""
-        layers = find_moe_layers(model)
+        layers = MoEModel.of(model).layers
         for changes in self.candidates():
             config, _ = self.settings.build(changes)
             make_plan(layers, 1, settings_of(config))

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, set_seed
 from ...adapter.config import OrdMoEConfig
 from ...data.generation import evaluation_mode
 from ...data.samples import sample_batches
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ...tiers.routing import adapter_config
 from ...training import OrdMoETrainer, OrdMoETrainingArguments
 from ..measure.evaluation import evaluate_tiers, score_answers
@@ -108,7 +108,7 @@ def tier_likelihoods(
     """
     num_tiers = adapter_config(model).num_tiers
     if num_tiers == 1 or not isinstance(model, PeftModel):
-        fits = min(layer.num_experts // layer.top_k for layer in find_moe_layers(model))
+        fits = min(layer.num_experts // layer.top_k for layer in MoEModel.of(model).layers)
         num_tiers = min(TIERS_TO_SCORE, fits)
     count = min(len(dataset), SAMPLES_TO_SCORE)
     totals = [sum(top[:count])] + [0.0] * (num_tiers - 1)

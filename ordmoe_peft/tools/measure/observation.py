@@ -17,7 +17,7 @@ from ...data.generation import evaluation_mode
 from ...data.responses import IGNORED_LABEL
 from ...data.samples import ProcessingClass, sample_batches, scoring_inputs
 from ...errors import OrdMoEModelError
-from ...moe_model import MoELayer, find_moe_layers
+from ...moe_model import MoELayer, MoEModel
 from ...monitoring.recording import Call, record, recorded_router_outputs
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import tiers_of_labels
@@ -150,7 +150,7 @@ def _joined(parts: tuple[ExpertTokens, ...], num_tokens: int) -> ExpertTokens:
 
 
 def _check_calls(model: nn.Module, logits: list[torch.Tensor], calls: list[ExpertCall], num_tokens: int) -> None:
-    num_layers = len(find_moe_layers(model))
+    num_layers = len(MoEModel.of(model).layers)
     rows = {len(tensor) for tensor in (*logits, *(index_TK for index_TK, _ in calls))}
     if len(logits) != num_layers or len(calls) != num_layers or rows != {num_tokens}:
         raise OrdMoEModelError(

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
 from ...errors import OrdMoEConfigError
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ..tables import Table, number, percent, signed
 from .correlation import QualityCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
@@ -249,7 +249,7 @@ def _random_likelihoods(
 
 def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:
     """Per MoE layer, how alike the outputs of the tier's experts are."""
-    layers = find_moe_layers(model)
+    layers = MoEModel.of(model).layers
     with evaluation_mode(model):
         return [
             mean_pairwise_cosine(

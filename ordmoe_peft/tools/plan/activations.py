@@ -23,7 +23,7 @@ from ...errors import OrdMoEConfigError
 from ...experts.forward import LoraHandover, frozen_step, grouped_forward, take_updates
 from ...experts.frozen import run_frozen_experts
 from ...experts.layout import ExpertChunk
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
 from .lm_head import log_probs_as_on_cuda
@@ -61,7 +61,7 @@ def estimate_activations(model: nn.Module, settings: PlanSettings) -> Activation
     """
     base = model.get_base_model()
     inputs, tiers = step_inputs(base.config, settings), settings.tiers_at_once
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         layer.experts.forward = partial(_run_experts, layer.experts, settings.device)
     if settings.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
@@ -155,7 +155,7 @@ def _cut_layers(model: nn.Module, num_atypical: int) -> list[int]:
         representatives           A        B
         kept             A  B  A  A  A  B  A
     """
-    owner_name, _, list_name = find_moe_layers(model)[0].decoder_layers_name.rpartition(".")
+    owner_name, _, list_name = MoEModel.of(model).layers[0].decoder_layers_name.rpartition(".")
     owner = model.get_submodule(owner_name)
     kinds = [_kind(layer) for layer in getattr(owner, list_name)]
     indices = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
@@ -237,7 +237,7 @@ class _LayerWatch:
     def __init__(self, model: nn.Module, trace: MemoryTrace):
         self.trace, self.peak_before = trace, 0
         self.live: list[int] = []
-        self.layers = model.get_submodule(find_moe_layers(model)[0].decoder_layers_name)
+        self.layers = model.get_submodule(MoEModel.of(model).layers[0].decoder_layers_name)
         for layer in self.layers:
             layer.register_forward_pre_hook(self._note)
 

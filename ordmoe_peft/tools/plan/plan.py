@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ...quantization.memory_by_role import CensusRow, quantization_census
 from ...training.pass_memory import PassMemory
 from .activations import Activations, estimate_activations
@@ -68,7 +68,7 @@ def plan_memory(config: PretrainedConfig, settings: PlanSettings) -> MemoryPlan:
             C·K > E.
     """
     base = build_meta_model(config, settings.dtype, settings.quantization)
-    layers = find_moe_layers(base)
+    layers = MoEModel.of(base).layers
     census = quantization_census(base)
     model = _with_adapter(base, settings)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -22,7 +22,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..._compat import dtypes_kept, quantize_linear_weight_
 from ...errors import OrdMoEModelError
-from ...moe_model import find_moe_layers
+from ...moe_model import MoEModel
 from ...quantization.config import MoeBitsAndBytesConfig
 from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 
@@ -42,7 +42,7 @@ def build_meta_model(
     """
     with torch.device("meta"), local_torch_dtype(dtype):
         model = model_class(config)(copy.deepcopy(config))  # loading writes into it
-    find_moe_layers(model)
+    MoEModel.of(model)
     for name, kept in dtypes_kept(model, dtype).items():
         tensor = model.get_parameter_or_buffer(name)
         tensor.data = tensor.data.to(kept)

@@ -4,7 +4,7 @@ from peft import get_peft_model
 from torch.nn.functional import cosine_similarity
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed
 from ordmoe_peft.tools.measure.diversity import expert_outputs, mean_pairwise_cosine
 from ordmoe_peft.tools.measure.observation import outer_experts
@@ -56,7 +56,7 @@ def test_outputs_are_those_of_a_loop_over_experts(family, is_4bit, has_lora, tmp
     if has_lora:
         model = get_peft_model(model, OrdMoEConfig(r=6, lora_alpha=4)).eval()
         models.randomize_adapter(model)
-    layer = find_moe_layers(model)[1]
+    layer = MoEModel.of(model).layers[1]
     outer = outer_experts(model, layer)
     tokens = torch.randn(len(INDEX), models.HIDDEN_SIZE)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_outputs_are_those_of_a_loop_over_experts(family, is_4bit, has_lora, tmp
 
 def test_identical_experts_are_alike():
     model = models.qwen3_moe()
-    experts = find_moe_layers(model)[0].experts
+    experts = MoEModel.of(model).layers[0].experts
     tokens = torch.randn(len(INDEX), models.HIDDEN_SIZE)
     with torch.no_grad():
         assert mean_pairwise_cosine(expert_outputs(experts, tokens, INDEX)) < 0.5

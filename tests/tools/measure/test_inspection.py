@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tools.measure.inspection import inspect_model
 from ordmoe_peft.tools.measure.verdict import NEXT_STEP
 from tests import models, text
@@ -39,7 +39,7 @@ def test_a_healthy_model_is_fit():
 def test_a_verdict_claims_what_it_measured():
     """A random router spreads its tokens, so tiers can be cut; what its ranks are worth nobody has measured."""
     model = models.qwen3_moe()
-    for layer in find_moe_layers(model):
+    for layer in MoEModel.of(model).layers:
         layer.router.weight.data.mul_(0.1)
     report = inspected(model)
     assert report.layers[0].token_entropy > 0.97
@@ -80,7 +80,7 @@ def test_the_table_has_a_row_per_layer_and_drift_where_there_is_an_adapter():
 def test_a_router_that_has_collapsed_onto_one_expert_is_named():
     model = models.gpt_oss()
     with torch.no_grad():
-        find_moe_layers(model)[1].router.bias[5] = 100.0
+        MoEModel.of(model).layers[1].router.bias[5] = 100.0
     report = inspected(model)
     assert not report.is_fit
     always, entropy = report.reasons
@@ -94,7 +94,7 @@ def test_dead_experts_are_never_fit_and_may_be_too_many_for_the_tiers():
     """Three of eight experts never chosen leave five: enough for two tiers of two, not for three."""
     model = models.gpt_oss()
     with torch.no_grad():
-        find_moe_layers(model)[0].router.bias[:3] = -100.0
+        MoEModel.of(model).layers[0].router.bias[:3] = -100.0
     assert inspected(model, num_tiers=2).layers[0].dead == 3
     (reason,) = [reason for reason in inspected(model, num_tiers=2).reasons if "dead" in reason]
     assert "3 of its 8 experts are dead" in reason and "low tiers may consist of them" in reason
@@ -106,7 +106,7 @@ def test_dead_experts_are_never_fit_and_may_be_too_many_for_the_tiers():
 def test_flat_scores_are_named():
     model = models.qwen3_moe()
     with torch.no_grad():
-        find_moe_layers(model)[2].router.weight.zero_()
+        MoEModel.of(model).layers[2].router.weight.zero_()
     report = inspected(model)
     assert report.layers[2].score_std == 0
     assert any("Layer 2 (model.layers.2.mlp): its scores are flat" in reason for reason in report.reasons)
@@ -132,7 +132,7 @@ def test_too_many_tiers_are_named_with_the_largest_that_fits():
 
 def test_a_router_that_cannot_be_intercepted_is_named_and_the_others_are_measured(monkeypatch):
     model = models.qwen3_moe()
-    router = find_moe_layers(model)[1].router
+    router = MoEModel.of(model).layers[1].router
 
     def sorting(hidden_states):
         logits = hidden_states @ router.weight.T
@@ -149,7 +149,7 @@ def test_a_router_that_cannot_be_intercepted_is_named_and_the_others_are_measure
 def test_scores_that_are_not_numbers_are_named():
     model = models.qwen3_moe()
     with torch.no_grad():
-        find_moe_layers(model)[0].router.weight[0, 0] = float("nan")
+        MoEModel.of(model).layers[0].router.weight[0, 0] = float("nan")
     assert "its router logits are not finite" in inspected(model).reasons[0]
 
 

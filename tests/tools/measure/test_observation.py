@@ -7,7 +7,7 @@ from peft import get_peft_model
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.data.samples import scoring_inputs
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tools.measure.observation import observe_tier, spread
 from tests import models, reference, text
 
@@ -34,7 +34,7 @@ def slow_routing_scores(model, sample, tier: int) -> list[float]:
     prompt = TOKENIZER.apply_chat_template(sample["prompt"], add_generation_prompt=True, tokenize=False)
     full = TOKENIZER.apply_chat_template(sample["prompt"] + sample["completion"], tokenize=False)
     ids, start = TOKENIZER(full, return_tensors="pt").input_ids, len(TOKENIZER(prompt).input_ids)
-    seen, layers = [], find_moe_layers(model)
+    seen, layers = [], MoEModel.of(model).layers
     handles = [layer.router.register_forward_hook(lambda *call: seen.append(call[2][0])) for layer in layers]
     with torch.no_grad(), tier_routing(model, tier):
         model(ids)
@@ -81,7 +81,7 @@ def test_token_scope_keeps_the_prompt_and_its_tokens_out():
     model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, token_scope="response")).eval()
     sample = DATASET.select([0])
     (top, bottom), seen = [observe_tier(model, TOKENIZER, sample, tier) for tier in (1, 3)], []
-    router = find_moe_layers(model)[0].router
+    router = MoEModel.of(model).layers[0].router
     handle = router.register_forward_hook(lambda *call: seen.append(call[2][2]))
     observe_tier(model, TOKENIZER, sample, 1)
     observe_tier(model, TOKENIZER, sample, 3)
@@ -105,10 +105,10 @@ def test_kept_experts_are_the_tiers():
 
 def test_the_model_is_left_as_it_was():
     model = models.qwen3_moe().train()
-    hooks = [len(layer.experts._forward_pre_hooks) for layer in find_moe_layers(model)]
+    hooks = [len(layer.experts._forward_pre_hooks) for layer in MoEModel.of(model).layers]
     observe_tier(model, TOKENIZER, DATASET, 2)
     assert model.training
-    assert [len(layer.experts._forward_pre_hooks) for layer in find_moe_layers(model)] == hooks
+    assert [len(layer.experts._forward_pre_hooks) for layer in MoEModel.of(model).layers] == hooks
 
 
 def test_layers_that_do_not_run_are_named():

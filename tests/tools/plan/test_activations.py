@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 from examples.benchmarks.measuring import allocated_peak, held_at_end
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.moe_model import find_moe_layers
+from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tools.plan import activations
 from ordmoe_peft.tools.plan.activations import estimate_activations, step_inputs
 from ordmoe_peft.tools.plan.settings import PlanSettings
@@ -48,7 +48,7 @@ def share_out_evenly(experts, args):
 def measured(model, settings) -> tuple[int, int]:
     """What a step holds at the end of the forward, and the most that it holds, with tokens as the plan takes them."""
     tuned = adapted(model).train()
-    for layer in find_moe_layers(tuned):
+    for layer in MoEModel.of(tuned).layers:
         layer.experts.register_forward_pre_hook(share_out_evenly)
     add_fused_lm_head(tuned.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     if settings.gradient_checkpointing:
