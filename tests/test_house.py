@@ -1,6 +1,7 @@
 """The rules of the house that a reader of one file cannot see: who imports whom, and where each module is tested."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +186,10 @@ def test_there_is_no_test_file_of_a_module_that_is_gone():
     folders = {path.relative_to(PACKAGE).parent for path in MODULES.values()} - {Path()}
     found = {file.relative_to(tests) for folder in folders for file in (tests / folder).glob("test_*.py")}
     assert {str(file) for file in found - files} == WHOLE_STORIES
+
+
+def test_files_beside_the_code_are_shipped():
+    listed = re.search(r"^ordmoe_peft = (\[.*\])$", (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    patterns = ast.literal_eval(listed[1])
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == {path for pattern in patterns for path in PACKAGE.glob(pattern)}

@@ -126,8 +126,7 @@ def generate_by_tier(
 ) -> TierResponses:
     """Let each of `tiers` write a response to each prompt, prefill and every decoding step held to it.
 
-    Tokens that stand for images, video or sound are not written: low tiers would, now and then. Images are encoded once
-    for all tiers.
+    Tokens that stand for images, video or sound are not written. Images are encoded once for all tiers.
 
     Sampling draws from a generator state of its own, set from `seed`: the same call gives the same responses, whatever
     ran before it, and the global state is left as it was. With `rows_per_call` it also depends on how tiers are shared

@@ -45,7 +45,7 @@ def test_both_adapters_get_equal_steps_and_the_table_shows_tier_1(tmp_path, monk
     ]
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = {cells[0]: cells[1:] for cells in lines if cells}
-    accuracy_and_likelihood = ["50.0 %", "nan %", "25.0 %", "-1.00", "-2.00", "-3.00"]
+    accuracy_and_likelihood = ["50.0 %", "—", "25.0 %", "-1.00", "-2.00", "-3.00"]
     assert rows["base"] == [*accuracy_and_likelihood, "", ""]
     assert rows["SFT (C = 1)"] == [*accuracy_and_likelihood, "0.25", "2.50"]
     assert rows["OrdMoE (C = 3)"] == [*accuracy_and_likelihood, "0.75", "2.50"]
