@@ -1,1 +1,1 @@
-"""Adapters made part of their base: in memory, where the base may be packed in 4 bits, and on disk, stack by stack."""
+"""Adapters made part of their base in memory, also where it is packed in 4 bits. On disk: `tools/merge_on_disk`."""
