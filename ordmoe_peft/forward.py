@@ -102,8 +102,8 @@ class RunningForward:
         return self.once(("tiers", device), lambda: plan.tier_of_token(*self.shape, self.past_length).to(device))
 
     def once(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `make` gives of the plan, made by the first layer that asks: of all forwards of the plan where a row has
-        one tier, which does not depend on the length of the cache."""
+        """What `make` gives of the plan, made by the first layer that asks. Where each row has one tier, it does not
+        depend on the length of the cache, and serves all forwards of the plan; else it serves this one."""
         assert self.plan is not None
         if self.plan.tiers.dim() > 1:
             return self.once_here(key, make)
@@ -142,7 +142,7 @@ def tiers_requested(plans: dict[nn.Module, TierPlan]) -> Iterator[None]:
     """Within the block, hold the forwards of text models in this thread to plans.
 
     Compiled modules run uncompiled there: what they were compiled from does not know of tiers that change from call to
-    call, nor does a compiled router of the selection that answers it.
+    call, and a compiled router does not know of the selection that answers it.
 
     Args:
         plans (`dict`): text model, which has its hooks on → plan.

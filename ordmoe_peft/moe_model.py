@@ -259,8 +259,8 @@ def _experts_in(module: nn.Module) -> tuple[int, set[int]]:
 
 
 def _has_router(block: nn.Module, experts: nn.Module, num_experts: int, widths: set[int]) -> bool:
-    """Whether `block` has, beside `experts`, a matrix with a row for each expert and as many columns as one side of
-    theirs, or one with a column for each; wider than experts are many, since a square matrix routes nothing."""
+    """Whether `block` has, beside `experts`, a matrix with a row or a column for each expert, whose other side is as
+    long as a side of the experts' matrices. That side is the longer one, since a square matrix routes nothing."""
     beside = [
         block,
         *(part for child in block.children() if child is not experts for part in (child, *child.children())),

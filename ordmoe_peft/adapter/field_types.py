@@ -30,7 +30,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if kind is list:
         is_list = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
         return is_list and all(_matches(item, *get_args(hint)) for item in value)
-    if kind in (int, float):  # True is an int to Python, and nobody's number
+    if kind in (int, float):  # True is an int to Python, but no number here
         if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
             return False
         if kind is float:  # not isfinite, which overflows at larger whole numbers

@@ -91,7 +91,7 @@ def fill_in_targets(config: OrdMoEConfig, targets: list[Target]) -> None:
 
 
 def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:
-    """The modules whose names end so.
+    """The modules of `model` whose names end with one of `endings`.
 
     PEFT shortens 20 and more names to endings that no other module shares (`_find_minimal_target_modules`,
     `peft/tuners/tuners_utils.py`), and saves these.

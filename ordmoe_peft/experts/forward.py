@@ -34,8 +34,8 @@ from .tuning import BIN_COST_BYTES, CHUNK_BYTES, FEW_ROWS, LARGE_EXPERT, PIECE, 
 
 @dataclass
 class LoraHandover:
-    """What LoRA layers of the projections hand to the experts function. No mapping, which hooks that move inputs
-    between devices would copy.
+    """What LoRA layers of the projections hand to the experts function. It is not a mapping, because hooks that move
+    inputs between devices would copy one.
 
     Args:
         updates (`dict`): projection name → the active adapters' factors.
@@ -86,7 +86,7 @@ def experts_forward(
     is_on_cpu = self.down_proj.device.type == "cpu"
     if not is_any_packed and (not is_on_cpu or is_trained(self)):
         return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    # Not in training: reentrant checkpointing's first forward has no gradients, and must be what the second is.
+    # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
     is_without_gradients = not self.training and not torch.is_grad_enabled()
     is_few = is_on_cpu and is_without_gradients and 0 < top_k_index.numel() <= FEW_ROWS
     run = _few_rows_forward if is_few else _frozen_forward

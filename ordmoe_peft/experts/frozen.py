@@ -312,7 +312,7 @@ class _LoraPass:
         row_PR = expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=expert_P.device)
         return B_XO.index_select(0, row_PR.view(-1)).view(-1, lora.r, B_XO.shape[-1])
 
-    # What a gradient is made of is let go of as soon as the next form is there.
+    # Each form of a gradient is freed as soon as the next one exists.
     def take_grad_A(self) -> torch.Tensor | None:
         self.A_PRI = None
         if self.grad_A_PRI is None:

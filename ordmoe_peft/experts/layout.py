@@ -97,8 +97,8 @@ class PaddedLayout:
         return F.embedding_bag(self.slot_N.view(-1, self.top_k), x_SI, mode="sum")
 
     def empty_for(self, num_experts: int, factor_PRI: torch.Tensor) -> torch.Tensor:
-        """Memory for what is like a factor of `expert_P`, as [`by_expert`] takes it: where some of `num_experts` are
-        absent, one more, of zeros, stands for them."""
+        """Memory for something like a factor of the experts in `expert_P`, as [`by_expert`] takes it. Where some of
+        `num_experts` are absent, it has one more matrix, of zeros, which stands for them."""
         is_any_absent = len(self.expert_P) < num_experts
         x_PRI = factor_PRI.new_empty(len(self.expert_P) + is_any_absent, *factor_PRI.shape[1:])
         if is_any_absent:

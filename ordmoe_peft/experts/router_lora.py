@@ -10,8 +10,8 @@ from torch.func import functional_call
 from .._compat import as_parameter_wrapper
 
 
-# A router's weight is another one while it runs, which no other thread's forward may find. One lock serves all routers:
-# a lock of each would keep models from being copied and pickled, and a router's own work on the host is short.
+# While a router runs, its weight is replaced, and no other thread's forward may find the replacement. One lock serves
+# all routers: a lock of each would keep models from being copied and pickled, and a router's work on the host is short.
 _one_router_at_a_time = threading.RLock()
 
 

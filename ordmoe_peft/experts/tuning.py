@@ -1,5 +1,5 @@
 """Constants that were measured, all on two cores of an AMD EPYC with torch 2.13. They change time and
-memory, and of what is computed the rounding alone.
+memory; of the results they change the rounding alone.
 
 | constant | value | unit | how to measure again |
 | --- | --- | --- | --- |
@@ -22,8 +22,8 @@ BIN_COST_BYTES = 600_000
 # are few: experts enter bins in groups of a MAX_BIN_COUNTS-th of them, and rows are rounded up to ROW_STEP.
 MAX_BIN_COUNTS = 16
 ROW_STEP = 4
-# What the up-projection's output takes of the slots that are worked on at a time: many enough to be worth the
-# operations, and few, so that little exists beside what is kept.
+# The size of the up-projection's output for the slots that are worked on at a time: large enough to be worth the
+# operations, and small, so that little exists beside what is kept for backward.
 CHUNK_BYTES = 2_000_000
 # On CPU in 16 bits, packed experts of so many weights and more are unpacked PIECE weights at a time. A large tensor
 # that is freed leaves a hole in malloc's memory, where one of oneDNN's kernels settles, so that the next tensor does

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 
-# An expert that is chosen less often than this share of its fair share K/E is dead: hundredfold too rare to be a
-# matter of the sample once a layer has seen some ten thousand tokens.
+# An expert that is chosen less often than this share of its fair share K/E is dead: a hundred times too rare to be
+# chance once a layer has seen some ten thousand tokens.
 DEAD_SHARE = 0.01
 
 

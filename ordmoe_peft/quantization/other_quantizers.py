@@ -77,7 +77,7 @@ def unreadable_kind(module: nn.Module) -> str | None:
     for name, weight in module.named_parameters(recurse=False):
         if name.endswith("_bias") or weight.dim() < 2 or (is_packed(weight) and is_fused_experts(module)):
             continue
-        # A parameter of a subclass holds who knows what, but for those that torch has sharded.
+        # What a parameter of a subclass holds is unknown, unless it is one that torch has sharded.
         if type(weight) is not nn.Parameter and not hasattr(weight, "device_mesh"):
             return f"a {kind} whose {name} is a {type(weight).__name__}"
         if weight.dtype not in PACKABLE_DTYPES:

@@ -109,7 +109,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            # The checkpoint decides; its names have a prefix that a model without a head has not.
+            # The checkpoint decides; its names have a prefix that a model without a head lacks.
             skipped = [] if hasattr(model, model.base_model_prefix) else config.llm_int8_skip_modules or []
             also_skipped = [name.removeprefix(f"{model.base_model_prefix}.") for name in skipped]
         else:

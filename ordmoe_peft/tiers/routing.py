@@ -78,7 +78,7 @@ def tier_routing(
 
     Raises:
         [`OrdMoEConfigError`]: the request does not fit the model, e.g. C·K > E.
-        [`OrdMoEModelError`]: the model has no MoE layers, or such that tiers cannot be imposed on.
+        [`OrdMoEModelError`]: the model has no MoE layers, or some that tiers cannot be imposed on.
         [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
             are unknown, or a router did not run.
     """
