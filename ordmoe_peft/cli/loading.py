@@ -94,7 +94,7 @@ def load_samples(options: SampleArguments) -> Any:
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:
     """The model that a command runs, with its adapter if there is one, and its processing class.
 
-    On the accelerator, if there is one: trainers move their model there, other commands have nobody who does.
+    On the accelerator, if there is one: trainers move their model there, other commands have no trainer.
     """
     processing_class = load_processing_class(model_options, options.trust_remote_code)
     device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None

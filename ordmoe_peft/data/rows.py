@@ -13,7 +13,7 @@ from ..errors import OrdMoEDataError
 
 CONVERSATIONS = ("messages", "conversations")
 ANSWER_ROLES = ("assistant", "gpt")
-# A stream has no end to wait for: as many of its rows without an answer are taken for all.
+# A stream may have no end: if its first rows have no answer, as many as this, it is taken to have none.
 MOST_EMPTY_ROWS = 1000
 
 
@@ -56,7 +56,7 @@ def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
 def check_texts(dataset: Dataset, columns: Sequence[str], name: str, may_be_empty: bool = False) -> None:
     """See that each of `columns` has text in every row, and is not empty in all of them, unless it may be.
 
-    An empty prompt is one; an empty answer among others teaches where to stop.
+    An empty prompt counts as a prompt; an empty answer among others teaches where to stop.
 
     Raises:
         [`OrdMoEDataError`]: names the column, and the row (counted from 0).

@@ -273,7 +273,7 @@ def _idle_settings(
 def _renormalises(layer: MoELayer) -> bool:
     """Whether the weights of a token's experts sum to the same for different tokens."""
     router = layer.router
-    # Shared out over processes, or not there.
+    # Nothing to run: no router, or a weight that is sharded over processes or has no numbers.
     if router is None or router.weight.dim() != 2 or router.weight.device.type == "meta":
         return False
     weight = router.weight

@@ -69,10 +69,10 @@ class RunDescription:
 def describe_run(
     model: nn.Module, config: OrdMoEConfig, args: OrdMoETrainingArguments, data: dict[str, Any]
 ) -> RunDescription:
-    """The run of these; `data` is what [`describe_data`] says of them."""
+    """The description of a run with these; `data` is what [`describe_data`] says of its data."""
     own = {field.name for field in fields(args)} - {field.name for field in fields(SFTConfig)} - {*INDECISIVE}
     settings = {name: value for name, value in args.to_dict().items() if name in own or name in DECISIVE}
-    # However it is shared out over processes and micro-batches.
+    # Of a step, however it is shared out over processes and micro-batches.
     settings["batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     adapter = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_THE_ADAPTER}
     record = {"base": _describe_base(model), "adapter": adapter, "data": data, "settings": settings}
@@ -86,8 +86,8 @@ def goal_of(args: OrdMoETrainingArguments) -> tuple[str, float]:
 
 
 def _describe_base(model: nn.Module) -> dict[str, Any]:
-    """The base's configuration, and a digest of its weights: some values of each frozen tensor that is whole, here, and
-    not in 4 bits, which devices pack each in its way."""
+    """The base's configuration, and a digest of its weights: some values of each frozen tensor, but for those that are
+    sharded, offloaded, or in 4 bits, which each device packs in its own way."""
     config = model.config.to_dict()
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

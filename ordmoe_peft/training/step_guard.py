@@ -28,8 +28,8 @@ DROPPED = {
 
 @dataclass
 class StepSoFar:
-    """The step that runs, on this process: its rows with a response and micro-batches without, how many values each
-    metric had before, and of the passes so far the loss and what was not finite.
+    """The step that runs, on this process: its rows with a response, its micro-batches without one, how many values
+    each metric had before it, the loss of its passes so far, and what was not finite in them.
     """
 
     rows: int = 0

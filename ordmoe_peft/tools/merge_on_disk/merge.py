@@ -169,7 +169,7 @@ def _prepared(
 def _check_recipes(
     adapter: str, config: OrdMoEConfig, base: str, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
 ) -> None:
-    """See that at most one recipe is there, and one where it is needed; warn where training had one that is not."""
+    """See that at most one recipe is given, and one where it is needed; warn where only training had one."""
     if stored is not None and options.quantization_config is not None:
         raise OrdMoEConfigError(
             f"{base} is stored in 4 bits already: leave `quantization_config` (`load_in_4bit`) out."
