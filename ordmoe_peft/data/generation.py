@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import OrdMoEConfigError
 from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
-from ..tiers.scope import tiers_of_prompts
+from ..tiers.scope import IGNORED_LABEL, tiers_of_prompts
 from .images import ENCODED, concatenated_images, encode_images
-from .responses import IGNORED_LABEL
 
 
 @dataclass

@@ -5,10 +5,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
-# What labels hold where a token belongs to no response, as everywhere in transformers.
-IGNORED_LABEL = -100
-
-
 def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> torch.Tensor:
     """The token ids that end a response, of the tokenizer and of the model's generation config together."""
     ids = getattr(model.generation_config, "eos_token_id", None)

@@ -7,10 +7,10 @@ tiers.
 
 import torch
 
-from ..data.responses import IGNORED_LABEL
-
 
 TOKEN_SCOPES = ("sequence", "response")
+# What labels hold where a token belongs to no response, as everywhere in transformers.
+IGNORED_LABEL = -100
 
 
 def tiers_of_labels(tiers_B: torch.Tensor, labels_BS: torch.Tensor, token_scope: str) -> torch.Tensor:

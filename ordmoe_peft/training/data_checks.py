@@ -8,7 +8,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging
 
-from ..data.responses import IGNORED_LABEL
 from ..data.rows import (
     CONVERSATIONS,
     check_length,
@@ -19,6 +18,7 @@ from ..data.rows import (
     first_row,
 )
 from ..errors import OrdMoEConfigError, OrdMoEDataError
+from ..tiers.scope import IGNORED_LABEL
 
 
 logger = logging.get_logger(__name__)

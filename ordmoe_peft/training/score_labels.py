@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.responses import IGNORED_LABEL
+from ..tiers.scope import IGNORED_LABEL
 
 
 def score_labelled(model: Callable, backbone: nn.Module, inputs: dict[str, Any]) -> Any:

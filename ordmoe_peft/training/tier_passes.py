@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.responses import IGNORED_LABEL
 from ..monitoring.recording import recorded_router_outputs
 from ..tiers.plan import RandomDraw
 from ..tiers.routing import adapter_config, tier_routing
+from ..tiers.scope import IGNORED_LABEL
 from .losses import mean_balance_loss
 from .random_state import RandomState
 from .row_groups import RowGroup

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import pad
 
-from ..data.responses import IGNORED_LABEL
+from ..tiers.scope import IGNORED_LABEL
 
 
 # In place of a tier: the batch's own rows where tiers have responses of their own.

@@ -28,7 +28,7 @@ from trl import SFTTrainer
 
 from ..adapter.config import OrdMoEConfig
 from ..data.images import encode_images
-from ..data.responses import IGNORED_LABEL, end_of_sequence_ids
+from ..data.responses import end_of_sequence_ids
 from ..data.rows import check_fits, num_positions
 from ..data.samples import check_processing_class
 from ..errors import OrdMoEConfigError
@@ -37,6 +37,7 @@ from ..objectives.advantages import tier_advantages
 from ..objectives.registry import OBJECTIVES
 from ..quantization.fsdp import keep_packed_when_sharded
 from ..tiers.plan import RandomDraw
+from ..tiers.scope import IGNORED_LABEL
 from ._compat import WholeCheckpoints, logged_metrics
 from .answers import with_answers
 from .arguments import OrdMoETrainingArguments

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
-from ...data.responses import IGNORED_LABEL, content_mask, end_of_sequence_ids
+from ...data.responses import content_mask, end_of_sequence_ids
 from ...data.rows import check_fits, check_samples
 from ...data.samples import (
     ProcessingClass,
@@ -23,7 +23,7 @@ from ...data.samples import (
 )
 from ...objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ...tiers.routing import adapter_config, tier_routing
-from ...tiers.scope import tiers_of_labels, tiers_of_prompts
+from ...tiers.scope import IGNORED_LABEL, tiers_of_labels, tiers_of_prompts
 from ..tables import Table, number, percent
 
 

@@ -14,13 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.generation import evaluation_mode
-from ...data.responses import IGNORED_LABEL
 from ...data.samples import ProcessingClass, sample_batches, scoring_inputs
 from ...errors import OrdMoEModelError
 from ...moe_model import MoELayer, MoEModel
 from ...monitoring.recording import Call, record, recorded_router_outputs
 from ...tiers.routing import adapter_config, tier_routing
-from ...tiers.scope import tiers_of_labels
+from ...tiers.scope import IGNORED_LABEL, tiers_of_labels
 from .correlation import routing_score
 from .evaluation import model_inputs
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from ...data.images import ENCODED, concatenated_images
-from ...data.responses import IGNORED_LABEL
 from ...errors import OrdMoEDataError
-from ...tiers.scope import tiers_of_labels
+from ...tiers.scope import IGNORED_LABEL, tiers_of_labels
 
 
 @dataclass(frozen=True)

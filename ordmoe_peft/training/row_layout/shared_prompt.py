@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ...data.responses import IGNORED_LABEL
-from ...tiers.scope import tiers_of_labels
+from ...tiers.scope import IGNORED_LABEL, tiers_of_labels
 from .separate import filler, is_per_token
 
 
