@@ -6,6 +6,7 @@ row of weights per expert. Modules that PEFT has wrapped are seen through.
 """
 
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,6 @@ from .errors import OrdMoEModelError
 
 # Name of our experts function in transformers' registry.
 EXPERTS_IMPLEMENTATION = "ordmoe"
-# Attribute of a model that its view is kept in.
-VIEW = "moe_model_view"
 
 
 @dataclass(frozen=True)
@@ -99,36 +98,41 @@ def check_no_adapter(model: nn.Module, action: str) -> None:
         )
 
 
-@dataclass(frozen=True)
 class MoEModel:
     """A model's MoE layers. `MoEModel.of(model)` builds it once, and anew when modules have come or gone.
 
-    Args:
-        model (`nn.Module`): the model, wrapped by PEFT or not, or a part of one.
-        layers (`list` of [`MoELayer`]): its MoE layers, in order.
-        modules (`tuple[int, ...]`): the ids of all its modules, by which a view that is out of date is known. Experts
-            and routers keep theirs as long as the view holds them.
+    It does not keep its model alive.
+
+    Attributes:
+        layers (`list` of [`MoELayer`]): the MoE layers, in order.
     """
 
-    model: nn.Module = field(repr=False)
-    layers: list[MoELayer]
-    modules: tuple[int, ...] = field(repr=False)
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        # By these a view that is out of date is known. Experts and routers keep theirs as long as the view holds them.
+        self._module_ids = _module_ids(model)
+        self.layers = _find_layers(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "MoEModel":
-        """The view of `model`.
+        """The view of `model`, wrapped by PEFT or not, or of a part of one.
 
         Raises:
             [`OrdMoEModelError`]: it has no MoE layers.
         """
-        modules = tuple(map(id, model.modules()))
-        view = vars(model).get(VIEW)
-        if view is None or view.modules != modules:
-            view = cls(model, _find_layers(model), modules)
-            vars(model)[VIEW] = view
+        view = _views.get(model)
+        if view is None or view._module_ids != _module_ids(model):
+            view = _views[model] = cls(model)
         return view
 
-    @cached_property
+    @property
+    def model(self) -> nn.Module:
+        """The model that this is a view of."""
+        model = self._model()
+        assert model is not None, "who asks for the view of a model holds the model"
+        return model
+
+    @property
     def text_models(self) -> dict[nn.Module, list[MoELayer]]:
         """The modules that run the decoder layers, the owners of their `nn.ModuleList`s, and the MoE layers of each.
 
@@ -179,6 +183,14 @@ class MoEModel:
         """
         if isinstance(layer_scope, str):
             self.check_all_served(f"layer_scope={layer_scope!r}")
+
+
+# Views that were built; an entry goes with its model.
+_views: "weakref.WeakKeyDictionary[nn.Module, MoEModel]" = weakref.WeakKeyDictionary()
+
+
+def _module_ids(model: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, model.modules()))
 
 
 def _find_layers(model: nn.Module) -> list[MoELayer]:

@@ -1,4 +1,7 @@
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 from peft import get_peft_model
@@ -63,3 +66,26 @@ def test_top_k_is_the_routers_own_of_now(model):
     layer = MoEModel.of(model).layers[0]
     layer.router.top_k = 1
     assert MoEModel.of(model).layers[0].top_k == 1
+
+
+def test_a_view_is_no_part_of_its_model(model):
+    tuned = get_peft_model(model, OrdMoEConfig(r=4))
+    assert MoEModel.of(tuned).text_models
+    assert b"ordmoe_peft" not in pickle.dumps(tuned.unload())
+
+
+def test_a_view_does_not_keep_its_model_alive():
+    gc.disable()
+    try:
+        model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+        text_model = model.get_base_model().model
+        for part in (model, text_model):
+            view = MoEModel.of(part)
+            assert view.text_models
+            assert view.decoder_layers
+            assert not view.unserved_blocks
+        weight = weakref.ref(next(model.parameters()))
+        del model, text_model, part, view
+        assert weight() is None
+    finally:
+        gc.enable()

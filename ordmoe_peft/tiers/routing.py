@@ -107,9 +107,11 @@ def _draw_of(draw: RandomDraw | None, renamed: dict[str, Any]) -> RandomDraw:
     """The draw that was asked for, also by the names of its fields before 0.1. Remove these with 0.2."""
     if not renamed:
         return draw or RandomDraw()
-    unknown = set(renamed) - {"step", "num_samples", "first_sample", "places"}
-    if unknown or draw is not None:
-        raise TypeError(f"tier_routing() got unexpected arguments {sorted(renamed)}: give draw=RandomDraw(...) alone.")
+    unknown = sorted(set(renamed) - {"step", "num_samples", "first_sample", "places"})
+    if unknown:
+        raise TypeError(f"tier_routing() got an unexpected keyword argument {unknown[0]!r}")
+    if draw is not None:
+        raise TypeError(f"tier_routing() got draw and {sorted(renamed)}, which are fields of it: give draw alone.")
     warnings.warn(
         f"{sorted(renamed)} of tier_routing are fields of its `draw` now: RandomDraw(step=…, num_samples=…, "
         "first_sample=…, positions=…).",

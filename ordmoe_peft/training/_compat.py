@@ -1,13 +1,17 @@
 """Uses of names of the trainer upstream that are not public. See `ordmoe_peft/_compat.py`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from ..files import whole_file
 from .checkpoints import discard, discard_oldest, is_same
 
 
@@ -26,15 +30,21 @@ class WholeCheckpoints(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, limit = self._get_output_dir(trial), self.args.save_total_limit
+        checkpoint = Path(folder, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            discard(Path(folder, f"checkpoint-{self.state.global_step}"))
+            discard(checkpoint)
         self.accelerator.wait_for_everyone()
-        self.args.save_total_limit = None  # upstream would delete the oldest in its way
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        with ExitStack() as on_failure:
+            on_failure.callback(discard, checkpoint)  # a disk that is full gets its room back
+            self.args.save_total_limit = None  # upstream would delete the oldest in its way
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            on_failure.pop_all()
         if self.args.should_save:
+            with whole_file(checkpoint / TRAINING_ARGS_NAME) as file:
+                torch.save(self.args, file)  # upstream's has no limit
             discard_oldest(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -134,7 +134,6 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         if self.is_fsdp_enabled:
             keep_packed_when_sharded(self.model)
         vocab_size = self.model.config.get_text_config().vocab_size
-        self._tier_loss = TierLoss.of(args, self.advantages, vocab_size)
         self._sharing = self._prompt_sharing() if args.share_prompt and self.num_tiers > 1 else None
         self._schedule = PassSchedule(
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
@@ -205,6 +204,11 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def _active_tiers(self) -> list[int]:
         return self.objective.active_tiers(self.advantages) if self.num_tiers > 1 else []
 
+    @property
+    def _tier_loss(self) -> TierLoss:
+        """By the arguments of now: callbacks may change them while the run goes on."""
+        return TierLoss.of(self.args, self.advantages, self.model.config.get_text_config().vocab_size)
+
     def _num_passes(self) -> int:
         return 1 + sum(self._is_generated or tier != 1 for tier in self._active_tiers)
 
@@ -259,10 +263,18 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
                 tier_pass = replace(planned, previous=previous)
                 with nullcontext() if tier_pass.is_last else self.accelerator.no_sync(model):
                     loss = super().training_step(model, {**inputs, TIER_PASS: tier_pass}, num_items_in_batch)
+                self._check_pass_ran(tier_pass)
                 self._guard.check_pass(tier_pass.routed_by, tier_pass.scores, loss, self._gradients())
                 losses.append(loss)
                 previous = tier_pass.scores.detached()
         return torch.stack(losses).sum()
+
+    def _check_pass_ran(self, tier_pass: TierPass) -> None:
+        if not hasattr(tier_pass, "scores"):
+            raise OrdMoEConfigError(
+                f"compute_loss of {type(self).__name__} did not give inputs[{TIER_PASS!r}] to that of OrdMoETrainer, "
+                f"so its tier pass did not run. Pass all inputs on, {MICRO_BATCH!r} and {TIER_PASS!r} among them."
+            )
 
     def _gradients(self) -> list[torch.Tensor]:
         """The accumulated gradients; none where a scaler looks after them."""

@@ -147,8 +147,10 @@ class TestTrainer:
         with pytest.raises(OSError, match="No space left"):
             trainer.train()
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert "checkpoint-4" not in names(tmp_path), "the disk is full"
         assert [path.name for path in RunFolder(tmp_path).results] == ["checkpoint-2"]
-        (tmp_path / "checkpoint-4" / "rng_state_7.pth").touch()  # of a run with more processes
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / "checkpoint-4" / "rng_state_7.pth").touch()  # of a run with more processes, which was killed
 
         resumed = tiny_trainer(tmp_path, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
@@ -159,6 +161,12 @@ class TestTrainer:
         losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)]
         assert len(losses[0]) == 6
         assert losses[0] == losses[1]
+
+    def test_the_saved_arguments_have_the_limit(self, tmp_path):
+        tiny_trainer(tmp_path, **self.SETTINGS, save_total_limit=2).train()
+        saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+        assert saved.save_total_limit == 2
+        assert {"checkpoint-4", "checkpoint-6"} == {name for name in names(tmp_path) if name.startswith("checkpoint")}
 
     def test_a_run_that_was_at_its_end_is_not_trained_further(self, tmp_path):
         weights = []

@@ -310,3 +310,21 @@ def test_a_compiled_model_takes_the_same_steps(tmp_path):
     plain, _ = trained(trainer_for(tmp_path))
     compiled, _ = trained(trainer_for(tmp_path, torch_compile=True, torch_compile_backend="eager"))
     assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_subclass_that_drops_what_travels_with_the_batch_is_told(tmp_path):
+    class Dropping(OrdMoETrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            known = {name: inputs[name] for name in ("input_ids", "labels", "attention_mask")}
+            return super().compute_loss(model, known, *args, **kwargs)
+
+    with pytest.raises(OrdMoEConfigError, match=r"Dropping did not give inputs\['tier_pass'\]"):
+        trainer_for(tmp_path, cls=Dropping).train()
+
+
+def test_settings_of_the_loss_may_change_during_a_run(tmp_path):
+    trainer = trainer_for(tmp_path, objective="logistic", objective_beta=1.0)
+    batch = one_batch(trainer)
+    before = trainer.compute_loss(trainer.model, dict(batch))
+    trainer.args.objective_beta = 5.0
+    assert trainer.compute_loss(trainer.model, dict(batch)) != before

@@ -13,6 +13,7 @@ from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
 from ...errors import OrdMoEConfigError
 from ...moe_model import MoEModel
+from ...tiers.plan import RandomDraw
 from ..tables import Table, number, percent, signed
 from .correlation import QualityCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
@@ -239,7 +240,9 @@ def _random_likelihoods(
         for step, samples in enumerate(sample_batches(dataset, batch_size)):
             # Another step for each batch: rows at the same position would share their draws.
             of_tiers = [
-                torch.stack(score_answers(model, processing_class, samples, tier, step=step, **groups)).cpu()
+                torch.stack(
+                    score_answers(model, processing_class, samples, tier, draw=RandomDraw(step=step), **groups)
+                ).cpu()
                 for tier in range(2, num_tiers + 1)
             ]
             parts.append(torch.stack(of_tiers, dim=1))
