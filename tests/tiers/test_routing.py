@@ -365,7 +365,7 @@ def test_compiled_model_is_not_wrong():
 def test_matched_weights_sum_to_what_tier_1s_would(family, model, batch, grouping):
     """In the first layer both tiers see the same tokens, so the sums can be compared; tier 1 is not touched."""
     install_tier_hooks(model)  # first, so that what is watched is what the experts get
-    settings = {"grouping": grouping, "num_samples": 1}
+    settings = {"grouping": grouping, "draw": RandomDraw(num_samples=1)}
     with watched_routing(model) as plain:
         untouched = logits(model, batch)
     own_sum = plain[0]["weights"].sum(-1)
