@@ -33,21 +33,14 @@ from ordmoe_peft import (
 )
 from ordmoe_peft.cli.main import main as command
 from tests import models, text
+from tests.training.test_trainer import SETTINGS
 
 
 BASE = "examples/easy_vqa/base"
 FAMILIES = {**models.FAMILIES, "gpt_oss": models.gpt_oss, "deepseek_v3": models.deepseek_v3}
-TRAINING = {
+TRAINING = SETTINGS | {
     "max_steps": 3,
-    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
     "log_router_health": True,
     "log_tiers_every": 2,
 }

@@ -121,12 +121,6 @@ def _draw_of(draw: RandomDraw | None, renamed: dict[str, Any]) -> RandomDraw:
     return RandomDraw(**{{"places": "positions"}.get(name, name): value for name, value in renamed.items()})
 
 
-def running_tiers() -> RunningForward | None:
-    """The forward that runs in this thread, if it is held to tiers; `None` where all its rows are on tier 1."""
-    forward = running_forward()
-    return None if forward is None or forward.plan is None else forward
-
-
 def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> Any:
     """What a layer's router says of its inputs when held to a plan, whatever the forward around it is.
 

@@ -1,7 +1,7 @@
 """Tables of results: a tool makes each once, and the terminal and the page show the same."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,23 @@ class Table:
     Args:
         title (`str`): what it shows, with units.
         frame (`pandas.DataFrame`): its values, unrounded; the index is not shown.
-        formats (mapping): column → function that makes a value a text; [`plain`] for other columns.
+        formats (mapping or sequence): column → function that makes a value a text, [`plain`] for other columns; or a
+            function for each column in turn, where a name may stand twice.
         note (`str`): how to read it.
     """
 
     title: str
     frame: pd.DataFrame
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: Mapping[str, Format] | Sequence[Format] = field(default_factory=dict)
     note: str = ""
 
     def texts(self) -> pd.DataFrame:
         """The cells as people see them."""
-        return self.frame.apply(lambda column: column.map(self.formats.get(column.name, plain)))
+        by_column = self.formats
+        if isinstance(by_column, Mapping):
+            by_column = [by_column.get(name, plain) for name in self.frame.columns]
+        columns = [self.frame.iloc[:, place].map(text) for place, text in enumerate(by_column)]
+        return pd.concat(columns, axis=1)
 
 
 def is_number(value: Any) -> bool:

@@ -30,7 +30,7 @@ from ..adapter.config import OrdMoEConfig
 from ..data.images import encode_images
 from ..data.responses import end_of_sequence_ids
 from ..data.rows import check_fits, num_positions
-from ..data.samples import check_processing_class
+from ..data.samples import check_processing_class, tokenizer_of
 from ..errors import OrdMoEConfigError
 from ..moe_model import MoEModel
 from ..objectives.advantages import tier_advantages
@@ -123,7 +123,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         if self._is_generated:
             new_tokens = args.sampling.get("max_new_tokens") or 0
             check_room_to_write(self.train_dataset, new_tokens, num_positions(self.model.config))
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer = tokenizer_of(self.processing_class)
         self.end_of_sequence_ids = end_of_sequence_ids(tokenizer, self.model)
         self._pad_token_id = tokenizer.pad_token_id
         # We compute the loss, so set this: Qwen3-VL reports that it ignores `num_items_in_batch`, and Trainer would

@@ -17,6 +17,11 @@ def test_a_name_may_stand_twice_and_a_table_may_be_empty():
     assert list(Table("Title", pd.DataFrame({"x": []}), {"x": number}).texts().columns) == ["x"]
 
 
+def test_formats_may_be_given_in_turn():
+    frame = pd.DataFrame([[1, 0.5]], columns=["tier", "tier"])
+    assert Table("Title", frame, [plain, percent]).texts().to_numpy().tolist() == [["1", "50.0 %"]]
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "1"])
 def test_what_is_no_number_is_a_dash(value):
     assert not is_number(value)

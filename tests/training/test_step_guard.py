@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
-from ordmoe_peft.tiers.routing import running_tiers
+from ordmoe_peft.forward import running_forward
 from ordmoe_peft.training import step_guard
 from tests import models
 from tests.training.test_trainer import adapted, arguments, trainer_for
@@ -28,10 +28,10 @@ class Poison:
         trainer.model.get_base_model().model.layers[1].mlp.register_forward_hook(self)
 
     def __call__(self, module, args, output):
-        forward = running_tiers()
+        forward = running_forward()
         if self.trainer.state.global_step + 1 not in self.steps or not torch.is_grad_enabled():
             return None
-        tiers = forward.plan.tiers if forward else torch.ones(1)
+        tiers = forward.plan.tiers if forward and forward.plan else torch.ones(1)
         is_tier = (tiers == self.tier).expand(len(output)).view(-1, 1, 1)
         if self.part == "forward":
             return output.masked_fill(is_tier, torch.nan)

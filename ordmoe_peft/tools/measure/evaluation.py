@@ -20,11 +20,12 @@ from ...data.samples import (
     prompt_inputs,
     sample_batches,
     scoring_inputs,
+    tokenizer_of,
 )
 from ...objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import IGNORED_LABEL, tiers_of_labels, tiers_of_prompts
-from ..tables import Table, number, percent
+from ..tables import Table, number, percent, plain
 
 
 OVERALL = "overall"
@@ -85,11 +86,10 @@ def tier_table(tiers: Sequence[TierMeans]) -> Table:
     """A row per tier: accuracy per group and overall, mean log-likelihoods."""
     groups = [name for name in tiers[0].accuracy if name != OVERALL] + [OVERALL]
     rows = [[one.tier, *map(one.accuracy.get, groups), one.log_likelihood, one.log_likelihood_no_eos] for one in tiers]
-    likelihoods = ["log-likelihood", "without end tokens"]
     return Table(
         "Exact match, and mean log-likelihood per answer token (nats)",
-        pd.DataFrame(rows, columns=["tier", *groups, *likelihoods]),
-        {**dict.fromkeys(groups, percent), **dict.fromkeys(likelihoods, number)},
+        pd.DataFrame(rows, columns=["tier", *groups, "log-likelihood", "without end tokens"]),
+        [plain, *[percent] * len(groups), number, number],  # a group may be called as another column is
     )
 
 
@@ -181,7 +181,7 @@ def generate_answers(
     """A tier's greedy answers to the samples' prompts, as plain text."""
     inputs = model_inputs(prompt_inputs, samples, processing_class, model)
     prompt_length = inputs["input_ids"].shape[1]
-    end_ids = end_of_sequence_ids(getattr(processing_class, "tokenizer", processing_class), model)
+    end_ids = end_of_sequence_ids(tokenizer_of(processing_class), model)
     tiers = torch.full((len(samples),), tier)
     with tier_routing(model, tiers_of_prompts(tiers, prompt_length, adapter_config(model).token_scope), **routing):
         output = model.generate(
@@ -206,6 +206,5 @@ def score_answers(
     with tier_routing(model, tiers, **routing):
         log_probs_BS = label_log_probs(model(**inputs).logits[:, :-1], labels_BS)
     mask_BS = labels_BS != IGNORED_LABEL
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer, model))
+    content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer_of(processing_class), model))
     return mean_log_likelihood(log_probs_BS, mask_BS), mean_log_likelihood(log_probs_BS, content_BS)

@@ -7,7 +7,7 @@ from tokenizers import processors
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
 from ordmoe_peft.data.samples import prompt_inputs, scoring_inputs
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError
-from ordmoe_peft.tools.measure.evaluation import evaluate_tiers, generate_answers
+from ordmoe_peft.tools.measure.evaluation import TierMeans, evaluate_tiers, generate_answers, tier_table
 from tests import models, text
 
 
@@ -93,3 +93,8 @@ def test_plain_text_is_scored_with_the_tokens_that_the_trainer_adds(tmp_path):
     for name in ("input_ids", "labels"):
         assert inputs[name].tolist() == trained[name].tolist()
     assert prompt_inputs(list(dataset), tokenizer)["input_ids"].tolist() == [inputs["input_ids"][0, :3].tolist()]
+
+
+def test_a_group_may_be_called_as_another_column_of_the_table_is():
+    means = TierMeans(tier=2, accuracy={"tier": 0.5, "overall": 0.25}, log_likelihood=-1.0, log_likelihood_no_eos=-2.0)
+    assert tier_table([means]).texts().to_numpy().tolist() == [["2", "50.0 %", "25.0 %", "-1.000", "-2.000"]]
