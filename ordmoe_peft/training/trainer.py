@@ -257,7 +257,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             set_training()  # as upstream's training_step does, but before the forwards without gradient
         inputs, losses = self._prepare_inputs(inputs), []
         with self._schedule.of_training(inputs) as is_sequential:
-            passes = self._passes(model, model_inputs(inputs), inputs.get(MICRO_BATCH, MicroBatch()), is_sequential)
+            micro_batch = inputs.get(MICRO_BATCH, MicroBatch())
+            passes = self._make_passes(model, model_inputs(inputs), micro_batch, is_sequential)
             previous = passes[0].previous
             for planned in passes:
                 tier_pass = replace(planned, previous=previous)
@@ -325,9 +326,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def _only_pass(self, model: nn.Module, inputs: dict[str, Any], micro_batch: MicroBatch) -> TierPass:
         """A batch in one pass; in evaluation the other tiers may have run before it, without a graph."""
         is_sequential = not self.model.training and self._schedule.is_tier_by_tier(inputs)
-        return replace(self._passes(model, inputs, micro_batch, is_sequential)[0], is_last=True)
+        return replace(self._make_passes(model, inputs, micro_batch, is_sequential)[0], is_last=True)
 
-    def _passes(
+    def _make_passes(
         self, model: nn.Module, inputs: dict[str, Any], micro_batch: MicroBatch, is_sequential: bool
     ) -> list[TierPass]:
         """The passes of a micro-batch, after generation and all else that is run without gradient."""
