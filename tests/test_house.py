@@ -56,6 +56,7 @@ WHOLE_STORIES = {
     "quantization/test_equality.py",
     "quantization/test_loading.py",
     "quantization/test_tied_stacks.py",
+    "experts/test_as_on_gpus.py",
     "training/test_images.py",
     "training/test_sequential_passes.py",
 }

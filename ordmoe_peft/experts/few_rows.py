@@ -92,16 +92,17 @@ def _base(projection: Projection, x_NI: torch.Tensor, rows: RowsByExpert) -> tor
     another way there, so it is joined by the next, which is another expert's; that one's product then overwrites what
     this gives.
     """
-    matrix, start, is_wide = projection.open(), 0, x_NI.dtype.itemsize >= 4
+    matrices, start, is_wide = projection.open(), 0, x_NI.dtype.itemsize >= 4
     shape = (len(x_NI), projection.out_features)
     y_NO = x_NI.new_empty(shape[::-1]).t() if is_wide else x_NI.new_empty(shape)
     for expert, num_rows in rows.num_rows.items():
+        matrix_IO = matrices(slice(expert, expert + 1))[0]
         if is_wide:
             block = slice(start, start + max(num_rows, 2))
-            torch.mm(matrix(expert).t(), x_NI[block].t(), out=y_NO.t()[:, block])
+            torch.mm(matrix_IO.t(), x_NI[block].t(), out=y_NO.t()[:, block])
         else:
             block = slice(start, start + num_rows)
-            torch.mm(x_NI[block], matrix(expert), out=y_NO[block])
+            torch.mm(x_NI[block], matrix_IO, out=y_NO[block])
         start += num_rows
     y_NO = y_NO.contiguous()
     return y_NO if projection.bias_EO is None else y_NO.add_(projection.bias_EO.index_select(0, rows.expert_N))

@@ -6,15 +6,11 @@ way the experts are computed is decided in [`experts_forward`] alone:
 | experts | way |
 | --- | --- |
 | dense, without an adapter | transformers' `grouped_mm`: a model's outputs do not change by a bit |
-| dense, trained themselves or not on CPU | `grouped.py`: `grouped_mm` and autograd, without a host sync |
-| on CPU, few rows without gradients, as in decoding | `few_rows.py` |
-| on CPU, and packed in 4 bits anywhere | `frozen.py`, chunk by chunk |
-
-A further way takes what `frozen_step` gives, [`~ordmoe_peft.experts.frozen.FrozenExperts`] and a layout, and gets a row
-here and a line in [`experts_forward`].
+| dense, trained themselves, or where `grouped_mm` is one kernel | `grouped.py`: `grouped_mm` and autograd |
+| few rows without gradients, as in decoding | `few_rows.py` on CPU, `row_by_row.py` elsewhere |
+| all others: packed in 4 bits, or dense where `grouped_mm` is a loop on the host | `frozen.py`, chunk by chunk |
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,12 +20,13 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from .._compat import activation_of, is_expert_parallel
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
-from ..quantization.storage import expert_unpacker, is_packed, logical_shape
+from ..quantization.storage import Unpacker, is_packed, logical_shape, stack_unpacker
 from .few_rows import run_few_rows
 from .frozen import FrozenExperts, LowRank, Projection, run_frozen_experts
-from .grouped import combine_by_token, group_by_expert, grouped_lora, grouped_matmul
-from .layout import PaddedLayout, lay_out_by_expert
-from .tuning import BIN_COST_BYTES, CHUNK_BYTES, FEW_ROWS, LARGE_EXPERT, PIECE, ROW_STEP
+from .grouped import combine_by_token, grouped_lora, grouped_matmul
+from .layout import PaddedLayout, group_by_expert, lay_out_by_expert
+from .row_by_row import run_row_by_row
+from .tuning import FEW_ROWS, LARGE_EXPERT, PIECE, WorkSizes, has_grouped_kernel, work_sizes
 
 
 @dataclass
@@ -83,14 +80,10 @@ def experts_forward(
     check_experts(self, is_any_packed)
     if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    is_on_cpu = self.down_proj.device.type == "cpu"
-    if not is_any_packed and (not is_on_cpu or is_trained(self)):
+    device = hidden_states.device
+    if not is_any_packed and (is_trained(self) or has_grouped_kernel(device, self.down_proj.dtype)):
         return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
-    is_without_gradients = not self.training and not torch.is_grad_enabled()
-    is_few = is_on_cpu and is_without_gradients and 0 < top_k_index.numel() <= FEW_ROWS
-    run = _few_rows_forward if is_few else _frozen_forward
-    return run(self, hidden_states, top_k_index, top_k_weights, lora)
+    return _forward_on_host(self, hidden_states, top_k_index, top_k_weights, lora)
 
 
 def check_experts(experts: nn.Module, is_any_packed: bool) -> None:
@@ -124,30 +117,46 @@ def is_trained(experts: nn.Module) -> bool:
 
 
 @torch.compiler.disable(reason="OrdMoE lays rows out by expert on the host")
-def _frozen_forward(
+def _forward_on_host(
     experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
 ) -> torch.Tensor:
-    return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora))
+    sizes = work_sizes(x_TH.device)
+    # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
+    if not experts.training and not torch.is_grad_enabled():
+        frozen = frozen_experts(experts, lora)
+        if 0 < index_TK.numel() <= most_few_rows(frozen, sizes):
+            run = run_few_rows if sizes.matrices is None else run_row_by_row
+            return run(x_TH, weights_TK, frozen, index_TK)
+    return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, sizes))
 
 
-@torch.compiler.disable(reason="OrdMoE puts rows in the order of their experts on the host")
-def _few_rows_forward(
-    experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
-) -> torch.Tensor:
-    return run_few_rows(x_TH, weights_TK, frozen_experts(experts, lora), index_TK)
+def most_few_rows(frozen: FrozenExperts, sizes: WorkSizes) -> int:
+    """Routed rows up to which they are few: on GPUs each gets a matrix of its own, and all of these exist at a time."""
+    return FEW_ROWS if sizes.matrices is None else sizes.matrices // _matrix_bytes(frozen)
 
 
 def frozen_step(
-    experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
+    experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]], sizes: WorkSizes
 ) -> tuple[FrozenExperts, PaddedLayout]:
     """What `run_frozen_experts` takes for these experts and this routing."""
     frozen = frozen_experts(experts, lora)
     up, down = frozen.up, frozen.down
     widths = up.in_features + up.out_features + down.in_features + down.out_features
-    bin_cost = BIN_COST_BYTES // (widths * down.dtype.itemsize) if up.lora or down.lora else None
-    row_step = 1 if down.dtype.itemsize >= 4 else ROW_STEP
-    chunk_size = CHUNK_BYTES // (up.out_features * up.dtype.itemsize)
-    return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step, chunk_size)
+    has_bins = bool(up.lora or down.lora) or sizes.matrices is not None
+    layout = lay_out_by_expert(
+        index_TK,
+        experts.num_experts,
+        bin_cost=sizes.bin_cost // (widths * down.dtype.itemsize) if has_bins else None,
+        row_step=1 if down.dtype.itemsize >= 4 else sizes.row_step,
+        chunk_size=sizes.slots // (up.out_features * up.dtype.itemsize),
+        block_experts=None if sizes.matrices is None else max(1, sizes.matrices // _matrix_bytes(frozen)),
+    )
+    return frozen, layout
+
+
+def _matrix_bytes(frozen: FrozenExperts) -> int:
+    """The larger of an expert's two matrices."""
+    return max(part.in_features * part.out_features * part.dtype.itemsize for part in (frozen.up, frozen.down))
 
 
 def frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]]) -> FrozenExperts:
@@ -174,14 +183,14 @@ def _projection(experts: nn.Module, name: str, lora: dict[str, list[LowRank]]) -
     )
 
 
-def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
-    """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
+def _matrices(weight: torch.Tensor, is_transposed: bool, all_scales: bool = True) -> Unpacker:
+    """Experts → their matrices (`torch.Tensor` of shape `(C, I, O)`); `all_scales` as of `stack_unpacker`."""
     if not is_packed(weight):
         return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
     is_in_16_bits_on_cpu = weight.device.type == "cpu" and weight.quant_state.dtype.itemsize == 2
     is_large = is_in_16_bits_on_cpu and logical_shape(weight)[1:].numel() >= LARGE_EXPERT
-    unpack = expert_unpacker(weight, PIECE if is_large else None)
-    return unpack if is_transposed else lambda expert: unpack(expert).t()
+    unpack = stack_unpacker(weight, PIECE if is_large else None, all_scales)
+    return unpack if is_transposed else lambda experts: unpack(experts).transpose(1, 2)
 
 
 def grouped_forward(
@@ -192,7 +201,7 @@ def grouped_forward(
     lora: dict[str, list[LowRank]],
 ) -> torch.Tensor:
     """[`experts_forward`] of dense experts through `grouped_mm`, LoRA too; `lora` has each projection's updates."""
-    order_N, ends_E = group_by_expert(index_TK, experts.num_experts)
+    order_N, _, ends_E = group_by_expert(index_TK, experts.num_experts)
     top_k = index_TK.shape[-1]
 
     def project(name: str, x_NI: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,17 @@
 """Frozen experts with low-rank updates as one differentiable function, where the host knows each expert's rows.
 
-That is so on CPU, and for packed weights, which are unpacked expert by expert. A base product is one `torch.mm` per
-expert that has rows, on a block of contiguous rows, as `grouped_mm` does on CPU. The products with LoRA's factors are
-too small for that: they are batched over a bin of experts (`layout.py`). Work goes through one chunk of the experts
-after the other, so that little exists beside what is kept.
+A base product is one batched product for each block of experts, whose matrices exist at a time: as many as a budget
+holds on a GPU, where operations are few and large, and one on the CPU (`tuning.py`). The products with LoRA's factors
+are batched over a bin of experts (`layout.py`). Work goes through one chunk of the experts after the other, so that
+little exists beside what is kept.
 
 Kept for backward are the tokens, the up-projection's output, and products with R columns. Frozen weights are kept by
 reference, and packed ones are unpacked again. The gate is run again. Nothing of width H per routed row is kept: the
 gradient of a routing weight is taken before the down-projection, as ⟨g, a W⟩ = ⟨g Wᵀ, a⟩.
 
-Shape suffixes as in `experts/__init__.py`; S slots, M slots of a chunk or of an expert of a bin, P experts in the order
-of their slots, B experts of a bin ([`~ordmoe_peft.experts.layout.PaddedLayout`]).
+Shape suffixes as in `experts/__init__.py`; S slots, M slots of a chunk, P experts in the order of their slots, B
+experts of a bin, C experts of a block ([`~ordmoe_peft.experts.layout.PaddedLayout`]), G tokens and a row of zeros for
+gaps.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .layout import ExpertChunk, PaddedLayout
+from .layout import ExpertChunk, Experts, PaddedLayout, with_gap
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,17 @@ class Projection:
     """One frozen projection of all experts.
 
     Args:
-        open (`Callable`): returns a function expert → `torch.Tensor` of shape `(I, O)`, in `dtype`. Called in forward
-            and again in backward, so that what it makes for all experts at once, as 4-bit scales, is not kept between.
+        open (`Callable`): returns a function from experts, a `slice` or a `torch.Tensor` of shape `(C,)`, to their
+            matrices, a `torch.Tensor` of shape `(C, I, O)` in `dtype`. Called in forward and again in backward, so that
+            what it makes for all experts at once, as 4-bit scales, is not kept between. With `all_scales=False` nothing
+            is made for all, which is for where few are asked for.
         in_features (`int`), out_features (`int`): I and O.
         dtype (`torch.dtype`): of the products.
         bias_EO (`torch.Tensor` of shape `(E, O)`, *optional*): frozen, too.
         lora (`tuple` of [`LowRank`]): updates that are added.
     """
 
-    open: Callable[[], Callable[[int], torch.Tensor]]
+    open: Callable[..., Callable[[Experts], torch.Tensor]]
     in_features: int
     out_features: int
     dtype: torch.dtype
@@ -122,7 +125,7 @@ class _FrozenExperts(torch.autograd.Function):
     def forward(ctx: Any, experts: FrozenExperts, layout: PaddedLayout, x_TH: Any, weights_TK: Any, *factors: Any):
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
         with torch.autocast(x_TH.device.type, enabled=False):
-            x_in_dtype_TH = x_TH.to(experts.up.dtype)
+            x_GH = with_gap(x_TH.to(experts.up.dtype))
             up, down = (ProjectionPass(projection, layout) for projection in (experts.up, experts.down))
             up_SO, down_SH = (
                 x_TH.new_empty(len(layout.token_S), projection.out_features, dtype=projection.dtype)
@@ -130,7 +133,7 @@ class _FrozenExperts(torch.autograd.Function):
             )
             for chunk in layout.chunks:
                 up_MO = up_SO[chunk.slots]
-                up.forward(chunk, layout.rows(chunk, x_in_dtype_TH), up_MO)
+                up.forward(chunk, layout.rows(chunk, x_GH), up_MO)
                 down.forward(chunk, experts.gate(up_MO).to(experts.down.dtype), down_SH[chunk.slots])
             y_SH = down_SH if experts.norm is None else experts.norm(down_SH)
             y_TH = weighted_sum_(layout.by_token(y_SH), weights_TK).to(x_TH.dtype)
@@ -166,25 +169,25 @@ def _back_through_chunks(
     """The gradients of the tokens, where they are needed, and of the routing weights. `up` and `down` note those of
     their factors."""
     layout, (x_TH, weights_TK, up_SO, down_SH) = up.layout, kept
-    x_in_dtype_TH, grad_TH = x_TH.to(experts.up.dtype), grad_TH.to(experts.down.dtype)
+    x_GH, grad_GH = with_gap(x_TH.to(experts.up.dtype)), with_gap(grad_TH.to(experts.down.dtype))
     weight_S = weights_TK.new_zeros(len(layout.token_S)).index_copy_(0, layout.slot_N, weights_TK.reshape(-1))
-    weight_S1 = weight_S.to(grad_TH.dtype).unsqueeze(1)  # 0 in gaps, so that these count for nothing
-    grad_weight_S = torch.empty_like(weight_S1).squeeze(1)
-    grad_x_SH = x_in_dtype_TH.new_empty(len(layout.token_S), x_TH.shape[-1]) if needs_x else None
+    weight_S1 = weight_S.to(grad_GH.dtype).unsqueeze(1)
+    grad_weight_S1 = torch.empty_like(weight_S1)
+    grad_x_SH = x_GH.new_empty(len(layout.token_S), x_TH.shape[-1]) if needs_x else None
     for chunk in layout.chunks:
-        grad_MH, weight_M1 = layout.rows(chunk, grad_TH), weight_S1[chunk.slots]
+        grad_MH, weight_M1 = layout.rows(chunk, grad_GH), weight_S1[chunk.slots]
         if experts.norm is not None:
             y_MH, through_norm = _rerun(experts.norm, down_SH[chunk.slots])
-            grad_weight_S[chunk.slots] = (grad_MH * y_MH).sum(dim=-1)
+            grad_weight_S1[chunk.slots] = (grad_MH * y_MH).sum(dim=-1, keepdim=True)
             grad_MH, weight_M1 = through_norm(grad_MH * weight_M1), torch.ones_like(weight_M1)
         grad_a_MF = grad_MH.new_empty(len(grad_MH), experts.down.in_features)
         down_small_grads = down.input_grad(chunk, grad_MH, grad_a_MF)
         a_MF, through_gate = _rerun(experts.gate, up_SO[chunk.slots])
         if experts.norm is None:
-            grad_weight_S[chunk.slots] = (grad_a_MF * a_MF).sum(dim=-1)
+            grad_weight_S1[chunk.slots] = (grad_a_MF * a_MF).sum(dim=-1, keepdim=True)
             if experts.down.bias_EO is not None:
-                for expert, grad_H, weight_M in chunk.blocks(grad_MH, grad_weight_S[chunk.slots]):
-                    weight_M += grad_H @ experts.down.bias_EO[expert]
+                for block, grad_CMH, weight_CM1 in chunk.by_block(grad_MH, grad_weight_S1[chunk.slots]):
+                    weight_CM1 += grad_CMH @ experts.down.bias_EO[block].unsqueeze(-1)
         down.add_factor_grads(chunk, a_MF, grad_MH, down_small_grads, weight_M1)
         if not needs_x and not up.needs_factors:
             continue
@@ -192,9 +195,9 @@ def _back_through_chunks(
         grad_up_MO = through_gate(grad_a_MF.mul_(weight_M1))
         up_small_grads = up.input_grad(chunk, grad_up_MO, None if grad_x_SH is None else grad_x_SH[chunk.slots])
         if up.needs_factors:
-            up.add_factor_grads(chunk, layout.rows(chunk, x_in_dtype_TH), grad_up_MO, up_small_grads)
+            up.add_factor_grads(chunk, layout.rows(chunk, x_GH), grad_up_MO, up_small_grads)
     grad_x_TH = None if grad_x_SH is None else layout.sum_by_token(grad_x_SH).to(x_TH.dtype)
-    return grad_x_TH, layout.by_token(grad_weight_S.unsqueeze(1)).squeeze(-1).to(weights_TK.dtype)
+    return grad_x_TH, layout.by_token(grad_weight_S1).squeeze(-1).to(weights_TK.dtype)
 
 
 class ProjectionPass:
@@ -215,7 +218,7 @@ class ProjectionPass:
         needs: Sequence[bool] = (),
     ):
         self.projection, self.layout, self.needs_factors = projection, layout, any(needs)
-        self.matrix = projection.open()
+        self.matrices = projection.open()
         pairs = range(0, 2 * len(projection.lora), 2)
         self.lora = [
             _LoraPass(lora, layout, projection.dtype, kept[place : place + 2], needs[place : place + 2])
@@ -229,11 +232,11 @@ class ProjectionPass:
     def forward(self, chunk: ExpertChunk, x_MI: torch.Tensor, y_MO: torch.Tensor) -> None:
         """Write the output of a chunk's slots into `y_MO`."""
         bias_EO = self.projection.bias_EO
-        for expert, x_I, y_O in chunk.blocks(x_MI, y_MO):
-            torch.mm(x_I, self.matrix(expert), out=y_O)
+        for experts, x_CMI, y_CMO in chunk.by_block(x_MI, y_MO):
+            _multiply(x_CMI, self.matrices(experts), out=y_CMO)
             if bias_EO is not None:
-                y_O += bias_EO[expert]
-        chunk.zero_gaps_(y_MO)
+                y_CMO += bias_EO[experts].unsqueeze(1)
+        chunk.zero_rest_(y_MO)
         for lora in self.lora:
             small_MR = _times(chunk, x_MI, lora.A_PRI, lora.scaling, out=lora.small_SR[chunk.slots])
             _add_product(chunk, y_MO, small_MR, lora.B_PRO)
@@ -241,9 +244,9 @@ class ProjectionPass:
     def input_grad(self, chunk: ExpertChunk, grad_MO: torch.Tensor, grad_MI: torch.Tensor | None) -> list[torch.Tensor]:
         """Scaled `grad B` (M, R) of each update. Writes the gradient of a chunk's input into `grad_MI`, if given."""
         if grad_MI is not None:
-            for expert, grad_O, grad_I in chunk.blocks(grad_MO, grad_MI):
-                torch.mm(grad_O, self.matrix(expert).t(), out=grad_I)
-            chunk.zero_gaps_(grad_MI)
+            for experts, grad_CMO, grad_CMI in chunk.by_block(grad_MO, grad_MI):
+                _multiply(grad_CMO, self.matrices(experts).transpose(1, 2), out=grad_CMI)
+            chunk.zero_rest_(grad_MI)
         small_grads = []
         for lora in self.lora:
             small_grads.append(_times(chunk, grad_MO, lora.B_PRO, lora.scaling))
@@ -308,8 +311,10 @@ class _LoraPass:
     def _B_of_experts(self, dtype: torch.dtype) -> torch.Tensor:
         """B of the experts in the order of their slots, transposed (`torch.Tensor` of shape `(P, R, O)`)."""
         lora, expert_P = self.lora, self.layout.expert_P
-        B_XO = lora.B.detach().to(dtype).t().contiguous()
         row_PR = expert_P.unsqueeze(1) + lora.num_experts * torch.arange(lora.r, device=expert_P.device)
+        if 2 * len(expert_P) <= lora.num_experts:  # nothing is computed of the many that are absent
+            return lora.B.detach().index_select(1, row_PR.view(-1)).to(dtype).t().contiguous().view(*row_PR.shape, -1)
+        B_XO = lora.B.detach().to(dtype).t().contiguous()
         return B_XO.index_select(0, row_PR.view(-1)).view(-1, lora.r, B_XO.shape[-1])
 
     # Each form of a gradient is freed as soon as the next one exists.
@@ -329,6 +334,14 @@ class _LoraPass:
         grad_B_OX = grad_B_REO.view(self.lora.B.shape[::-1]).t().contiguous()
         del grad_B_REO
         return grad_B_OX.to(self.lora.B.dtype)
+
+
+def _multiply(x_CMI: torch.Tensor, matrix_CIO: torch.Tensor, out: torch.Tensor) -> None:
+    """The rows of each expert times its matrix, into `out` (`torch.Tensor` of shape `(C, M, O)`)."""
+    if len(x_CMI) == 1:
+        torch.mm(x_CMI[0], matrix_CIO[0], out=out[0])
+    else:
+        torch.bmm(x_CMI, matrix_CIO, out=out)
 
 
 def _times(

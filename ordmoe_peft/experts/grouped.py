@@ -16,21 +16,6 @@ from .frozen import LowRank
 GROUPED_MM_ALIGNMENT = 16
 
 
-def group_by_expert(top_k_index_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order the N = T·K routed rows of `top_k_index_TK` (`torch.Tensor` of shape `(T, K)`) by expert.
-
-    Known on the device alone, without a host sync.
-
-    Returns:
-        For each sorted row its place in the flattened routing (`torch.Tensor` of shape `(N,)`), and where each expert's
-        block of rows ends (`(E,)`, int32); an expert without tokens ends where its predecessor does.
-    """
-    expert_N, order_N = torch.sort(top_k_index_TK.reshape(-1))
-    # searchsorted rather than a histogram: it needs neither a float round trip on CPU nor a host sync on CUDA.
-    experts_E = torch.arange(num_experts, device=expert_N.device, dtype=expert_N.dtype)
-    return order_N, torch.searchsorted(expert_N, experts_E, right=True, out_int32=True)
-
-
 def combine_by_token(rows_NH: torch.Tensor, order_N: torch.Tensor, top_k: int) -> torch.Tensor:
     """Undo the grouping and sum each token's K rows (`torch.Tensor` of shape `(N, H)` → `(T, H)`).
 

@@ -1,5 +1,7 @@
-"""Constants that were measured, all on two cores of an AMD EPYC with torch 2.13. They change time and
-memory; of the results they change the rounding alone.
+"""How much of a layer's experts one operation takes, by device. These numbers change time and memory; of the results
+they change the rounding alone.
+
+Those of the CPU were measured, on two cores of an AMD EPYC with torch 2.13:
 
 | constant | value | unit | how to measure again |
 | --- | --- | --- | --- |
@@ -12,8 +14,16 @@ memory; of the results they change the rounding alone.
 | `ROWS_BY_ROW` | 24 | routed rows | time of `expert_inference --tokens 1 2 4` at 0 and at the value |
 
 The commands are `python -m examples.benchmarks.<name>`. On a shared machine compare the least of several runs that take
-turns.
+turns. Those of GPUs ([`on_gpu`]) were chosen by counting operations (`expert_launches`); none was measured on a card.
 """
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+MIB = 2**20
 
 # What the products of LoRA with one more bin of experts cost, as bytes of slots that they read and write, all widths
 # together.
@@ -35,3 +45,53 @@ PIECE = 1 << 18
 # by row there: fewer operations than a gather for each expert and a product with all of them.
 FEW_ROWS = 160
 ROWS_BY_ROW = 24
+
+
+@dataclass(frozen=True)
+class WorkSizes:
+    """How much one operation takes.
+
+    Args:
+        slots (`int`): bytes of the up-projection's output for the slots that are worked on at a time.
+        bin_cost (`int`): what one more bin costs, as bytes of slots, all widths together.
+        row_step (`int`): see [`~ordmoe_peft.experts.layout.lay_out_by_expert`], in 16 bits.
+        matrices (`int`, *optional*): the most bytes of experts' matrices that exist at a time. Without it there is one
+            matrix.
+    """
+
+    slots: int
+    bin_cost: int
+    row_step: int
+    matrices: int | None
+
+
+ON_CPU = WorkSizes(CHUNK_BYTES, BIN_COST_BYTES, ROW_STEP, None)
+
+
+def on_gpu(matrices_mib: int = 128) -> WorkSizes:
+    """Few and large operations, since the host takes some microseconds to launch each.
+
+    Args:
+        matrices_mib (`int`, defaults to 128): MiB of experts' matrices that exist at a time, unpacked in one call.
+    """
+    return WorkSizes(slots=32 * MIB, bin_cost=4 * MIB, row_step=8, matrices=matrices_mib * MIB)
+
+
+@cache
+def work_sizes(device: torch.device) -> WorkSizes:
+    """The sizes for `device`. On CUDA they depend on the memory that is free when this is first asked for: a 64th of
+    it, in powers of two from 32 to 128 MiB, is for the experts' matrices."""
+    if device.type == "cpu":
+        return ON_CPU
+    if device.type != "cuda":
+        return on_gpu()
+    free = torch.cuda.mem_get_info(device)[0] // 64 // MIB
+    return on_gpu(max(32, min(128, 1 << free.bit_length() - 1 if free else 0)))
+
+
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` is one kernel there: in bf16 on cards of compute capability 9 and 10.
+    Elsewhere it is a loop over the experts on the host, which waits for the device first (torch 2.13,
+    `aten/src/ATen/native/cuda/GroupedBlas.cpp`)."""
+    is_bf16_on_cuda = device.type == "cuda" and dtype == torch.bfloat16
+    return is_bf16_on_cuda and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -2,12 +2,12 @@
 
 bitsandbytes packs numbers in blocks of 64 or more, in memory order. Each expert's matrix is packed by itself, filled up
 with zeros to whole blocks, so no block straddles two experts and one expert can be unpacked without the others. The
-`quant_state` keeps the logical shape `(E, O, I)`. Stacks are read through [`expert_unpacker`] alone: bitsandbytes' own
+`quant_state` keeps the logical shape `(E, O, I)`. Stacks are read through [`stack_unpacker`] alone: bitsandbytes' own
 `dequantize_4bit` knows nothing of the filling, and on CPU it mixes the scales of rows shorter than a block up (0.50.2).
 """
 
 from collections.abc import Callable, Iterable, Sized
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from bitsandbytes import functional as bnb_functional
@@ -21,6 +21,9 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
+# Which experts: neighbours, or a `torch.Tensor` of indices of shape `(C,)`.
+Experts: TypeAlias = "slice | torch.Tensor"
+Unpacker: TypeAlias = Callable[[Experts], torch.Tensor]
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -110,15 +113,19 @@ def pack_experts(
     )
 
 
-def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callable[[int], torch.Tensor]:
-    """A function from an expert's index to its dense matrix (`torch.Tensor` of shape `(O, I)`, in `compute_dtype`).
+def stack_unpacker(packed: Params4bit, piece_size: int | None = None, all_scales: bool = True) -> Unpacker:
+    """A function from experts to their dense matrices (`torch.Tensor` of shape `(C, O, I)`, in `compute_dtype`).
 
-    The scales of all experts are unpacked here, once (a 32nd of the dense stack); the weights one expert a call.
+    It takes a `slice`, whose bytes are read where they are, or a `torch.Tensor` of shape `(C,)` on the stack's device,
+    whose bytes are gathered; they are unpacked in one call.
 
     Args:
         packed (`Params4bit`): the stack.
         piece_size (`int`, *optional*): unpack about so many weights at a time, into one matrix that each call
-            overwrites. Where rows are not whole blocks, experts are unpacked whole all the same.
+            overwrites; experts are then asked for one by one. Where rows are not whole blocks, they are unpacked whole.
+        all_scales (`bool`, defaults to `True`): unpack the scales of all experts here, once (a 32nd of the dense
+            stack), rather than those of the experts asked for in each call. Where experts do not begin with a block of
+            scales, all are unpacked all the same.
 
     Raises:
         [`OrdMoERuntimeError`]: the bytes were cast as if they were numbers.
@@ -131,44 +138,70 @@ def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callab
         )
     state = packed.quant_state
     num_experts, out_features, in_features = state.shape
-    bytes_E = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1)
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    bytes_EP = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1)
+    scales_of = _scales(state, all_scales)
     # bitsandbytes' CPU kernel shares rows out among threads, but mixes up the scales of rows that are not whole blocks
     # (0.50.2). Such an expert is unpacked as one row, and what filled its last block up is cut off.
     has_whole_rows = in_features % state.blocksize == 0
-    width = in_features if has_whole_rows else 2 * bytes_E.shape[1]
-    bytes_ERP = bytes_E.view(num_experts, -1, width // 2)
-    absmax_ERN = absmax.float().view(num_experts, -1, width // state.blocksize)
+    width = in_features if has_whole_rows else 2 * bytes_EP.shape[1]
 
-    def unpack(expert: int, rows: slice) -> torch.Tensor:
-        bytes_RP, absmax_RN = bytes_ERP[expert, rows], absmax_ERN[expert, rows]
+    def dense(bytes_CP: torch.Tensor, absmax_CN: torch.Tensor) -> torch.Tensor:
         of_rows = bnb_functional.QuantState(
-            absmax=absmax_RN.reshape(-1),
-            shape=torch.Size([len(bytes_RP), width]),
+            absmax=absmax_CN.reshape(-1),
+            shape=torch.Size([2 * bytes_CP.numel() // width, width]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
         )
-        return bnb_functional.dequantize_4bit(bytes_RP.reshape(-1, 1), of_rows)
+        return bnb_functional.dequantize_4bit(bytes_CP.reshape(-1, 1), of_rows)
 
-    def unpack_whole(expert: int) -> torch.Tensor:
-        weights = unpack(expert, slice(None)).view(-1)
-        return weights[: out_features * in_features].view(out_features, in_features)
+    def unpack(experts: Experts) -> torch.Tensor:
+        bytes_CP = bytes_EP[experts]
+        weights_CX = dense(bytes_CP, scales_of(experts)).view(len(bytes_CP), -1)
+        return weights_CX[:, : out_features * in_features].view(-1, out_features, in_features)
 
     if piece_size is None or not has_whole_rows:
-        return unpack_whole
+        return unpack
     step = max(1, piece_size // in_features)
-    matrix_OI = torch.empty(out_features, in_features, dtype=state.dtype, device=packed.device)
+    matrix_1OI = torch.empty(1, out_features, in_features, dtype=state.dtype, device=packed.device)
 
-    def unpack_by_pieces(expert: int) -> torch.Tensor:
+    def unpack_by_pieces(expert: Experts) -> torch.Tensor:
+        bytes_OP, absmax_ON = (part.view(out_features, -1) for part in (bytes_EP[expert], scales_of(expert)))
         for start in range(0, out_features, step):
             rows = slice(start, start + step)
-            matrix_OI[rows] = unpack(expert, rows)
-        return matrix_OI
+            matrix_1OI[0, rows] = dense(bytes_OP[rows], absmax_ON[rows])
+        return matrix_1OI
 
     return unpack_by_pieces
+
+
+def _scales(state: bnb_functional.QuantState, all_scales: bool) -> Unpacker:
+    """A function from experts to the scales of their blocks (`torch.Tensor` of shape `(C, N)`, float32)."""
+    stored_EN = state.absmax.view(state.shape[0], -1)
+    if not state.nested:
+        return stored_EN.float().__getitem__
+    if all_scales or stored_EN.shape[1] % NESTED_BLOCK_SIZE:
+        absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return absmax.float().view(stored_EN.shape).__getitem__
+    of_scales_EN = state.state2.absmax.view(state.shape[0], -1)
+
+    def unpack(experts: Experts) -> torch.Tensor:
+        stored_CN = stored_EN[experts]
+        absmax = bnb_functional.dequantize_blockwise(
+            stored_CN.reshape(-1),
+            absmax=of_scales_EN[experts].reshape(-1),
+            code=state.state2.code,
+            blocksize=NESTED_BLOCK_SIZE,
+        )
+        return (absmax + state.offset).float().view(stored_CN.shape)
+
+    return unpack
+
+
+def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callable[[int], torch.Tensor]:
+    """[`stack_unpacker`] for one expert at a time: its index → its dense matrix (`torch.Tensor` of shape `(O, I)`)."""
+    unpack = stack_unpacker(packed, piece_size)
+    return lambda expert: unpack(slice(expert, expert + 1))[0]
 
 
 def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 from ordmoe_peft.experts import forward as forward_of_experts
 from ordmoe_peft.experts.forward import LoraHandover
 from ordmoe_peft.experts.frozen import LowRank
+from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, on_gpu
 from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
 from tests import reference
 
@@ -41,27 +42,35 @@ ROUTINGS = {
 }
 
 
+# Rows of 16 and 24 weights are not whole blocks.
+PACKINGS = {
+    "dense": None,
+    "NF4": {"quant_type": "nf4"},
+    "FP4, double": {"quant_type": "fp4", "use_double_quant": True, "blocksize": 128},
+}
+
+
 class Config:
     _experts_implementation = "eager"
 
 
-def build_experts(**flags) -> nn.Module:
+def build_experts(num_experts=NUM_EXPERTS, hidden=HIDDEN, width=WIDTH, **flags) -> nn.Module:
     has_gate = flags.get("has_gate", True)
 
     class Experts(nn.Module):
         def __init__(self, config):
             super().__init__()
             # Not zero at zero, as sigmoid: what stands in gaps of the layout must not count.
-            self.num_experts, self.act_fn = NUM_EXPERTS, nn.SiLU() if has_gate else nn.Sigmoid()
-            self.post_expert_norm = nn.RMSNorm(HIDDEN).requires_grad_(False)
+            self.num_experts, self.act_fn = num_experts, nn.SiLU() if has_gate else nn.Sigmoid()
+            self.post_expert_norm = nn.RMSNorm(hidden).requires_grad_(False)
 
     module = use_experts_implementation(Experts, **flags)(Config())
-    up_name, up_features = ("gate_up_proj", 2 * WIDTH) if has_gate else ("up_proj", WIDTH)
-    for name, out_features, in_features in ((up_name, up_features, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
+    up_name, up_features = ("gate_up_proj", 2 * width) if has_gate else ("up_proj", width)
+    for name, out_features, in_features in ((up_name, up_features, hidden), ("down_proj", hidden, width)):
         shape = (in_features, out_features) if flags.get("is_transposed") else (out_features, in_features)
-        setattr(module, name, nn.Parameter(torch.randn(NUM_EXPERTS, *shape) * 0.3, requires_grad=False))
+        setattr(module, name, nn.Parameter(torch.randn(num_experts, *shape) * 0.3, requires_grad=False))
         if flags.get("has_bias"):
-            setattr(module, f"{name}_bias", nn.Parameter(torch.randn(NUM_EXPERTS, out_features), requires_grad=False))
+            setattr(module, f"{name}_bias", nn.Parameter(torch.randn(num_experts, out_features), requires_grad=False))
     return module
 
 
@@ -82,10 +91,20 @@ def factors(A, B, scaling=0.5) -> list[LowRank]:
     return [LowRank(A, B, NUM_EXPERTS, scaling)]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
+# How many experts one operation takes: one, as on CPU; as on GPUs, here two at a time in bins of few, or all at once.
+SIZES = {
+    "one at a time": ON_CPU,
+    "two at a time": WorkSizes(slots=1, bin_cost=600, row_step=8, matrices=2 * HIDDEN * 2 * WIDTH * 4),
+    "all at once": on_gpu(),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("packed", PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
-def test_values_and_gradients(flags, routing, packed):
+def test_values_and_gradients(flags, routing, packed, sizes, monkeypatch):
+    monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: sizes)
     module = build_experts(**flags)
     lora = build_lora(module)
     index = torch.tensor(routing)
@@ -93,7 +112,7 @@ def test_values_and_gradients(flags, routing, packed):
     weights = torch.rand(index.shape, requires_grad=True)
     if packed:
         for name in lora:
-            setattr(module, name, pack_experts(getattr(module, name).data, name))
+            setattr(module, name, pack_experts(getattr(module, name).data, name, **packed))
 
     def with_delta(name, A, B):
         weight = getattr(module, name)
@@ -112,9 +131,67 @@ def test_values_and_gradients(flags, routing, packed):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
 
 
+def popular(num_experts: int, tokens: int, skew: float) -> torch.Tensor:
+    """A routing to two experts each (`torch.Tensor` of shape `(T, 2)`), by Zipf's law."""
+    return (torch.randn(tokens, num_experts) - skew * torch.arange(1, num_experts + 1).log()).topk(2).indices
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("use_double_quant", [False, True])
+def test_blocks_of_experts_give_what_experts_one_at_a_time_give(use_double_quant, dtype, skew, monkeypatch):
+    """Rows of whole blocks, more experts than rows on some, some absent, and sizes of blocks that do not divide."""
+    num_experts, hidden, width, r = 24, 64, 128, 4
+    module, lora = build_experts(num_experts, hidden, width).to(dtype), {}
+    for name in ("gate_up_proj", "down_proj"):
+        stack = getattr(module, name).data
+        setattr(module, name, pack_experts(stack, name, use_double_quant=use_double_quant))
+        _, out_features, in_features = stack.shape
+        A, B = torch.randn(num_experts * r, in_features), torch.randn(out_features, r * num_experts)
+        lora[name] = (A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_())
+    index = popular(num_experts, 100, skew)
+    assert (len(index.unique()) < num_experts) == (skew > 0)
+    x, weights = (
+        torch.randn(100, hidden, dtype=dtype).requires_grad_(),
+        torch.rand(100, 2, dtype=dtype).requires_grad_(),
+    )
+    inputs = [x, weights, *(tensor for ab in lora.values() for tensor in ab)]
+
+    def run(sizes):
+        monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: sizes)
+        updates = {name: [LowRank(*ab, num_experts, 0.5)] for name, ab in lora.items()}
+        output = experts_forward(module, x, index, weights, updates)
+        return [output, *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+
+    wanted = run(ON_CPU)
+    for matrices in (1, 5 * 2 * width * hidden * dtype.itemsize, 2**30):
+        got = run(WorkSizes(slots=20_000, bin_cost=60_000, row_step=8, matrices=matrices))
+        for mine, its in zip(got, wanted, strict=True):
+            scale = its.abs().max().item()
+            torch.testing.assert_close(mine, its, rtol=0, atol=scale * (1e-6 if dtype == torch.float32 else 0.01))
+
+
+def test_a_token_that_overflows_in_experts_that_it_does_not_go_to_harms_nobody(monkeypatch):
+    """The first token would be infinite in the others: were it what gaps read, their gradients would be NaN."""
+    monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: on_gpu())
+    module = build_experts()
+    module.gate_up_proj[0] *= 1e-3
+    module.gate_up_proj[1:] *= 1e3
+    module, lora = module.half(), {}
+    for name, ab in build_lora(module).items():
+        lora[name] = [(tensor.detach() * 1e-3).half().requires_grad_() for tensor in ab]
+    x = torch.cat([torch.full((1, HIDDEN), 1e4), torch.randn(6, HIDDEN) * 1e-3]).half().requires_grad_()
+    index = torch.tensor([[0], [1], [2], [3], [4], [1], [1]])
+    weights = torch.ones(index.shape).half().requires_grad_()
+    output = experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()})
+    assert output.isfinite().all()
+    output[1:].sum().backward()
+    assert all(tensor.grad.isfinite().all() for ab in lora.values() for tensor in ab)
+
+
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 def test_experts_that_are_trained_themselves(flags):
-    """Through `grouped_mm` and autograd, which is also the way of dense experts on other devices."""
+    """Through `grouped_mm` and autograd, which is also the way of frozen ones where that is one kernel."""
     module = build_experts(**flags)
     module.requires_grad_(True)
     lora = build_lora(module)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ordmoe_peft.experts.frozen import LowRank
-from ordmoe_peft.experts.grouped import combine_by_token, group_by_expert, grouped_lora, grouped_matmul
+from ordmoe_peft.experts.grouped import combine_by_token, grouped_lora, grouped_matmul
+from ordmoe_peft.experts.layout import group_by_expert
 from tests.reference import expert_deltas
 
 
@@ -27,7 +28,7 @@ def reference(x_NI, weight_EIO, ends):
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_each_block_holds_the_rows_of_its_expert(routing):
     index_TK = torch.tensor(routing)
-    order_N, ends_E = group_by_expert(index_TK, num_experts=5)
+    order_N, _, ends_E = group_by_expert(index_TK, num_experts=5)
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         rows = order_N[start:end]
@@ -39,7 +40,7 @@ def test_each_block_holds_the_rows_of_its_expert(routing):
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_combine_sums_the_rows_of_each_token(routing):
     index_TK = torch.tensor(routing)
-    order_N, _ = group_by_expert(index_TK, num_experts=5)
+    order_N, _, _ = group_by_expert(index_TK, num_experts=5)
     rows_NH = torch.randn(index_TK.numel(), 6)
     expected = torch.zeros(len(index_TK), 6)
     for place, token in enumerate((order_N // index_TK.shape[1]).tolist()):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ordmoe_peft.experts.layout import bin_experts, lay_out_by_expert, slots_for, split_bins
+from ordmoe_peft.experts.layout import bin_experts, lay_out_by_expert, slots_for, split_bins, with_gap
 
 
 ROUTINGS = {
@@ -11,7 +11,13 @@ ROUTINGS = {
 }
 
 
-LAYOUTS = {"without gaps": {}, "in bins": {"bin_cost": 4}, "in steps": {"bin_cost": 4, "row_step": 2}}
+LAYOUTS = {
+    "without gaps": {},
+    "in bins": {"bin_cost": 4},
+    "in steps": {"bin_cost": 4, "row_step": 2},
+    "two at a time": {"bin_cost": 4, "row_step": 2, "block_experts": 2},
+    "all at a time": {"bin_cost": 1000, "block_experts": 99},
+}
 
 
 def slots_of(chunk) -> list[int]:
@@ -23,22 +29,41 @@ def slots_of(chunk) -> list[int]:
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_slots_hold_the_rows_of_their_expert(routing, num_experts, layout):
     index_TK = torch.tensor(routing)
+    most = layout.get("block_experts", 1)
     layout = lay_out_by_expert(index_TK, num_experts, **layout)
     assert [slot for chunk in layout.chunks for slot in slots_of(chunk)] == list(range(len(layout.token_S)))
-    assert sorted(expert for chunk in layout.chunks for expert in chunk.experts) == index_TK.unique().tolist()
     assert len(set(layout.slot_N.tolist())) == index_TK.numel(), "no two rows share a slot"
     expert_of = dict(zip(layout.slot_N.tolist(), index_TK.reshape(-1).tolist(), strict=True))
     for place, slot in enumerate(layout.slot_N.tolist()):
         assert layout.token_S[slot] == place // index_TK.shape[1]
+    gaps = set(range(len(layout.token_S))) - set(expert_of)
+    assert all(layout.token_S[slot] == len(index_TK) for slot in gaps), "gaps read the row after the last token"
+    multiplied = []
     for chunk in layout.chunks:
-        x_M1 = torch.ones(len(slots_of(chunk)), 1)
-        chunk.zero_gaps_(x_M1)
-        assert x_M1.squeeze(1).bool().tolist() == [slot in expert_of for slot in slots_of(chunk)]
-        # The blocks to multiply hold all rows of their expert and nobody else's.
+        # Slots of a block are of its experts in turn, and hold all their rows and nobody else's.
         numbered_M1 = torch.tensor(slots_of(chunk)).unsqueeze(1)
-        for expert, block in chunk.blocks(numbered_M1):
-            mine = {slot for slot, its in expert_of.items() if its == expert}
-            assert mine == set(block.flatten().tolist()) & set(expert_of)
+        for experts, block in chunk.by_block(numbered_M1):
+            its = torch.arange(num_experts)[experts].tolist()
+            assert len(its) <= most
+            for expert, slots in zip(its, block.squeeze(-1).tolist(), strict=True):
+                mine = {slot for slot, other in expert_of.items() if other == expert}
+                assert mine == set(slots) & set(expert_of)
+                multiplied.append(expert)
+        # What no block multiplies is zeroed, and nothing else.
+        x_M1 = torch.ones(len(slots_of(chunk)), 1)
+        for _, block in chunk.by_block(x_M1):
+            block.fill_(2)
+        chunk.zero_rest_(x_M1)
+        assert not (x_M1 == 1).any()
+    assert sorted(multiplied) == index_TK.unique().tolist()
+
+
+def test_neighbours_in_a_bin_are_a_slice_and_need_no_gathering():
+    index_TK = torch.tensor([[0, 1], [2, 3], [0, 2], [4, 1], [3, 5]])
+    (chunk,) = lay_out_by_expert(index_TK, 8, bin_cost=1000, block_experts=4).chunks
+    assert [block.experts for block in chunk.blocks] == [slice(0, 4), slice(4, 6)]
+    (chunk,) = lay_out_by_expert(index_TK * 2, 16, bin_cost=1000, block_experts=4).chunks
+    assert [block.experts.tolist() for block in chunk.blocks] == [[0, 2, 4, 6], [8, 10]]
 
 
 @pytest.mark.parametrize("num_experts", [5, 40])
@@ -59,7 +84,7 @@ def test_slots_go_back_to_their_tokens(layout):
     index_TK = torch.tensor(ROUTINGS["mixed"])
     slots = lay_out_by_expert(index_TK, 5, **layout)
     x_TH = torch.randn(len(index_TK), 6)
-    rows = torch.cat([slots.rows(chunk, x_TH) for chunk in slots.chunks])
+    rows = torch.cat([slots.rows(chunk, with_gap(x_TH)) for chunk in slots.chunks])
     assert torch.equal(slots.by_token(rows), x_TH.unsqueeze(1).expand(-1, 2, -1))
     torch.testing.assert_close(slots.sum_by_token(rows), 2 * x_TH)
 
@@ -87,6 +112,16 @@ def test_bins_are_few_and_nearly_full():
     assert bin_experts([1000, 1000, 0, 0], 64) == [(2, 1024)], "experts without rows take no slots of note"
     assert bin_experts([9, *[8] * 4, *[0] * 123], 64) == [(8, 10)], "but complete a group"
     assert bin_experts([0, 0], 64) == [(1, 0)]
+
+
+def test_bins_of_any_shape_are_fewer():
+    assert bin_experts([41, 40, 7, *[3] * 4, 0], 8, row_step=8, few_shapes=False) == [(2, 48), (3, 7), (2, 3)]
+    loads = sorted((torch.rand(128) ** 3 * 400).long().tolist(), reverse=True)
+    bins = bin_experts(loads, 192, row_step=8, few_shapes=False)
+    slots = [slots for experts, slots in bins for _ in range(experts)]
+    assert all(rows <= room for rows, room in zip(loads, slots, strict=False)) and not any(loads[len(slots) :])
+    assert sum(slots) <= sum(loads) + 7 * 128 + 192 * len(bins)
+    assert len(bins) < len(bin_experts(loads, 192, row_step=8))
 
 
 @pytest.mark.parametrize("num_experts", [8, 60, 128, 256])

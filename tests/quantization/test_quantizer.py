@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.quantization.storage import expert_unpacker, is_packed
+from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, stack_unpacker
 from tests import models
 
 
@@ -83,11 +83,11 @@ def test_only_experts_that_tokens_hit_are_unpacked(tmp_path, monkeypatch):
 
     unpacked = []
 
-    def counting(packed, piece_size):
-        unpack = expert_unpacker(packed, piece_size)
-        return lambda expert: unpacked.append(expert) or unpack(expert)
+    def counting(*args):
+        unpack = stack_unpacker(*args)
+        return lambda experts: unpacked.append(experts) or unpack(experts)
 
-    monkeypatch.setattr(experts_forward, "expert_unpacker", counting)
+    monkeypatch.setattr(experts_forward, "stack_unpacker", counting)
     packed = load(models.qwen3_moe(), tmp_path)
     with torch.no_grad():
         packed(input_ids=torch.tensor([[5]]))

@@ -5,7 +5,7 @@ the others are added by kind.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from ...errors import OrdMoEConfigError
 from ...experts.forward import LoraHandover, frozen_step, grouped_forward, take_updates
 from ...experts.frozen import run_frozen_experts
 from ...experts.layout import ExpertChunk
+from ...experts.tuning import ON_CPU, on_gpu
 from ...moe_model import MoEModel
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
@@ -183,8 +184,8 @@ class _OneBlock(ExpertChunk):
     one after another takes, in a third of the operations.
     """
 
-    def blocks(self, *tensors_MI: torch.Tensor) -> Iterable[tuple]:
-        return [(self.experts[0], *tensors_MI)]
+    def by_block(self, *tensors_MI: torch.Tensor) -> Iterator[tuple]:
+        yield slice(0, 1), *(x_MI.unsqueeze(0) for x_MI in tensors_MI)
 
 
 def _run_experts(
@@ -197,12 +198,15 @@ def _run_experts(
 ) -> torch.Tensor:
     """The experts' forward with the memory that it takes on `device`.
 
-    Dense experts run grouped on CUDA, and expert by expert on the CPU, where fake tensors are.
+    Dense experts run grouped on CUDA, packed ones in blocks of experts, and on the CPU expert by expert. Fake tensors
+    are on the CPU all the same.
     """
     lora = take_updates(expert_lora)
-    if device == "cuda" and not is_packed(experts.down_proj):
-        return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
-    frozen, layout = frozen_step(experts, index_TK, lora)
+    if device == "cuda":
+        if not is_packed(experts.down_proj):
+            return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
+        return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, on_gpu()))
+    frozen, layout = frozen_step(experts, index_TK, lora, ON_CPU)
     at_once = replace(layout, chunks=[_OneBlock(**vars(chunk)) for chunk in layout.chunks])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 

@@ -153,7 +153,7 @@ def test_all_experts_at_once_take_what_one_after_another_take(quantization, chec
     shared = {"gradient_checkpointing": checkpointing, "device": "cpu", "quantization": quantization}
     both = [step(1, length, **shared) for length in (3, 21)]
     at_once = [planned(config, settings) for settings in both]
-    monkeypatch.delattr(activations._OneBlock, "blocks")
+    monkeypatch.delattr(activations._OneBlock, "by_block")
     assert at_once == [planned(config, settings) for settings in both]
 
 

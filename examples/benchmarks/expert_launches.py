@@ -1,0 +1,280 @@
+"""How many operations the experts of one MoE layer take, and how often the host waits: what bounds a GPU.
+
+    python -m examples.benchmarks.expert_launches
+
+Counted on CPU, with fake tensors of full size, on the code that a GPU runs: operators that would launch a kernel, which
+leaves out views and allocations; moments in which the host needs a number from the device; and copies to the device.
+Memory is what autograd keeps between forward and backward, and the peak in each, over weights and inputs.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb_functional
+from bitsandbytes.nn import Params4bit
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import HfArgumentParser
+from transformers.integrations.moe import use_experts_implementation
+
+from ordmoe_peft._compat import FakeTensorMode
+from ordmoe_peft.cli.tables import print_table
+from ordmoe_peft.experts.forward import frozen_experts, frozen_step, grouped_forward
+from ordmoe_peft.experts.frozen import LowRank, run_frozen_experts
+from ordmoe_peft.experts.row_by_row import run_row_by_row
+from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, on_gpu
+from ordmoe_peft.tools.plan.trace import MemoryTrace, fake_of
+
+
+R = 16
+# Operators that launch nothing: views, allocations, and what reads a number on the host, which is counted by itself.
+VIEWS = {
+    *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "expand", "lift_fresh", "permute"),
+    *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze"),
+    "view",
+}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+# What makes the host wait for the device; `item` and its like are `_local_scalar_dense` to the dispatcher.
+WAITING_METHODS = {"tolist", "cpu", "numpy"}
+WAITING_OPERATORS = {"_local_scalar_dense", "_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a layer, and how tokens are routed.
+
+    Args:
+        experts (`int`), top_k (`int`), hidden (`int`), width (`int`): E, K, H and F.
+        tokens (`int`): T.
+        skew (`float`, defaults to 0): Zipf exponent of the experts' popularity.
+        has_bias (`bool`), is_transposed (`bool`): the layout, both `False` by default.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    tokens: int
+    skew: float = 0.0
+    has_bias: bool = False
+    is_transposed: bool = False
+
+
+QWEN3_30B = Layer(128, 8, 2048, 768, 2048)
+GPT_OSS_20B = Layer(32, 4, 2880, 2880, 2048, has_bias=True, is_transposed=True)
+LAYERS = {
+    "Qwen3-30B-A3B, even": QWEN3_30B,
+    "Qwen3-30B-A3B, Zipf 0.5": replace(QWEN3_30B, skew=0.5),
+    "Qwen3-30B-A3B, Zipf 1": replace(QWEN3_30B, skew=1.0),
+    "Qwen3-30B-A3B, 8,192 tokens": replace(QWEN3_30B, tokens=8192),
+    "gpt-oss-20b, even": GPT_OSS_20B,
+    "Mixtral-8x7B, even": Layer(8, 2, 4096, 14336, 2048),
+}
+DECODING = {
+    "Qwen3-30B-A3B, 1 token": replace(QWEN3_30B, tokens=1),
+    "gpt-oss-20b, 1 token": replace(GPT_OSS_20B, tokens=1),
+}
+
+
+@dataclass
+class Options:
+    """What to count."""
+
+    budgets: list[int] = field(default_factory=lambda: [64, 128], metadata={"help": "MiB of matrices at a time."})
+
+
+@dataclass
+class Counts:
+    """What a run of a layer takes."""
+
+    launches: int = 0
+    waits: int = 0
+    uploads: int = 0
+    by_name: Counter = field(default_factory=Counter)
+
+
+class CountingTrace(MemoryTrace):
+    """[`MemoryTrace`] that also counts operators."""
+
+    counts: Counts
+
+    def _run(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        self.counts.waits += name in WAITING_OPERATORS
+        if name not in VIEWS | ALLOCATIONS | WAITING_OPERATORS:
+            self.counts.launches += 1
+            self.counts.by_name[name] += 1
+        return super()._run(func, args, kwargs)
+
+
+class HostWatch(TorchFunctionMode):
+    """Counts what the host reads from tensors and makes of its own numbers."""
+
+    counts: Counts
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.counts.waits += name in WAITING_METHODS
+        self.counts.uploads += func in (torch.tensor, torch.as_tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    options = HfArgumentParser(Options).parse_args_into_dataclasses()[0]
+    paths = {"NF4, expert by expert": ON_CPU}
+    paths |= {f"NF4, {budget} MiB at a time": on_gpu(budget) for budget in options.budgets}
+    rows = [
+        [name, path, *described(count_step(layer, sizes))]
+        for name, layer in LAYERS.items()
+        for path, sizes in paths.items()
+    ]
+    rows += [
+        [name, path, *described(count_step(layer, sizes, packed=False))]
+        for name, layer in list(LAYERS.items())[:1]
+        for path, sizes in {"dense, 128 MiB at a time": on_gpu(), "dense, grouped_mm as one kernel": None}.items()
+    ]
+    columns = ["layer", "path", "forward", "waits", "uploads", "backward", "waits", "MiB kept", "peak", "peak backward"]
+    print_table("Operators of one MoE layer with LoRA r 16, bf16, 4 bits with double quantisation", columns, rows)
+    rows = []
+    for name, layer in DECODING.items():
+        counts = count_decoding(layer)
+        rows.append([name, f"{counts.launches}", f"{counts.waits}"])
+    print_table("\nDecoding, row by row", ["layer", "forward", "waits"], rows)
+
+
+def described(figures: tuple[Counts, Counts, int, int, int]) -> list[str]:
+    """The cells of a row."""
+    forward, backward, *memory = figures
+    cells = [forward.launches, forward.waits, forward.uploads, backward.launches, backward.waits]
+    return [f"{cell:,}" for cell in (*cells, *(round(size / 2**20) for size in memory))]
+
+
+def count_step(
+    layer: Layer, sizes: WorkSizes | None, packed: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Counts, Counts, int, int, int]:
+    """Run a layer forward and backward without its numbers.
+
+    Args:
+        layer ([`Layer`]): what to run.
+        sizes ([`~ordmoe_peft.experts.tuning.WorkSizes`], *optional*): how; through `grouped_mm` by default.
+        packed (`bool`, defaults to `True`): in NF4 with double quantisation, rather than dense.
+        dtype (`torch.dtype`, defaults to bfloat16): of activations and factors.
+
+    Returns:
+        What forward and backward take, and in bytes what is kept between them, and the peak of each.
+    """
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    experts, lora, x_TH, index_TK, weights_TK = build(layer, packed, dtype, fakes)
+    at_hand = [
+        x_TH,
+        weights_TK,
+        *experts.parameters(),
+        *(factor for update in lora.values() for factor in (update[0].A, update[0].B)),
+    ]
+    trace, watch = CountingTrace(fakes, at_hand), HostWatch()
+    forward, backward = Counts(), Counts()
+    with fakes, trace, watch:
+        trace.counts = watch.counts = forward
+        if sizes is None:
+            y_TH = grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
+        else:
+            y_TH = run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, sizes))
+        kept, peak = trace.live, trace.peak
+        trace.counts, watch.counts, trace.peak = backward, backward, trace.live
+        y_TH.backward(torch.empty_like(y_TH))
+    return forward, backward, kept, peak, trace.peak
+
+
+def count_decoding(layer: Layer, dtype: torch.dtype = torch.bfloat16) -> Counts:
+    """What a forward of few tokens takes without gradients, on packed experts."""
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    experts, lora, x_TH, index_TK, weights_TK = build(layer, True, dtype, fakes)
+    trace, watch, counts = CountingTrace(fakes), HostWatch(), Counts()
+    trace.counts = watch.counts = counts
+    with torch.no_grad(), fakes, trace, watch:
+        run_row_by_row(x_TH, weights_TK, frozen_experts(experts, lora), index_TK)
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+def build(layer: Layer, packed: bool, dtype: torch.dtype, fakes: FakeTensorMode) -> tuple:
+    """Experts, factors of both projections, tokens, routing and its weights; only the routing has numbers."""
+
+    def leaf(*shape: int) -> nn.Parameter:
+        return nn.Parameter(fake_of(torch.empty(*shape, dtype=dtype, device="meta"), fakes))
+
+    experts = empty_experts(layer, dtype)
+    lora = {}
+    for name, out_features, in_features in projections(layer):
+        shape = (in_features, out_features) if layer.is_transposed else (out_features, in_features)
+        weight = packed_without_bytes((layer.experts, *shape), dtype) if packed else leaf(layer.experts, *shape)
+        experts.register_parameter(name, weight.requires_grad_(False))
+        if layer.has_bias:
+            experts.register_parameter(f"{name}_bias", leaf(layer.experts, out_features).requires_grad_(False))
+        A, B = leaf(layer.experts * R, in_features), leaf(out_features, R * layer.experts)
+        lora[name] = [LowRank(A, B, layer.experts, 2.0)]
+    return experts, lora, leaf(layer.tokens, layer.hidden), routing(layer), leaf(layer.tokens, layer.top_k)
+
+
+def projections(layer: Layer) -> list[tuple[str, int, int]]:
+    return [("gate_up_proj", 2 * layer.width, layer.hidden), ("down_proj", layer.hidden, layer.width)]
+
+
+def empty_experts(layer: Layer, dtype: torch.dtype) -> nn.Module:
+    """A module of experts as transformers' are, without weights."""
+
+    class Experts(nn.Module):
+        def __init__(self, config: Any):
+            super().__init__()
+            self.num_experts, self.act_fn, self.config = layer.experts, nn.SiLU(), config
+
+    class Config:
+        _experts_implementation = "ordmoe"
+
+    flags = {"has_bias": layer.has_bias, "is_transposed": layer.is_transposed}
+    return use_experts_implementation(Experts, **flags)(Config())
+
+
+def packed_without_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> Params4bit:
+    """A stack in NF4 with double quantisation, on the meta device."""
+
+    def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    numbers = torch.Size(shape).numel()
+    scales = bnb_functional.QuantState(
+        absmax=on_meta(-(-numbers // 64 // 256)), code=on_meta(256), blocksize=256, dtype=torch.float32
+    )
+    state = bnb_functional.QuantState(
+        absmax=on_meta(numbers // 64, dtype=torch.uint8),
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=64,
+        code=on_meta(16),
+        quant_type="nf4",
+        offset=on_meta(),
+        state2=scales,
+    )
+    return Params4bit(
+        on_meta(numbers // 2, 1, dtype=torch.uint8),
+        requires_grad=False,
+        quant_state=state,
+        compress_statistics=True,
+        bnb_quantized=True,
+    )
+
+
+def routing(layer: Layer) -> torch.Tensor:
+    """Each token's experts (`torch.Tensor` of shape `(T, K)`), drawn without replacement."""
+    generator = torch.Generator().manual_seed(0)
+    popularity_E = -layer.skew * torch.log(torch.arange(1, layer.experts + 1).float())
+    popularity_E = popularity_E[torch.randperm(layer.experts, generator=generator)]
+    noise_TE = torch.randn(layer.tokens, layer.experts, generator=generator)
+    return (noise_TE + popularity_E).topk(layer.top_k).indices
+
+
+if __name__ == "__main__":
+    main()
