@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError
-from .pass_memory import PassMemory, measured_passes
+from .optimizer_states import missing_bytes, trained
+from .pass_memory import SHARE_OF_ROOM, Meter, PassMemory, measured_passes, meter_of
 
 
 logger = logging.get_logger(__name__)
@@ -22,9 +24,11 @@ STATE_NAME = "OrdMoEPassSchedule"
 class PassSchedule(TrainerCallback):
     """Answers, for each batch, whether its tier passes run one after another.
 
-    `"auto"` runs the first micro-batch of training tier by tier and measures it. From then on a batch runs at once
-    where its tokens, under all tiers, are expected to take at most half of the memory that was free. The number of
-    tokens up to which that is so is part of the trainer's state, so that a resumed run does as the first one did.
+    At once is faster, on GPUs above all: tier by tier pays for unpacking experts again in each pass. `"auto"` runs the
+    first micro-batch of training tier by tier and measures it, and from then on at once whatever is expected to fit: a
+    batch whose tokens, under all tiers, take at most [`SHARE_OF_ROOM`] of what was free before the first micro-batch,
+    less the gradients and optimizer states that did not exist yet. The number of tokens up to which that is so is part
+    of the trainer's state, so that a resumed run does as the first one did.
 
     Args:
         mode (`str`): `"batched"`, `"sequential"` or `"auto"`.
@@ -48,11 +52,22 @@ class PassSchedule(TrainerCallback):
         self.mode, self.num_passes, self.accelerator = mode, num_passes, accelerator
         self.saves_memory = saves_memory
         self.state: Any = None
+        self.optimizer: Any = None
+        self.optimizer_name = ""
+        self.meter: Meter | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.state = state
-        if self.mode == "auto" and self.num_passes > 1 and self.saves_memory and self.max_tokens is None:
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.state, self.optimizer, self.optimizer_name = state, optimizer, OptimizerNames(args.optim).value
+        if self.max_tokens is not None:
+            return
+        self.meter = meter_of(self.accelerator.device)
+        devices = {parameter.device for parameter in trained(optimizer)}
+        if self.saves_memory:
             self._settle(0, "activations are offloaded to save memory")
+        elif self.meter is None:
+            self._settle(0, f"the peak memory of a pass cannot be measured on {self.accelerator.device.type}")
+        elif len(devices) > 1:
+            self._settle(0, f"the model is split over {len(devices)} devices, of which one alone can be measured")
 
     @property
     def max_tokens(self) -> float | None:
@@ -73,20 +88,22 @@ class PassSchedule(TrainerCallback):
     @contextmanager
     def of_training(self, inputs: dict[str, Any]) -> Iterator[bool]:
         """The same for a batch that is trained on in the block, where `"auto"` measures the first one."""
-        if self.max_tokens is not None or self.state is None:
+        if self.max_tokens is not None or self.meter is None:
             yield self.is_tier_by_tier(inputs)
             return
-        with measured_passes(self.accelerator.device) as memory:
+        missing_states = missing_bytes(self.optimizer_name, self.optimizer)
+        with measured_passes(self.meter, trained(self.optimizer), missing_states) as memory:
             yield True
         self._choose(memory, inputs["input_ids"].numel())
 
     def _choose(self, memory: PassMemory, tokens: int) -> None:
         limit = int(self._over_processes(memory.max_tokens(tokens, self.num_passes)).min())
-        peak, free = (amount / 2**30 for amount in (memory.peak, memory.free))
-        reason = f"a tier pass over {tokens} tokens took {peak:.2f} GiB of {free:.2f} GiB free"
-        if not memory.peak:
-            reason = f"the peak memory of a pass cannot be measured on {self.accelerator.device.type}"
-        self._settle(limit, reason)
+        peak, free, to_come = (f"{size / 2**30:.2f} GiB" for size in (memory.peak, memory.free, memory.to_come))
+        self._settle(
+            limit,
+            f"a pass over {tokens} tokens took {peak}; {free} were free, of which {to_come} are for gradients and "
+            f"optimizer states that did not exist yet, and {SHARE_OF_ROOM:.0%} of the rest may be used",
+        )
 
     def _settle(self, max_tokens: int, reason: str) -> None:
         self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens}

@@ -23,7 +23,7 @@ GENERATED = {"responses": "generated", "max_completion_length": 5, "objective": 
 
 @pytest.mark.parametrize(
     ("settings", "modes"),
-    [(REFERENCE, ["sequential", "batched"]), (GENERATED, ["sequential"])],
+    [(REFERENCE, ["sequential", "batched", "auto"]), (GENERATED, ["sequential"])],
     ids=["reference", "generated"],
 )
 def test_two_processes_are_one_that_accumulates(tmp_path, settings, modes):

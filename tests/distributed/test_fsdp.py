@@ -26,8 +26,9 @@ TWICE = {"gradient_accumulation_steps": 2}
         ({"tier_passes": "batched", "adapter": {"grouping": "random"}}, None, ("DTensor", torch.float32), "true"),
         ({"tier_passes": "sequential"}, "bfloat16", ("DTensor", torch.bfloat16), "false"),
         ({"tier_passes": "batched", "objective": "dpo"}, "uint8", ("Tensor", torch.uint8), "false"),
+        ({"tier_passes": "auto", "optim": "sgd"}, None, ("DTensor", torch.float32), "true"),
     ],
-    ids=["dense", "packed", "packed and whole"],
+    ids=["dense", "packed", "packed and whole", "measured"],
 )
 def test_sharded_is_whole(tmp_path, settings, quant_storage, stack, activation_checkpointing):
     environment = FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": activation_checkpointing}

@@ -1,16 +1,15 @@
 """Which batches run at once under `tier_passes="auto"`, and what says so."""
 
 import json
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerState
 
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.training import pass_schedule
-from ordmoe_peft.training.pass_memory import PassMemory
 from ordmoe_peft.training.pass_schedule import PassSchedule
 from tests.training.test_trainer import adapted, arguments, trained, trainer_for
 
@@ -22,16 +21,25 @@ def told(monkeypatch):
     return messages
 
 
-def run(folder, monkeypatch, peak, resume=None, **changes):
-    """Rows of each forward of two steps of four rows of ten tokens, where a pass is said to take `peak` of 100."""
+class FakeMeter:
+    """Says that a pass takes `a_pass` of `free_bytes`."""
 
-    @contextmanager
-    def measured(device):
-        memory = PassMemory(free=100)
-        yield memory
-        memory.peak = peak
+    def __init__(self, a_pass, free_bytes):
+        self.a_pass, self.free_bytes = a_pass, free_bytes
 
-    monkeypatch.setattr(pass_schedule, "measured_passes", measured)
+    def free(self):
+        return self.free_bytes
+
+    def restart(self):
+        return 1000
+
+    def peak(self):
+        return 1000 + self.a_pass
+
+
+def run(folder, monkeypatch, meter, resume=None, **changes):
+    """Rows of each forward of two steps of four rows of nine and ten tokens, as this meter measures the first."""
+    monkeypatch.setattr(pass_schedule, "meter_of", lambda device: meter)
     model, rows = adapted(), []
     model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -42,36 +50,99 @@ def run(folder, monkeypatch, peak, resume=None, **changes):
     return rows
 
 
+def adapter_bytes() -> int:
+    return sum(parameter.nbytes for parameter in adapted().parameters() if parameter.requires_grad)
+
+
+AT_ONCE, ONE_AFTER_ANOTHER = [4, 4, 8], [4, 4, 4, 4]
+
+
 def test_auto_measures_the_first_batch_and_then_runs_what_fits_at_once(tmp_path, monkeypatch, told):
-    assert run(tmp_path, monkeypatch, peak=10) == [4, 4, 8]
+    """36 tokens took an adapter's size; on two tiers at once n tokens take n / 18 of it."""
+    size = adapter_bytes()
+    # Of 8.6 sizes gradients and AdamW's two states take 3, and 80 % of the rest are 4.48, so room for 80 tokens.
+    assert run(tmp_path, monkeypatch, FakeMeter(size, int(8.6 * size))) == AT_ONCE
     (message,) = told
-    assert "tier_passes='auto'" in message
-    # 36 tokens took 10 bytes; half of 100 are 5 times as much, of which each tier has half.
-    assert "batches of up to 90 tokens run their 2 tier passes at once, others one after another" in message
-    told.clear()
-    assert run(tmp_path, monkeypatch, peak=80) == [4, 4, 4, 4]
-    assert "others one after another" in told[0]
-    told.clear()
-    assert run(tmp_path, monkeypatch, peak=0) == [4, 4, 4, 4]
-    assert "cannot be measured on cpu, so all batches run their tier passes one after another" in told[0]
+    assert "tier_passes='auto': a pass over 36 tokens took 0.00 GiB; 0.00 GiB were free, of which 0.00 GiB" in message
+    assert "80% of the rest may be used, so batches of up to 80 tokens run their 2 tier passes at once" in message
 
 
-def test_a_resumed_run_keeps_to_what_was_measured(tmp_path, monkeypatch, told):
-    run(tmp_path, monkeypatch, peak=10, save_strategy="steps", save_steps=1)
+@pytest.mark.parametrize(
+    ("sizes", "changes", "rows"),
+    [
+        (6.0, {}, AT_ONCE),  # 80 % of 3 are 2.4; the second batch has 40 tokens and takes 2.2
+        (5.4, {}, ONE_AFTER_ANOTHER),  # 80 % of 2.4 are 1.9; if one forgot the states, of 4.4
+        (5.4, {"optim": "sgd"}, AT_ONCE),
+        (5.4, {"optim": "adafactor"}, ONE_AFTER_ANOTHER),  # taken for AdamW
+        (3.4, {"optim": "sgd"}, ONE_AFTER_ANOTHER),  # 80 % of 2.4; if one forgot the gradients, of 3.4
+        (1.0, {}, ONE_AFTER_ANOTHER),
+    ],
+)
+def test_gradients_and_states_that_do_not_exist_yet_need_their_room(tmp_path, monkeypatch, told, sizes, changes, rows):
+    size = adapter_bytes()
+    assert run(tmp_path, monkeypatch, FakeMeter(size, int(sizes * size)), **changes) == rows
+    assert len(told) == 1
+
+
+def test_sizes_are_named(tmp_path, monkeypatch, told):
+    run(tmp_path, monkeypatch, FakeMeter(3 * 2**29, 2**32))
+    assert "took 1.50 GiB; 4.00 GiB were free" in told[0]
+    assert "so all batches" not in told[0]
+    told.clear()
+    run(tmp_path, monkeypatch, FakeMeter(2**31, 0))
+    assert "so all batches run their tier passes one after another." in told[0]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_resumed_run_keeps_to_what_was_measured(tmp_path, monkeypatch, told, micro_batches):
+    size = adapter_bytes()
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": micro_batches}
+    run(tmp_path, monkeypatch, FakeMeter(size, 10 * size), **settings)
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["OrdMoEPassSchedule"]["max_tokens"] > 40
     told.clear()
     # Now nothing would fit, but the first run has chosen.
-    assert run(tmp_path, monkeypatch, peak=99, resume=str(tmp_path / "checkpoint-1")) == [8]
+    resumed = run(tmp_path, monkeypatch, FakeMeter(size, 0), str(tmp_path / "checkpoint-1"), **settings)
+    assert resumed == [8] * micro_batches
     assert told == []
 
 
+def test_states_that_a_resumed_run_has_need_no_room(tmp_path, monkeypatch, told):
+    """It was begun tier by tier, so `auto` has yet to measure."""
+    size = adapter_bytes()
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    run(tmp_path, monkeypatch, None, tier_passes="sequential", **settings)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    assert run(tmp_path, monkeypatch, FakeMeter(size, int(5.4 * size)), checkpoint, **settings) == AT_ONCE
+    assert len(told) == 1
+
+
+def test_other_devices_run_tier_by_tier_and_say_why(tmp_path, monkeypatch, told):
+    assert run(tmp_path, monkeypatch, None) == ONE_AFTER_ANOTHER
+    assert "cannot be measured on cpu, so all batches run their tier passes one after another" in told[0]
+
+
+def begun(*devices, **settings) -> PassSchedule:
+    """A schedule at the beginning of a run that trains weights on these devices."""
+    weights = [torch.nn.Parameter(torch.ones(1, device=device)) for device in devices]
+    args, optimizer = SimpleNamespace(optim="adamw_torch"), torch.optim.AdamW(weights)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.NO, is_main_process=True, device=torch.device(devices[0])
+    )
+    schedule = PassSchedule("auto", 2, accelerator, **settings)
+    schedule.on_train_begin(args, TrainerState(), None, optimizer=optimizer)
+    return schedule
+
+
 def test_offloaded_activations_are_reason_enough(told):
-    accelerator = SimpleNamespace(distributed_type=DistributedType.NO, is_main_process=True)
-    schedule = PassSchedule("auto", 2, accelerator, saves_memory=True)
-    schedule.on_train_begin(None, TrainerState(), None)
-    assert schedule.max_tokens == 0
+    assert begun("cpu", saves_memory=True).max_tokens == 0
     assert "activations are offloaded to save memory, so all batches run their tier passes one after another" in told[0]
+
+
+def test_a_model_on_several_devices_is_not_measured_on_one_of_them(told):
+    assert begun("cpu").max_tokens is None
+    assert begun("cpu", "meta").max_tokens == 0
+    assert "the model is split over 2 devices, of which one alone can be measured" in told[0]
 
 
 @pytest.mark.parametrize("mode", ["auto", "batched", "sequential"])

@@ -1,34 +1,4 @@
-"""What the states of an optimizer take, by the names of the training argument `optim`."""
+"""What the states of an optimizer take, by the names of the training argument `optim`: as the trainer counts them."""
 
-from collections.abc import Sequence
-
-import torch
-from bitsandbytes.optim import AdamW8bit
-from torch.optim import SGD, AdamW, Optimizer
-
-from ..._compat import storage_id
-
-
-# Fused AdamW has the states of the plain one, which also runs without numbers. Paged states count in full: they move to
-# the host under pressure only.
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "adamw_torch_fused": AdamW,
-    "adamw_torch": AdamW,
-    "adamw_8bit": AdamW8bit,
-    "adamw_bnb_8bit": AdamW8bit,
-    "paged_adamw_8bit": AdamW8bit,
-    "sgd": SGD,
-}
-
-
-def optimizer_bytes(name: str, parameters: Sequence[torch.Tensor]) -> int:
-    """The states of `name` for `parameters`, in bytes: those that a step of it makes on the meta device."""
-    numberless = [torch.nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
-    for parameter in numberless:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = OPTIMIZERS[name](numberless)
-    optimizer.step()
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    storages = [state.untyped_storage() for state in states if isinstance(state, torch.Tensor)]
-    # 8-bit states share their tables of numbers.
-    return sum({storage_id(storage): storage.nbytes() for storage in storages}.values())
+from ...training.optimizer_states import OPTIMIZERS as OPTIMIZERS
+from ...training.optimizer_states import optimizer_bytes as optimizer_bytes

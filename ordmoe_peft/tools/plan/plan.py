@@ -107,5 +107,9 @@ def tokens_at_once(plan: MemoryPlan, settings: PlanSettings, limit: int) -> int 
     passes = len(settings.tiers_run())
     if settings.tier_passes != "auto" or passes == 1:
         return None
-    memory = PassMemory(peak=plan.gradients + plan.activations.peak, free=max(limit - plan.base - plan.adapter, 0))
+    memory = PassMemory(
+        peak=plan.activations.peak,
+        free=max(limit - plan.base - plan.adapter, 0),
+        to_come=plan.gradients + plan.optimizer,
+    )
     return memory.max_tokens(settings.batch_size * settings.sequence_length, passes)

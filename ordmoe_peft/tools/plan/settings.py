@@ -22,9 +22,8 @@ CHOICES_OF = {"tier_passes": CHOICES["tier_passes"], "objective": tuple(OBJECTIV
 class PlanSettings:
     """How a model is trained.
 
-    `tier_passes="auto"` is planned as `"sequential"`: the trainer begins so and changes where half of what is free
-    suffices, see [`~ordmoe_peft.tools.plan.plan.tokens_at_once`]. With `"batched"` each tier's rows have a prompt of
-    their own.
+    `tier_passes="auto"` is planned as `"sequential"`: the trainer begins so and changes where what is free suffices,
+    see [`~ordmoe_peft.tools.plan.plan.tokens_at_once`]. With `"batched"` each tier's rows have a prompt of their own.
 
     Raises:
         [`OrdMoEConfigError`]: a value that cannot work.
