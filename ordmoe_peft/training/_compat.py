@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -67,6 +68,16 @@ class WholeCheckpoints(Trainer):
                 if not is_same(checkpoint, best):
                     discard(checkpoint)
         return super()._finalize_training(trial, *args)
+
+
+def mark_step_skipped(optimizer: AcceleratedOptimizer) -> None:
+    """Have `optimizer` say that its gradient scaler kept it from stepping.
+
+    accelerate takes a step that was called for one that was taken, and fused optimizers are called and skip by
+    themselves, so the learning rate's schedule would go on (1.15, `optimizer.py`; accelerate #4242). Remove when it
+    asks the scaler.
+    """
+    optimizer._is_overflow = True
 
 
 def logged_metrics(trainer: SFTTrainer, mode: str) -> dict[str, list[float]]:

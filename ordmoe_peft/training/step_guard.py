@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import OrdMoERuntimeError
+from ._compat import mark_step_skipped
 from .checkpoints import last_checkpoint
 from .tier_scores import TierScores
 
@@ -17,7 +19,7 @@ from .tier_scores import TierScores
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "OrdMoEStepGuard"
-LOGGED_COUNTS = ("nonfinite_steps", "empty_batches")
+LOGGED_COUNTS = ("nonfinite_steps", "overflowed_steps", "empty_batches")
 # Steps that did not move the weights, by what was wrong with them.
 DROPPED = {
     "nonfinite_steps": "with a loss or gradient that was not finite",
@@ -62,14 +64,16 @@ class StepGuard(TrainerCallback):
 
     The gradients are taken away before the optimizer's step, so weights and optimizer state stay as they are; learning
     rate schedule and step count go on. All processes decide alike. Overflow under a gradient scaler (fp16) is left to
-    the scaler, and DeepSpeed, which updates within its backward, is not guarded.
+    the scaler, which keeps the optimizer from stepping and lowers its scale; the learning rate's schedule waits.
+    DeepSpeed, which updates within its backward, is not guarded.
 
     Losses and metrics that are logged are means over the other steps, and left out where there are none. No checkpoint
     is saved before a step has moved the weights.
 
-    Logged, once they are not 0: `nonfinite_steps`, steps whose update was dropped since training began, and
-    `empty_batches`, micro-batches without a response token of all processes, which add nothing to their step. Both, and
-    how many steps in a row were dropped, are part of the trainer's state, so that a resumed run counts on.
+    Logged, once they are not 0: `nonfinite_steps`, steps whose update was dropped since training began,
+    `overflowed_steps`, those that a scaler kept from moving the weights, and `empty_batches`, micro-batches without a
+    response token of all processes, which add nothing to their step. All, and how many steps in a row were dropped, are
+    part of the trainer's state, so that a resumed run counts on.
 
     Args:
         max_nonfinite_steps (`int`): number of such steps in a row that ends training.
@@ -77,12 +81,14 @@ class StepGuard(TrainerCallback):
 
     Raises:
         [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint. Or none
-            of so many first steps had a response, or most steps of the run were dropped.
+            of so many first steps had a response, or most steps of the run were dropped. Or a gradient overflows fp16
+            without being scaled up.
     """
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
         self.max_nonfinite_steps, self.metrics = max_nonfinite_steps, metrics
-        self.step = StepSoFar()
+        self.step = self.ended_step = StepSoFar()
+        self.scale = 0.0  # of the gradient scaler in the step that has just ended; 0 without one
         self.counts: dict[str, int] = {}
         self.is_dropped, self.last_found = False, ""
         self.since_log, self.since_begin = MeanLoss(), MeanLoss()
@@ -123,6 +129,7 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         step, self.step = self.step, StepSoFar()
+        self.ended_step, self.scale = step, _scale_of(optimizer)
         counts = torch.tensor([bool(step.found), step.rows, step.empty_batches], device=args.device)
         is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
         self.counts["empty_batches"] += empty_batches
@@ -130,12 +137,8 @@ class StepGuard(TrainerCallback):
         self.counts["nonfinite_steps"] += bool(is_bad)
         self.counts["empty_steps"] += not (is_bad or rows)
         self.is_dropped = bool(is_bad or not rows)
-        for mean in (self.since_log, self.since_begin):
-            mean.add(step.loss, self.is_dropped)
         if self.is_dropped:
             optimizer.zero_grad()
-            self._forget_metrics(step.metrics_before)
-        self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
         if self.num_dropped == state.global_step + 1 >= self.max_nonfinite_steps and not is_bad:
             raise self._nothing_learnt(state.global_step + 1)
         if is_bad:
@@ -149,8 +152,18 @@ class StepGuard(TrainerCallback):
                 del self.metrics[name]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        # accelerate's optimizer says so where a gradient scaler kept it from stepping.
-        self.counts["overflowed_steps"] += not self.is_dropped and getattr(optimizer, "step_was_skipped", False)
+        is_overflow = _scale_of(optimizer) < self.scale
+        if is_overflow:
+            mark_step_skipped(optimizer)
+            self.counts["overflowed_steps"] += not self.is_dropped
+        is_still = self.is_dropped or is_overflow
+        for mean in (self.since_log, self.since_begin):
+            mean.add(self.ended_step.loss, is_still)
+        if is_still:
+            self._forget_metrics(self.ended_step.metrics_before)
+        self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
+        if is_overflow and self.scale < 1 and not self.is_dropped:
+            raise self._overflows(state.global_step + 1, args.output_dir)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.num_dropped == state.global_step:
@@ -197,6 +210,13 @@ class StepGuard(TrainerCallback):
             "weights, and see that max_length leaves room for responses."
         )
 
+    def _overflows(self, step: int, output_dir: str) -> OrdMoERuntimeError:
+        return OrdMoERuntimeError(
+            f"Training ends at step {step}: the gradient is not finite in fp16 even at a scale of {self.scale}, after "
+            f"{self.counts['overflowed_steps']} steps that the gradient scaler kept from moving the weights. "
+            f"{_last_saved(output_dir)} Use bf16=True or fp16=False, or lower learning_rate or erl_coef."
+        )
+
     def _report(self, step: int, found: str, output_dir: str) -> None:
         in_a_row = self.counts["in_a_row"]
         if in_a_row < self.max_nonfinite_steps:
@@ -205,13 +225,23 @@ class StepGuard(TrainerCallback):
                 f"row end training (max_nonfinite_steps), and this is number {in_a_row}."
             )
             return
-        checkpoint = last_checkpoint(output_dir)
         raise OrdMoERuntimeError(
             f"Training ends at step {step}: not finite: {found}. That is {in_a_row} steps in a row whose update "
-            f"was dropped (max_nonfinite_steps), so the weights are those after step {step - in_a_row}. The last "
-            f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Lower learning_rate or "
-            "erl_coef, set lower_tier_floor='uniform', or look at the data of these steps."
+            f"was dropped (max_nonfinite_steps), so the weights are those after step {step - in_a_row}. "
+            f"{_last_saved(output_dir)} Lower learning_rate or erl_coef, set lower_tier_floor='uniform', or look at "
+            "the data of these steps."
         )
+
+
+def _last_saved(output_dir: str) -> str:
+    checkpoint = last_checkpoint(output_dir)
+    return f"The last checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}."
+
+
+def _scale_of(optimizer: Any) -> float:
+    """What the gradient scaler of `optimizer` multiplies gradients by; 0 without one."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 0.0 if scaler is None else scaler.get_scale()
 
 
 def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Steps with something that is not finite, or without responses, leave the weights alone, and say why."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
 from ordmoe_peft.forward import running_forward
 from ordmoe_peft.training import step_guard
 from tests import models
+from tests.training.test_precision import FP16, Scaled, ScaledTooFar
 from tests.training.test_trainer import adapted, arguments, trainer_for
 
 
@@ -272,13 +272,83 @@ class TestRunsThatLearnNothing:
             trainer.train()
 
     def test_gradients_that_overflow_in_fp16(self, tmp_path):
-        trainer = trainer_for(tmp_path, max_steps=4)
-        trainer._guard.on_train_begin(trainer.args, trainer.state, trainer.control)
-        skipped = SimpleNamespace(step_was_skipped=True)
-        for _ in range(3):
-            trainer._guard.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=skipped)
+        trainer, _ = poisoned(tmp_path, Poison(3, {1, 2, 4}, "backward"), max_steps=4, cls=Scaled, **FP16)
         with pytest.raises(OrdMoERuntimeError, match="3 of 4 steps .* 3 whose gradient overflowed in fp16"):
-            trainer._guard.check_run(4, [])
+            trainer.train()
+
+
+class TestGradientScaler:
+    """In fp16 a gradient that is not finite is the scaler's: the optimizer does not step, and the scale falls."""
+
+    @MODES
+    @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    def test_an_overflow_moves_nothing_and_is_no_error(self, tmp_path, told, mode, optim, max_grad_norm):
+        """In the second step and the third. The schedule of the learning rate waits for both."""
+        changes = {"tier_passes": mode, "optim": optim, "max_grad_norm": max_grad_norm}
+        trainer, history = poisoned(tmp_path, Poison(3, {2, 3}, "backward"), cls=Scaled, **changes, **FP16)
+        trainer.train()
+        assert told == []
+        assert same(history[0], history[1]) and same(history[1], history[2])
+        assert not same(history[2], history[3]) and not same(history[3], history[4])
+        assert all(tensor.isfinite().all() for tensor in history[-1])
+        assert trainer.accelerator.scaler.get_scale() == Scaled.scale / 4
+        assert trainer._guard.num_dropped == trainer._guard.counts["overflowed_steps"] == 2
+        logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+        assert [entry.get("overflowed_steps") for entry in logs] == [None, 1, 2, 2, 2]
+        assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.01, 0.008, 0.008, 0.008, 0.006])
+        measured = [{"loss", "ntp_loss", "tier_3/log_likelihood"} & entry.keys() for entry in logs]
+        assert [len(names) for names in measured] == [3, 0, 0, 3, 3]
+        steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+        assert steps == {3}
+
+    def test_a_scale_that_is_too_large_at_first_falls(self, tmp_path, told):
+        """These are real overflows. The weights stay where they were until there are none."""
+        settings = {"max_steps": 10, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **FP16}
+        trainer, history = poisoned(tmp_path, Poison(3, set()), cls=ScaledTooFar, **settings)
+        trainer.train()
+        overflowed = trainer._guard.counts["overflowed_steps"]
+        assert 1 <= overflowed <= 4
+        assert trainer.accelerator.scaler.get_scale() == ScaledTooFar.scale / 2**overflowed
+        start = [weight for weight in adapted().parameters() if weight.requires_grad]
+        assert same(start, history[overflowed - 1][: len(start)])
+        assert not same(start, history[overflowed][: len(start)])
+        assert told == []
+
+    @MODES
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    def test_a_loss_that_is_not_finite_is_still_an_error(self, tmp_path, told, mode, max_grad_norm):
+        changes = {"tier_passes": mode, "max_grad_norm": max_grad_norm}
+        trainer, history = poisoned(tmp_path, Poison(3, {2}), cls=Scaled, **changes, **FP16)
+        trainer.train()
+        assert [message.split(".")[0] for message in told] == ["Step 2: not finite: log-likelihood under tier 3"]
+        assert same(history[0], history[1])
+        assert not same(history[1], history[2])
+        counts = trainer._guard.counts
+        assert (counts["nonfinite_steps"], counts["overflowed_steps"]) == (1, 0)
+
+    @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+    def test_a_batch_without_responses_is_skipped(self, tmp_path, told, optim):
+        changes = {"optim": optim, "max_grad_norm": 0.0, "weight_decay": 0.1, "max_steps": 4}
+        trainer, history = poisoned(tmp_path, Poison(3, set()), cls=Scaled, **changes, **FP16)
+        without_responses(trainer, {1})
+        trainer.train()
+        assert same(history[0], history[1])
+        assert not same(history[1], history[2])
+        counts = trainer._guard.counts
+        assert (counts["empty_steps"], counts["overflowed_steps"]) == (1, 0)
+        assert trainer.accelerator.scaler.get_scale() == Scaled.scale
+
+    def test_overflow_that_no_scale_is_small_enough_for_ends_training(self, tmp_path):
+        """From 2^16 it takes 17 steps to a scale of a half."""
+        changes = {"max_steps": 30, "save_strategy": "steps", "save_steps": 1}
+        trainer, history = poisoned(tmp_path, Poison(1, range(3, 31), "backward"), cls=Scaled, **changes, **FP16)
+        with pytest.raises(OrdMoERuntimeError) as error:
+            trainer.train()
+        message = str(error.value)
+        assert "ends at step 20: the gradient is not finite in fp16 even at a scale of 0.5, after 18 steps" in message
+        assert f"The last checkpoint is `{tmp_path}/checkpoint-19`. Use bf16=True or fp16=False" in message
+        assert same(history[1], history[18])
 
 
 def test_at_least_one_step_may_fail(tmp_path):

@@ -88,9 +88,11 @@ def _with_adapter(base: PreTrainedModel, settings: PlanSettings) -> PeftModel:
     """The model as the trainer holds it."""
     model = get_peft_model(base, settings.adapter_config(), low_cpu_mem_usage=True)
     if settings.quantization is not None:
+        # As TRL does on quantised bases, and the trainer undoes for a gradient scaler.
+        dtype = torch.float32 if settings.autocast_used == torch.float16 else torch.bfloat16
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does on quantised bases
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

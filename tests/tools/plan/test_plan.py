@@ -40,6 +40,14 @@ def test_adapter_is_what_the_trainer_trains(quantization, tmp_path):
     assert all(parts)
 
 
+def test_a_gradient_scaler_needs_an_adapter_in_fp32():
+    nf4 = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float16)
+    settings = PlanSettings(dtype=torch.float16, quantization=nf4, **SMALL)
+    config = models.qwen3_moe().config
+    unscaled, scaled = (plan_memory(config, replace(settings, autocast=dtype)) for dtype in (None, torch.float16))
+    assert scaled.adapter == 2 * unscaled.adapter == 4 * scaled.trainable
+
+
 @pytest.mark.parametrize("quantization", [None, {}], ids=["dense", "nf4"])
 def test_weights_are_counted_in_their_dtype(quantization):
     config = models.qwen3_moe().config
