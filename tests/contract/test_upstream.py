@@ -5,7 +5,9 @@ import pickle
 from dataclasses import fields
 
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
@@ -21,6 +23,7 @@ from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parall
 from ordmoe_peft.experts.expert_lora import ExpertLora
 from ordmoe_peft.experts.router_lora import RouterLora
 from ordmoe_peft.moe_model import is_fused_experts
+from ordmoe_peft.training._compat import mark_step_skipped
 from tests import models
 
 
@@ -99,6 +102,20 @@ def test_accelerate_keeps_its_hook_on_the_module():
     assert accelerate_hook(linear) is None
     add_hook_to_module(linear, hook)
     assert accelerate_hook(linear) is hook
+
+
+def test_accelerate_takes_an_overflow_of_fused_optimizers_for_a_step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    Accelerator(cpu=True)  # its optimizers ask for the state that this makes
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW([weight], fused=True), scaler=scaler)
+    scaler.scale(weight.sum()).backward()
+    weight.grad.fill_(torch.inf)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2))
+    assert not optimizer.step_was_skipped, "`mark_step_skipped` may go"
+    mark_step_skipped(optimizer)
+    assert optimizer.step_was_skipped
 
 
 def test_saving_reverts_the_conversions_that_the_model_lists():
