@@ -7,6 +7,8 @@ from peft import get_peft_model
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, tier_routing
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
+from tests.training.test_precision import packed
+from tests.training.test_trainer import trained, trainer_for
 
 
 pytestmark = pytest.mark.gpu
@@ -31,3 +33,17 @@ def test_tiers_losses_and_gradients_are_those_of_the_cpu(tmp_path, quantized):
     torch.testing.assert_close(results["cuda"][0], results["cpu"][0], rtol=1e-3, atol=1e-3)
     for name, gradient in results["cpu"][1].items():
         torch.testing.assert_close(results["cuda"][1][name], gradient, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+@pytest.mark.parametrize("tier_passes", ["auto", "sequential"])
+def test_fp16_trains_with_the_scaler_that_accelerate_makes(tmp_path, tier_passes, optim):
+    model = get_peft_model(packed(tmp_path, device_map="cuda"), OrdMoEConfig(r=4, targets=["router", "experts"]))
+    trainer = trainer_for(tmp_path, model, fp16=True, max_steps=8, tier_passes=tier_passes, optim=optim)
+    assert trainer.accelerator.scaler is not None
+    losses, weights = trained(trainer)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert trainer._guard.num_dropped == trainer._guard.counts["overflowed_steps"] <= 3
+    assert losses[-1] < losses[0]
+    # The peak of a pass was measured, and there was room.
+    assert tier_passes == "sequential" or trainer._schedule.max_tokens > 0

@@ -35,6 +35,12 @@ class Scaled(OrdMoETrainer):
             self.accelerator.native_amp = True
 
 
+class Unscaled(Scaled):
+    """The same mixed precision with gradients as they are."""
+
+    scale = 1.0
+
+
 class ScaledTooFar(Scaled):
     """Its first steps overflow, as those of most runs do."""
 
@@ -48,13 +54,12 @@ def told(monkeypatch):
     return messages
 
 
-def packed(folder, dtype=torch.float16) -> torch.nn.Module:
+def packed(folder, dtype=torch.float16, device_map=None) -> torch.nn.Module:
     """A tiny Qwen3-MoE with all that can be in 4 bits in them, as a card without bf16 holds it."""
     model = models.qwen3_moe().to(dtype)
     model.save_pretrained(folder)
-    return type(model).from_pretrained(
-        folder, dtype=dtype, quantization_config=MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype)
-    )
+    nf4 = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype)
+    return type(model).from_pretrained(folder, dtype=dtype, quantization_config=nf4, device_map=device_map)
 
 
 def weights_of(trainer) -> list[torch.Tensor]:
@@ -91,6 +96,23 @@ def test_losses_and_updates_are_those_without_a_scaler(tmp_path, mode, name):
     # fp16 rounds by up to 5e-4.
     assert distance(moved, scaled_moved) < 0.01
     assert distance(moved, {name: 0 * weight for name, weight in moved.items()}) == 1
+
+
+@MODES
+@pytest.mark.parametrize("is_packed", [False, True], ids=["fp16", "nf4"])
+def test_updates_do_not_depend_on_the_scale(tmp_path, mode, is_packed):
+    """On bases in fp16, whose every gradient passes through it."""
+    runs = []
+    for cls in (Unscaled, Scaled):
+        base = packed(tmp_path) if is_packed else models.qwen3_moe().half()
+        model = adapted(lambda base=base: base)
+        start = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+        changes = {"tier_passes": mode, "optim": "sgd", "learning_rate": 1.0, "erl_coef": 0.3, "max_steps": 2}
+        losses, weights = trained(trainer_for(tmp_path, model, cls, **changes, **FP16))
+        runs.append((losses, {name: weight - start[name] for name, weight in weights.items()}))
+    (losses, moved), (scaled_losses, scaled_moved) = runs
+    assert scaled_losses == pytest.approx(losses, rel=1e-3)
+    assert distance(moved, scaled_moved) < 0.01
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
