@@ -15,9 +15,10 @@ logger = logging.get_logger(__name__)
 def prepare_for_scaler_(model: nn.Module, accelerator: Accelerator) -> None:
     """Make `model` one that is trained right in fp16, where that is asked for: with a gradient scaler, in fp32 weights.
 
-    On a base in 4 bits TRL casts the adapter to bf16. With AdamW's states in bf16 as well, that is what makes
-    Qwen3-30B-A3B fit into 24 GB: in fp32 adapter, gradients and states take 4.7 GiB more (r 16, routers and experts).
-    A scaler needs fp32 all the same: on CUDA torch unscales no bf16 gradients, and refuses those in fp16.
+    On a base in 4 bits TRL casts the adapter to bf16, and AdamW's states are in its dtype. That is what makes
+    Qwen3-30B-A3B fit into 24 GB: in fp32 the adapter, its gradients and the states take 4.7 GiB more (r 16, routers and
+    experts). A scaler needs fp32 all the same: torch unscales no gradients in bf16 on CUDA (as of 2.11,
+    `aten/src/ATen/native/cuda/AmpKernels.cu`), and none in fp16 anywhere.
 
     Raises:
         [`OrdMoEConfigError`]: fp16 is asked for and accelerate has no scaler for this device, and mixes nothing.

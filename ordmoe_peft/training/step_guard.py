@@ -152,17 +152,17 @@ class StepGuard(TrainerCallback):
                 del self.metrics[name]
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        is_overflow = _scale_of(optimizer) < self.scale
-        if is_overflow:
+        if _scale_of(optimizer) < self.scale:
             mark_step_skipped(optimizer)
-            self.counts["overflowed_steps"] += not self.is_dropped
+        is_overflow = not self.is_dropped and getattr(optimizer, "step_was_skipped", False)
+        self.counts["overflowed_steps"] += is_overflow
         is_still = self.is_dropped or is_overflow
         for mean in (self.since_log, self.since_begin):
             mean.add(self.ended_step.loss, is_still)
         if is_still:
             self._forget_metrics(self.ended_step.metrics_before)
         self.metrics |= {name: [self.counts[name]] for name in LOGGED_COUNTS if self.counts[name]}
-        if is_overflow and self.scale < 1 and not self.is_dropped:
+        if is_overflow and 0 < self.scale < 1:
             raise self._overflows(state.global_step + 1, args.output_dir)
 
     def on_step_end(self, args, state, control, **kwargs):

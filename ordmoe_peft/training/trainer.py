@@ -75,8 +75,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     `log_tiers_every` steps. Steps with a loss or gradient that is not finite, and batches without responses, do not
     move the weights, and are counted: see [`~ordmoe_peft.training.step_guard.StepGuard`].
 
-    On a base in 4 bits the adapter is trained in bf16, and under `fp16=True`, which takes 4.7 GiB more at 30B, in fp32:
-    see [`~ordmoe_peft.training.precision.prepare_for_scaler_`].
+    On a base in 4 bits the adapter and AdamW's states are in bf16, as TRL has them, which is what makes Qwen3-30B-A3B
+    fit into 24 GB. Under `fp16=True` they are in fp32 and take 4.7 GiB more (r 16): see
+    [`~ordmoe_peft.training.precision.prepare_for_scaler_`].
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): a model with an active
