@@ -110,8 +110,7 @@ class OrdMoETrainingArguments(SFTConfig):
         "on the likelihoods of all. 'auto': the first micro-batch is taken sequentially and measured; from then on "
         "batches run at once, which is faster, where they are expected to fit into 80 % of the memory that gradients "
         "and optimizer states leave free. It says up to how many tokens that is and why, and keeps to it when resumed. "
-        "A first micro-batch of few tokens makes it expect too much of larger ones; "
-        "train_sampling_strategy='group_by_length' begins with the longest samples.",
+        "Batches that do not fit are measured again where they have more than twice the tokens.",
     )
     max_nonfinite_steps: int = _option(
         10,

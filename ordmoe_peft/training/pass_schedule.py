@@ -27,8 +27,10 @@ class PassSchedule(TrainerCallback):
     At once is faster, on GPUs above all: tier by tier pays for unpacking experts again in each pass. `"auto"` runs the
     first micro-batch of training tier by tier and measures it, and from then on at once whatever is expected to fit: a
     batch whose tokens, under all tiers, take at most [`SHARE_OF_ROOM`] of what was free before the first micro-batch,
-    less the gradients and optimizer states that did not exist yet. The number of tokens up to which that is so is part
-    of the trainer's state, so that a resumed run does as the first one did.
+    less the gradients and optimizer states that did not exist yet. What does not grow with tokens counts as if it did,
+    so a batch that would run tier by tier and has more than twice the tokens of the last that was measured is measured
+    in its turn. The number of tokens up to which batches run at once is part of the trainer's state, so that a resumed
+    run does as the first one did.
 
     Args:
         mode (`str`): `"batched"`, `"sequential"` or `"auto"`.
@@ -58,9 +60,11 @@ class PassSchedule(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self.state, self.optimizer, self.optimizer_name = state, optimizer, OptimizerNames(args.optim).value
-        if self.max_tokens is not None:
+        if self.max_tokens in (0, float("inf")):
             return
         self.meter = meter_of(self.accelerator.device)
+        if self.max_tokens is not None:
+            return
         devices = {parameter.device for parameter in trained(optimizer)}
         if self.saves_memory:
             self._settle(0, "activations are offloaded to save memory")
@@ -87,14 +91,21 @@ class PassSchedule(TrainerCallback):
 
     @contextmanager
     def of_training(self, inputs: dict[str, Any]) -> Iterator[bool]:
-        """The same for a batch that is trained on in the block, where `"auto"` measures the first one."""
-        if self.max_tokens is not None or self.meter is None:
-            yield self.is_tier_by_tier(inputs)
+        """The same for a batch that is trained on in the block, where `"auto"` measures some."""
+        is_tier_by_tier = self.is_tier_by_tier(inputs)
+        if self.meter is None or not is_tier_by_tier or not self._is_to_measure(inputs):
+            yield is_tier_by_tier
             return
         missing_states = missing_bytes(self.optimizer_name, self.optimizer)
         with measured_passes(self.meter, trained(self.optimizer), missing_states) as memory:
             yield True
         self._choose(memory, inputs["input_ids"].numel())
+
+    def _is_to_measure(self, inputs: dict[str, Any]) -> bool:
+        if not self.max_tokens:
+            return self.max_tokens is None  # 0 is for good: a larger batch does not fit either
+        measured = self.state.stateful_callbacks[STATE_NAME].get("measured_tokens", float("inf"))
+        return self._over_processes(inputs["input_ids"].numel()).max().item() > 2 * measured
 
     def _choose(self, memory: PassMemory, tokens: int) -> None:
         limit = int(self._over_processes(memory.max_tokens(tokens, self.num_passes)).min())
@@ -103,10 +114,11 @@ class PassSchedule(TrainerCallback):
             limit,
             f"a pass over {tokens} tokens took {peak}; {free} were free, of which {to_come} are for gradients and "
             f"optimizer states that did not exist yet, and {SHARE_OF_ROOM:.0%} of the rest may be used",
+            measured_tokens=int(self._over_processes(tokens).max()),
         )
 
-    def _settle(self, max_tokens: int, reason: str) -> None:
-        self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens}
+    def _settle(self, max_tokens: int, reason: str, **measured: int) -> None:
+        self.state.stateful_callbacks[STATE_NAME] = {"max_tokens": max_tokens, **measured}
         if self.accelerator.is_main_process:
             choice = "all batches run their tier passes one after another"
             if max_tokens:

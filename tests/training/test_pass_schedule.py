@@ -122,16 +122,65 @@ def test_other_devices_run_tier_by_tier_and_say_why(tmp_path, monkeypatch, told)
     assert "cannot be measured on cpu, so all batches run their tier passes one after another" in told[0]
 
 
-def begun(*devices, **settings) -> PassSchedule:
-    """A schedule at the beginning of a run that trains weights on these devices."""
+def begun(*devices, state=None, **settings) -> PassSchedule:
+    """A schedule at the beginning of a run that trains a weight on each of these devices."""
     weights = [torch.nn.Parameter(torch.ones(1, device=device)) for device in devices]
     args, optimizer = SimpleNamespace(optim="adamw_torch"), torch.optim.AdamW(weights)
     accelerator = SimpleNamespace(
-        distributed_type=DistributedType.NO, is_main_process=True, device=torch.device(devices[0])
+        distributed_type=DistributedType.NO,
+        is_main_process=True,
+        device=torch.device(devices[0]),
+        gather=lambda tensor: tensor,
     )
     schedule = PassSchedule("auto", 2, accelerator, **settings)
-    schedule.on_train_begin(args, TrainerState(), None, optimizer=optimizer)
+    schedule.on_train_begin(args, state or TrainerState(), None, optimizer=optimizer)
     return schedule
+
+
+def train_on(schedule, tokens) -> bool:
+    """Whether so many tokens are trained on tier by tier."""
+    with schedule.of_training({"input_ids": torch.zeros(1, tokens)}) as is_tier_by_tier:
+        return is_tier_by_tier
+
+
+def test_a_short_first_batch_does_not_decide_for_longer_ones(monkeypatch, told):
+    """A pass takes 500 bytes, and 1 for each token: one of 10 tokens seems to take 51 for each."""
+    meter = FakeMeter(510, 10_000)
+    monkeypatch.setattr(pass_schedule, "meter_of", lambda device: meter)
+    schedule = begun("cpu")
+    assert train_on(schedule, 10)
+    # 16 of the bytes are for a gradient and states; 80 % of the others are 7,987, of which a token takes 102.
+    assert schedule.max_tokens == 78
+    assert not train_on(schedule, 78)
+    state = TrainerState(stateful_callbacks=dict(schedule.state.stateful_callbacks))
+    meter.a_pass = 1500
+    for each in (schedule, begun("cpu", state=state)):
+        assert train_on(each, 1000)
+        assert each.max_tokens == 2662  # of 3
+        assert not train_on(each, 2600)
+    assert [message.split(" took ")[0] for message in told] == [
+        "tier_passes='auto': a pass over 10 tokens",
+        *["tier_passes='auto': a pass over 1000 tokens"] * 2,
+    ]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(150, 78), (200, 78), (201, 160)])
+def test_batches_that_are_not_much_longer_are_not_measured(monkeypatch, told, tokens, expected):
+    meter = FakeMeter(5100, 10_000)
+    monkeypatch.setattr(pass_schedule, "meter_of", lambda device: meter)
+    schedule = begun("cpu")
+    assert train_on(schedule, 100)
+    assert schedule.max_tokens == 78
+    meter.a_pass = 5000
+    assert train_on(schedule, tokens)
+    assert schedule.max_tokens == expected
+
+
+def test_no_room_is_no_room_for_longer_batches_either(monkeypatch, told):
+    monkeypatch.setattr(pass_schedule, "meter_of", lambda device: FakeMeter(10, 16))
+    schedule = begun("cpu")
+    assert train_on(schedule, 10) and train_on(schedule, 100)
+    assert len(told) == 1
 
 
 def test_offloaded_activations_are_reason_enough(told):
