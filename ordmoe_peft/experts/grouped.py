@@ -1,8 +1,8 @@
 """Grouped products, dense or low-rank, by operators that autograd knows, and the order of rows that they take.
 
-These are differentiable in the matrices, too. Where `grouped_mm` is one kernel, the host waits for nothing; elsewhere it
-is a loop over the experts, which waits for their sizes
-([`~ordmoe_peft.experts.tuning.has_grouped_kernel`]). `frozen.py` is what to use there, where the matrices are frozen.
+These are differentiable in the matrices, too. Where `grouped_mm` is one kernel, the host waits for nothing. Elsewhere
+it is a loop over the experts, which waits for their sizes ([`~ordmoe_peft.experts.tuning.has_grouped_kernel`]), and
+`frozen.py` is what to use if the matrices are frozen.
 
 Shape suffixes as in `experts/__init__.py`.
 """
