@@ -62,7 +62,8 @@ class StepGuard(TrainerCallback):
 
     The gradients are taken away before the optimizer's step, so weights and optimizer state stay as they are; learning
     rate schedule and step count go on. All processes decide alike. Overflow under a gradient scaler (fp16) is left to
-    the scaler, and DeepSpeed, which updates within its backward, is not guarded.
+    the scaler. DeepSpeed takes its step within the last backward: it drops one with a gradient that is not finite
+    itself, and the learning rate schedule waits; where it did not drop a step that had to be, training ends.
 
     Losses and metrics that are logged are means over the other steps, and left out where there are none. No checkpoint
     is saved before a step has moved the weights.
@@ -77,7 +78,8 @@ class StepGuard(TrainerCallback):
 
     Raises:
         [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint. Or none
-            of so many first steps had a response, or most steps of the run were dropped.
+            of so many first steps had a response, or most steps of the run were dropped. Or DeepSpeed has updated the
+            weights in a step that had to be dropped.
     """
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
@@ -123,6 +125,10 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         step, self.step = self.step, StepSoFar()
+        has_stepped = args.deepspeed_plugin is not None
+        is_skipped = has_stepped and optimizer.step_was_skipped
+        if is_skipped and not step.found and not args.fp16:
+            step.found.append("gradient")
         counts = torch.tensor([bool(step.found), step.rows, step.empty_batches], device=args.device)
         is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
         self.counts["empty_batches"] += empty_batches
@@ -130,6 +136,8 @@ class StepGuard(TrainerCallback):
         self.counts["nonfinite_steps"] += bool(is_bad)
         self.counts["empty_steps"] += not (is_bad or rows)
         self.is_dropped = bool(is_bad or not rows)
+        if self.is_dropped and has_stepped and not is_skipped:
+            raise _moved_all_the_same(state.global_step + 1, ", ".join(step.found), args.output_dir)
         for mean in (self.since_log, self.since_begin):
             mean.add(step.loss, self.is_dropped)
         if self.is_dropped:
@@ -212,6 +220,16 @@ class StepGuard(TrainerCallback):
             f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Lower learning_rate or "
             "erl_coef, set lower_tier_floor='uniform', or look at the data of these steps."
         )
+
+
+def _moved_all_the_same(step: int, found: str, output_dir: str) -> OrdMoERuntimeError:
+    reason = f"not finite: {found}" if found else "no process had a response to learn from"
+    checkpoint = last_checkpoint(output_dir)
+    return OrdMoERuntimeError(
+        f"Training ends at step {step}: {reason}, and DeepSpeed has updated the weights all the same. The last "
+        f"checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}. Look at the data of this "
+        "step, or use DDP or FSDP2, with which such a step does not move the weights."
+    )
 
 
 def _values_by_name(scores: TierScores) -> dict[str, torch.Tensor]:
