@@ -244,4 +244,5 @@ def _largest(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This process's part of what FSDP2 or ZeRO-3 shares out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
