@@ -194,6 +194,11 @@ def _module_ids(model: nn.Module) -> tuple[int, ...]:
 
 
 def _find_layers(model: nn.Module) -> list[MoELayer]:
+    if any(hasattr(weight, "ds_shape") for weight in model.parameters()):
+        raise OrdMoEModelError(
+            f"The weights of {type(model).__name__} were shared out by DeepSpeed ZeRO-3 as it was loaded, and are "
+            "empty here: load it in 4 bits, which transformers loads whole, or share it out by FSDP2."
+        )
     layers: list[MoELayer] = []
     for wrapped_name, module in model.named_modules():
         name = without_wrappers(wrapped_name)

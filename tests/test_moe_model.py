@@ -37,6 +37,12 @@ def test_a_dense_model_has_none():
         MoEModel.of(models.qwen3_dense())
 
 
+def test_weights_that_zero3_shares_out_are_refused(model):
+    model.lm_head.weight.ds_shape = model.lm_head.weight.shape
+    with pytest.raises(OrdMoEModelError, match=f"{type(model).__name__} were shared out by DeepSpeed ZeRO-3"):
+        MoEModel.of(model)
+
+
 def test_the_view_is_built_once_and_follows_the_model(model):
     view = MoEModel.of(model)
     assert MoEModel.of(model) is view

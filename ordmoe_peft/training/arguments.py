@@ -18,6 +18,7 @@ from ..moe_model import MoELayer
 from ..objectives.registry import OBJECTIVES
 from ..router_output import read_router_output
 from ._compat import JSON_ARGUMENTS
+from .parallelism_checks import check_recomputed
 
 
 logger = logging.get_logger(__name__)
@@ -179,6 +180,7 @@ class OrdMoETrainingArguments(SFTConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         super().__post_init__()
+        check_recomputed(self)
         check_one_response(self.generation_kwargs or {})
         if self.learning_rate == 0:
             logger.warning("learning_rate=0: training does not move the weights.")

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..errors import OrdMoEConfigError
 from ..merging.in_memory import has_packed_weights
+from ..quantization.storage import is_packed
 
 
 def check_placement(accelerator: Accelerator, num_devices: int, writes_responses: bool) -> None:
@@ -50,15 +51,38 @@ def _sharding(accelerator: Accelerator) -> str | None:
     return None
 
 
+def check_recomputed(args: TrainingArguments) -> None:
+    """See that under DeepSpeed ZeRO-3 each layer's forward is run again in backward.
+
+    Without, frozen weights that backward needs are empty from the second step on (DeepSpeed 0.19.8).
+
+    Raises:
+        [`OrdMoEConfigError`]: it is not.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and not args.gradient_checkpointing:
+        raise OrdMoEConfigError(
+            "gradient_checkpointing=False does not work with DeepSpeed ZeRO-3, which empties frozen weights that "
+            "backward needs. Set gradient_checkpointing=True, or use ZeRO-2 or FSDP2."
+        )
+
+
 def check_precision(model: nn.Module, args: TrainingArguments) -> None:
     """See that mixed precision is in the dtype that layers in 4 bits give out, which is that of the weights.
 
-    Autocast takes one 16-bit dtype and ends with "Unexpected floating ScalarType" where another meets it.
+    Autocast takes one 16-bit dtype and ends with "Unexpected floating ScalarType" where another meets it. DeepSpeed
+    casts the model instead, and with it bytes that are presented as floats.
 
     Raises:
-        [`OrdMoEConfigError`]: it is in the other 16-bit dtype.
+        [`OrdMoEConfigError`]: it is in the other 16-bit dtype, or DeepSpeed would cast bytes.
     """
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    stored = {weight.dtype for weight in model.parameters() if is_packed(weight) and weight.is_floating_point()}
+    if args.deepspeed_plugin is not None and mixed is not None and stored - {mixed}:
+        raise OrdMoEConfigError(
+            f"DeepSpeed casts the model to {mixed}, which would destroy 4-bit weights whose bytes are presented as "
+            f"{sorted(map(str, stored))}. Load the base with bnb_4bit_quant_storage='uint8'."
+        )
     if has_packed_weights(model) and {mixed, model.dtype} == {torch.bfloat16, torch.float16}:
         option, instead = ("bf16", "fp16") if args.bf16 else ("fp16", "bf16")
         raise OrdMoEConfigError(

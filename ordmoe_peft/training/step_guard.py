@@ -65,7 +65,8 @@ class StepGuard(TrainerCallback):
     The gradients are taken away before the optimizer's step, so weights and optimizer state stay as they are; learning
     rate schedule and step count go on. All processes decide alike. Overflow under a gradient scaler (fp16) is left to
     the scaler, which keeps the optimizer from stepping and lowers its scale; the learning rate's schedule waits.
-    DeepSpeed, which updates within its backward, is not guarded.
+    DeepSpeed takes its step within the last backward: it drops one with a gradient that is not finite itself, and the
+    schedule waits; where it did not drop a step that had to be, training ends.
 
     Losses and metrics that are logged are means over the other steps, and left out where there are none. No checkpoint
     is saved before a step has moved the weights.
@@ -82,7 +83,7 @@ class StepGuard(TrainerCallback):
     Raises:
         [`OrdMoERuntimeError`]: so many steps in a row were not finite; names the last good step and checkpoint. Or none
             of so many first steps had a response, or most steps of the run were dropped. Or a gradient overflows fp16
-            without being scaled up.
+            without being scaled up, or DeepSpeed has updated the weights in a step that had to be dropped.
     """
 
     def __init__(self, max_nonfinite_steps: int, metrics: dict[str, list[float]]):
@@ -130,6 +131,10 @@ class StepGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         step, self.step = self.step, StepSoFar()
         self.ended_step, self.scale = step, _scale_of(optimizer)
+        has_stepped = args.deepspeed_plugin is not None
+        is_skipped = has_stepped and optimizer.step_was_skipped
+        if is_skipped and not step.found and not args.fp16:
+            step.found.append("gradient")
         counts = torch.tensor([bool(step.found), step.rows, step.empty_batches], device=args.device)
         is_bad, rows, empty_batches = reduce(counts, reduction="sum").tolist()
         self.counts["empty_batches"] += empty_batches
@@ -137,6 +142,8 @@ class StepGuard(TrainerCallback):
         self.counts["nonfinite_steps"] += bool(is_bad)
         self.counts["empty_steps"] += not (is_bad or rows)
         self.is_dropped = bool(is_bad or not rows)
+        if self.is_dropped and has_stepped and not is_skipped:
+            raise _moved_all_the_same(state.global_step + 1, ", ".join(step.found), args.output_dir)
         if self.is_dropped:
             optimizer.zero_grad()
         if self.num_dropped == state.global_step + 1 >= self.max_nonfinite_steps and not is_bad:
@@ -233,6 +240,15 @@ class StepGuard(TrainerCallback):
         )
 
 
+def _moved_all_the_same(step: int, found: str, output_dir: str) -> OrdMoERuntimeError:
+    reason = f"not finite: {found}" if found else "no process had a response to learn from"
+    return OrdMoERuntimeError(
+        f"Training ends at step {step}: {reason}, and DeepSpeed has updated the weights all the same. "
+        f"{_last_saved(output_dir)} Look at the data of this step, or use DDP or FSDP2, with which such a step does "
+        "not move the weights."
+    )
+
+
 def _last_saved(output_dir: str) -> str:
     checkpoint = last_checkpoint(output_dir)
     return f"The last checkpoint is {f'`{checkpoint}`' if checkpoint else 'none: none was saved yet'}."
@@ -256,4 +272,5 @@ def _largest(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This process's part of what FSDP2 or ZeRO-3 shares out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)

@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from tests.distributed.test_deepspeed import ZERO2
 from tests.distributed.test_fsdp import FSDP2
 
 
@@ -23,10 +24,12 @@ def test_accelerate_reads_each(name, kind):
     assert config.num_processes == 2
 
 
-def test_stages():
-    for stage in (2, 3):
-        config = yaml.safe_load((FOLDER / f"deepspeed_zero{stage}.yaml").read_text())
-        assert config["deepspeed_config"]["zero_stage"] == stage
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_tests_of_deepspeed_run_its_settings(stage):
+    settings = yaml.safe_load((FOLDER / f"deepspeed_zero{stage}.yaml").read_text())["deepspeed_config"]
+    assert settings["zero_stage"] == stage
+    for name in ("gradient_accumulation_steps", "gradient_clipping"):
+        assert settings[name] == ZERO2[f"ACCELERATE_{name.upper()}"]
 
 
 def test_the_tests_of_fsdp_run_its_settings():

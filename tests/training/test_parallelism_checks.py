@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 
 from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.training.parallelism_checks import check_placement, check_precision
+from ordmoe_peft.training.parallelism_checks import check_placement, check_precision, check_recomputed
 from tests import models
 
 
@@ -18,6 +18,10 @@ def accelerator(kind: str, version: int | None = None, stage: int | None = None)
         "deepspeed_plugin": SimpleNamespace(zero_stage=stage),
     }
     return SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType(kind), **plugins))
+
+
+def precision(mixed: str | None, deepspeed_plugin: SimpleNamespace | None = None) -> SimpleNamespace:
+    return SimpleNamespace(bf16=mixed == "bf16", fp16=mixed == "fp16", deepspeed_plugin=deepspeed_plugin)
 
 
 def test_responses_are_not_generated_where_weights_are_sharded():
@@ -30,6 +34,17 @@ def test_responses_are_not_generated_where_weights_are_sharded():
 def test_fsdp1_is_refused():
     with pytest.raises(OrdMoEConfigError, match="set fsdp_version: 2"):
         check_placement(accelerator("FSDP", version=1), 1, writes_responses=False)
+
+
+def test_zero3_runs_forwards_again():
+    def arguments(stage: int | None, again: bool) -> SimpleNamespace:
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(deepspeed_plugin=plugin, gradient_checkpointing=again)
+
+    with pytest.raises(OrdMoEConfigError, match=r"ZeRO-3.*Set gradient_checkpointing=True"):
+        check_recomputed(arguments(3, again=False))
+    for stage, again in ((3, True), (2, False), (None, False)):
+        check_recomputed(arguments(stage, again))
 
 
 def test_the_others_are_not():
@@ -47,8 +62,20 @@ def test_several_devices_of_one_process_are_refused():
 @pytest.mark.parametrize(("weights", "mixed"), [(torch.float16, "bf16"), (torch.bfloat16, "fp16")])
 def test_4_bits_of_one_16_bit_dtype_are_not_trained_under_the_other(weights, mixed):
     model = quantize_experts_(models.qwen3_moe().to(weights), MoeBitsAndBytesConfig())
-    args = SimpleNamespace(**({"bf16": False, "fp16": False} | {mixed: True}))
     with pytest.raises(OrdMoEConfigError, match=rf"4 bits of {weights} weights.*Set {mixed}=False"):
-        check_precision(model, args)
-    check_precision(model, SimpleNamespace(bf16=weights == torch.bfloat16, fp16=weights == torch.float16))
-    check_precision(models.qwen3_moe().to(weights), args)
+        check_precision(model, precision(mixed))
+    check_precision(model, precision("bf16" if weights == torch.bfloat16 else "fp16"))
+    check_precision(models.qwen3_moe().to(weights), precision(mixed))
+
+
+def test_deepspeed_does_not_cast_bytes():
+    def packed_as(storage: str) -> torch.nn.Module:
+        return quantize_experts_(models.qwen3_moe().bfloat16(), MoeBitsAndBytesConfig(bnb_4bit_quant_storage=storage))
+
+    zero2 = SimpleNamespace(zero_stage=2)
+    with pytest.raises(OrdMoEConfigError, match=r"presented as \['torch.float32'\].*bnb_4bit_quant_storage='uint8'"):
+        check_precision(packed_as("float32"), precision("bf16", zero2))
+    check_precision(packed_as("float32"), precision("bf16"))
+    for storage in ("bfloat16", "uint8"):
+        check_precision(packed_as(storage), precision("bf16", zero2))
+    check_precision(packed_as("float32"), precision(None, zero2))

@@ -1,10 +1,12 @@
 """Steps with something that is not finite, or without responses, leave the weights alone, and say why."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import TrainerState
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoERuntimeError
 from ordmoe_peft.forward import running_forward
@@ -347,6 +349,37 @@ class TestGradientScaler:
         assert "ends at step 20: the gradient is not finite in fp16 even at a scale of 0.5, after 18 steps" in message
         assert f"The last checkpoint is `{tmp_path}/checkpoint-19`. Use bf16=True or fp16=False" in message
         assert same(history[1], history[18])
+
+
+class TestDeepSpeed:
+    """It has taken its step by the time that the guard looks. With DeepSpeed itself: `tests/distributed`."""
+
+    def guard_after(self, tmp_path, rows, was_skipped, fp16=False):
+        guard, state = step_guard.StepGuard(10, {}), TrainerState()
+        args = SimpleNamespace(deepspeed_plugin="zero2", fp16=fp16, device=torch.device("cpu"), output_dir=tmp_path)
+        guard.on_train_begin(args, state, None)
+        guard.begin_step([rows])
+        optimizer = SimpleNamespace(step_was_skipped=was_skipped, zero_grad=lambda: None)
+        guard.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+        guard.on_optimizer_step(args, state, None, optimizer=optimizer)
+        return guard
+
+    def test_a_step_that_it_dropped_was_not_finite(self, tmp_path, told):
+        counts = self.guard_after(tmp_path, rows=2, was_skipped=True).counts
+        assert (counts["nonfinite_steps"], counts["overflowed_steps"]) == (1, 0)
+        assert told[0].startswith("Step 1: not finite: gradient. The update is dropped")
+
+    def test_but_for_overflow_in_fp16(self, tmp_path, told):
+        counts = self.guard_after(tmp_path, rows=2, was_skipped=True, fp16=True).counts
+        assert (counts["nonfinite_steps"], counts["overflowed_steps"]) == (0, 1)
+        assert not told
+
+    def test_a_step_that_it_should_have_dropped_ends_training(self, tmp_path):
+        message = (
+            "ends at step 1: no process had a response to learn from, and DeepSpeed has updated .* none was saved yet"
+        )
+        with pytest.raises(OrdMoERuntimeError, match=message):
+            self.guard_after(tmp_path, rows=0, was_skipped=False)
 
 
 def test_at_least_one_step_may_fail(tmp_path):
