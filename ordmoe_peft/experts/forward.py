@@ -24,6 +24,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from .._compat import activation_of, is_expert_parallel
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..quantization.offloaded import at_hand, opener
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape
 from .few_rows import run_few_rows
 from .frozen import FrozenExperts, LowRank, Projection, run_frozen_experts
@@ -83,7 +84,7 @@ def experts_forward(
     check_experts(self, is_any_packed)
     if not lora and not is_any_packed:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    is_on_cpu = self.down_proj.device.type == "cpu"
+    is_on_cpu = hidden_states.device.type == "cpu"
     if not is_any_packed and (not is_on_cpu or is_trained(self)):
         return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
     # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
@@ -134,14 +135,14 @@ def _frozen_forward(
 def _few_rows_forward(
     experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
 ) -> torch.Tensor:
-    return run_few_rows(x_TH, weights_TK, frozen_experts(experts, lora), index_TK)
+    return run_few_rows(x_TH, weights_TK, frozen_experts(experts, lora, x_TH.device), index_TK)
 
 
 def frozen_step(
     experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]]
 ) -> tuple[FrozenExperts, PaddedLayout]:
     """What `run_frozen_experts` takes for these experts and this routing."""
-    frozen = frozen_experts(experts, lora)
+    frozen = frozen_experts(experts, lora, index_TK.device)
     up, down = frozen.up, frozen.down
     widths = up.in_features + up.out_features + down.in_features + down.out_features
     bin_cost = BIN_COST_BYTES // (widths * down.dtype.itemsize) if up.lora or down.lora else None
@@ -150,13 +151,16 @@ def frozen_step(
     return frozen, lay_out_by_expert(index_TK, experts.num_experts, bin_cost, row_step, chunk_size)
 
 
-def frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]]) -> FrozenExperts:
-    """The parts of these experts, with the updates of each projection."""
+def frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]], device: torch.device) -> FrozenExperts:
+    """The parts of these experts, with the updates of each projection, to be run on `device`."""
+    names = up_name(experts), "down_proj"
+    up, down = (_projection(experts, name, lora) for name in names)
     return FrozenExperts(
-        up=_projection(experts, up_name(experts), lora),
-        down=_projection(experts, "down_proj", lora),
+        up=up,
+        down=down,
         gate=activation_of(experts),
         norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
+        at_hand=opener([getattr(experts, name) for name in names], device),
     )
 
 
@@ -176,6 +180,7 @@ def _projection(experts: nn.Module, name: str, lora: dict[str, list[LowRank]]) -
 
 def _matrices(weight: torch.Tensor, is_transposed: bool) -> Callable[[int], torch.Tensor]:
     """Expert → its matrix (`torch.Tensor` of shape `(I, O)`)."""
+    weight = at_hand(weight)
     if not is_packed(weight):
         return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
     is_in_16_bits_on_cpu = weight.device.type == "cpu" and weight.quant_state.dtype.itemsize == 2
