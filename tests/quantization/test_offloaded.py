@@ -183,27 +183,31 @@ def test_layers_in_another_order_and_layers_left_out():
         assert_same(trained(in_ram), trained(on_device))
 
 
-def test_two_threads_run_one_model():
-    model, wanted = tuned(True).eval(), logits(tuned(False))
-    tiers = dict.fromkeys((1, 2, 3))
-    for tier in tiers:
-        with tier_routing(model, tier):
-            tiers[tier] = logits(model)
-    got: dict[int, list] = {0: [], 1: [], 2: [], 3: []}
+def test_threads_run_one_model():
+    """Forwards and backward passes of three threads, each on its own tokens."""
+    model = tuned(True).eval()
+    batches = [models.text_batch(rows=rows) for rows in (1, 2, 3)]
 
-    def run(tier: int) -> None:
-        for _ in range(5):
-            with tier_routing(model, tier) if tier else nullcontext():
-                got[tier].append(logits(model))
+    def gradient(batch: dict) -> torch.Tensor:
+        embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits.pow(2).sum().backward(
+            inputs=embedded
+        )
+        return embedded.grad
 
-    threads = [threading.Thread(target=run, args=(tier,)) for tier in got]
+    wanted = [gradient(batch) for batch in batches]
+    got: list[list[torch.Tensor]] = [[], [], []]
+    threads = [
+        threading.Thread(target=lambda place=place: got[place].extend(gradient(batches[place]) for _ in range(5)))
+        for place in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for tier, results in got.items():
+    for results, result in zip(got, wanted, strict=True):
         assert len(results) == 5
-        assert all(torch.equal(result, tiers.get(tier, wanted) if tier else wanted) for result in results)
+        assert all(torch.equal(each, result) for each in results)
 
 
 def test_nothing_moves_or_casts_the_bytes():
