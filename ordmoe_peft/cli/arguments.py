@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -39,6 +40,10 @@ class ModelArguments:
     offload_experts: bool = field(
         default=False, metadata={"help": "Keep 4-bit experts in RAM; the device holds two layers' at a time."}
     )
+
+    def that_decide(self) -> dict[str, Any]:
+        """The options that results depend on: all but where experts are kept."""
+        return {name: value for name, value in vars(self).items() if name != "offload_experts"}
 
     def quantization_config(self, config: PretrainedConfig | None = None) -> MoeBitsAndBytesConfig | None:
         """The quantisation that was asked for; `config` is the model's, which `dtype="auto"` is read from."""
