@@ -64,6 +64,10 @@ class OffloadedParams4bit(Params4bit):
         return offload, (resident, self.ring)
 
 
+# PEFT, accelerate and TRL know packed parameters by the name of their class: they count and cast others.
+OffloadedParams4bit.__name__ = Params4bit.__name__
+
+
 def offload(packed: Params4bit, ring: Ring) -> OffloadedParams4bit:
     """`packed` with its bytes and scales in RAM, which is pinned where CUDA exists.
 

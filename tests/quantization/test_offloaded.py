@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
@@ -253,6 +253,32 @@ def test_copies_of_a_model_have_a_ring_of_their_own(copied):
     for stack in stacks_of(model):
         stack.data.random_(0, 256)
     assert_same(trained(other.train()), wanted)
+
+
+def test_peft_takes_them_for_packed_parameters():
+    options = {"bnb_4bit_quant_storage": torch.bfloat16}
+    on_device, in_ram = (packed(offloads, **options) for offloads in (False, True))
+    wanted = logits(in_ram)
+    assert torch.equal(logits(prepare_model_for_kbit_training(in_ram)), wanted)
+    counted = [get_peft_model(model, OrdMoEConfig(r=4)).get_nb_trainable_parameters() for model in (on_device, in_ram)]
+    assert counted[0] == counted[1]
+
+
+def test_compiled_blocks_compute_the_same():
+    blocks = [layer.mlp for layer in tuned(True).base_model.model.model.layers]
+    x = torch.randn(1, 5, models.HIDDEN_SIZE)
+
+    def run(functions) -> torch.Tensor:
+        y = x.requires_grad_()
+        for function in functions:
+            y = function(y)
+        return torch.cat([y, *torch.autograd.grad(y.pow(2).sum(), x)])
+
+    wanted = run(blocks)
+    compiled = [torch.compile(block, backend="eager") for block in blocks]
+    for _ in range(3):
+        assert torch.equal(run(compiled), wanted)
+    torch.compiler.reset()
 
 
 def test_bytes_that_are_loaded_into_a_model_are_those_that_it_runs():
