@@ -62,20 +62,22 @@ class Place:
     def fill(self, stacks: Sequence[Stack], device: torch.device) -> None:
         """Start to copy `stacks` here, in the current stream."""
         self.stacks, self.copies = [], []
-        tensors = [tensor for stack in stacks for tensor in stack.in_ram()]
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
-        if self.memory is None or len(self.memory) < starts[-1]:
+        size, start = sum(_aligned(tensor.nbytes) for stack in stacks for tensor in stack.in_ram()), 0
+        if self.memory is None or len(self.memory) < size:
             self.memory = None  # freed before there is another
-            self.memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         for stack in stacks:
             copies = []
             for tensor in stack.in_ram():
-                place = self.memory[starts[0] : starts.pop(0) + tensor.nbytes]
-                copies.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
+                part = self.memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                copies.append(part.copy_(tensor, non_blocking=True))
+                start += _aligned(tensor.nbytes)
             self.copies.append(stack.with_copies(copies))
         self.stacks = [(weakref.ref(stack), stack.version()) for stack in stacks]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class Ring:
