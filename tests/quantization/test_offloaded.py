@@ -17,9 +17,10 @@ from transformers import Qwen3MoeForCausalLM
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantization_census, quantize_experts_, tier_routing
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError, OrdMoERuntimeError
+from ordmoe_peft.experts import forward
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization import dequantization, offloaded
-from ordmoe_peft.quantization.offloaded import OffloadedParams4bit, device_of_use, is_in_ram, offload
+from ordmoe_peft.quantization.offloaded import OffloadedParams4bit, at_hand, device_of_use, is_in_ram, offload
 from ordmoe_peft.quantization.ring import Place, Ring
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
@@ -40,8 +41,15 @@ CHECKPOINTING = {"none": None, "reentrant": True, "not reentrant": False}
 
 @pytest.fixture(autouse=True)
 def copies(monkeypatch) -> list:
-    """One entry for each copy of a layer, which is poisoned before."""
+    """One entry for each copy of a layer, which is poisoned before. Experts that are run are never read from RAM."""
     seen, fill = [], Place.fill
+
+    def on_device(weight):
+        found = at_hand(weight)
+        assert not is_in_ram(found), "its layer is not opened"
+        return found
+
+    monkeypatch.setattr(forward, "at_hand", on_device)
 
     def poisoned(place, stacks, device):
         if place.memory is not None:
