@@ -147,6 +147,11 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often `tensor` was written to in place; there is no public counter (torch 2.13). 0 for one of inference."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def quantize_linear_weight_(weight: Params4bit) -> Params4bit:
     """Pack `weight` on whatever device it is on, the meta device too.
 

@@ -4,6 +4,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
 from ._compat import add_peft_type
@@ -24,3 +25,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(MoeBitsAndBytesConfig)
         register_quantizer(QUANT_METHOD)(MoeBnb4BitHfQuantizer)
+    # The classes whose `get_loading_attributes` count for a checkpoint that is quantised already; no function adds one.
+    if MoeBitsAndBytesConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MoeBitsAndBytesConfig,)

@@ -3,6 +3,7 @@
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoEModel
@@ -18,6 +19,7 @@ def registered() -> tuple:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD],
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD],
         ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION],
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
     )
 
 

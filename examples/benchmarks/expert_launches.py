@@ -195,7 +195,7 @@ def count_decoding(layer: Layer, dtype: torch.dtype = torch.bfloat16) -> Counts:
     trace, watch, counts = CountingTrace(fakes), HostWatch(), Counts()
     trace.counts = watch.counts = counts
     with torch.no_grad(), fakes, trace, watch:
-        run_row_by_row(x_TH, weights_TK, frozen_experts(experts, lora), index_TK)
+        run_row_by_row(x_TH, weights_TK, frozen_experts(experts, lora, x_TH.device), index_TK)
     return counts
 
 

@@ -132,7 +132,8 @@ class OrdMoEModel(LoraModel):
         """Make the adapter part of the base, and return the base.
 
         A base that is packed in 4 bits becomes dense, all of it, in the dtype of its input embeddings, and is no longer
-        quantised; its logits are those of the adapter on the dequantised base.
+        quantised; its logits are those of the adapter on the dequantised base. A model whose experts stay in RAM
+        (`offload_experts`) is on the CPU then, with a warning where it was not.
 
         Args:
             progressbar (`bool`, defaults to `False`): show a progress bar.

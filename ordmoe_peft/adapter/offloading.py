@@ -26,8 +26,8 @@ def check_offloading(model: nn.Module, targets: list[Target]) -> None:
     if offloaded:
         raise OrdMoEModelError(
             f"device_map keeps {', '.join(offloaded)} in RAM or on disk, where LoRA does not reach them. Load the "
-            "model in 4 bits (`MoeBitsAndBytesConfig`), give a device_map that puts them on a device, or leave their "
-            "roles out of targets."
+            "model in 4 bits (`MoeBitsAndBytesConfig`, with `offload_experts=True` if it is too large even so), give a "
+            "device_map that puts them on a device, or leave their roles out of targets."
         )
 
 

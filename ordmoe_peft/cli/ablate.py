@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def build_parser() -> TrlParser:
 
 def main(arguments: Sequence[str]) -> None:
     model_options, adapter_options, options, training_args = build_parser().parse_args_and_config(arguments)
-    fixed = {"model": asdict(model_options), "data": options.training_data()}
+    fixed = {"model": model_options.that_decide(), "data": options.training_data()}
     runner = AblationRunner(
         options,
         Settings(adapter_options, training_args, fixed),

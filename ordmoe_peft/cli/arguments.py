@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -36,10 +37,22 @@ class ModelArguments:
         default="uint8", metadata={"help": "dtype that 4-bit bytes are presented in; FSDP2 shards those of bfloat16."}
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
+    offload_experts: bool = field(
+        default=False, metadata={"help": "Keep 4-bit experts in RAM; the device holds two layers' at a time."}
+    )
+
+    def that_decide(self) -> dict[str, Any]:
+        """The options that results depend on: all but where experts are kept."""
+        return {name: value for name, value in vars(self).items() if name != "offload_experts"}
 
     def quantization_config(self, config: PretrainedConfig | None = None) -> MoeBitsAndBytesConfig | None:
         """The quantisation that was asked for; `config` is the model's, which `dtype="auto"` is read from."""
         if not self.load_in_4bit:
+            if self.offload_experts:
+                raise OrdMoEConfigError(
+                    "offload_experts=True keeps experts in RAM that are in 4 bits: set load_in_4bit=True, also for a "
+                    "base that is stored in 4 bits."
+                )
             return None
         compute_dtype = self.bnb_4bit_compute_dtype or (None if self.dtype == "auto" else self.dtype)
         if compute_dtype is not None and compute_dtype not in DTYPES:
@@ -51,6 +64,7 @@ class ModelArguments:
             bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
             bnb_4bit_compute_dtype=compute_dtype,
             bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+            offload_experts=self.offload_experts,
         )
 
 

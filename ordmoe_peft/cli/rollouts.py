@@ -1,7 +1,7 @@
 """`ordmoe rollouts`: what each tier answers to each prompt, as a data set on disk or on the hub."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import isnan
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
         processing_class,
         dataset,
         options.output,
-        sources=asdict(model_options) | sources,
+        sources=model_options.that_decide() | sources,
         **{item.name: getattr(options, item.name) for item in fields(RolloutOptions)},
         **sampling_arguments(**{name: getattr(options, name) for name in SAMPLING}),
     )

@@ -12,6 +12,7 @@ from torch import nn
 from .._compat import as_parameter_wrapper, experts_implementation
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..moe_model import EXPERTS_IMPLEMENTATION
+from ..quantization.offloaded import device_of_use, is_in_ram
 from ..quantization.storage import is_packed, logical_shape
 from .forward import LoraHandover
 from .frozen import LowRank
@@ -31,6 +32,13 @@ class ExpertLora(lora_layer.ParamWrapper):
         self.num_experts, in_features, out_features = logical_shape(self.get_param())
         self._param_ndim = 3
         return in_features, out_features
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As upstream, for a stack in RAM to the device that it is computed on."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for factors in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+            if is_in_ram(self.get_param()) and not factors.weight.is_meta:
+                factors.to(device_of_use(self.get_param()))
 
     def low_rank(self, adapter_name: str) -> LowRank:
         """The adapter's update of all experts."""

@@ -68,7 +68,7 @@ def run_few_rows(
     """What [`~ordmoe_peft.experts.frozen.run_frozen_experts`] computes, for few rows and not differentiable; the last
     argument is each token's experts (`torch.Tensor` of shape `(T, K)`)."""
     rows = rows_by_expert(top_k_index_TK)
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with torch.autocast(x_TH.device.type, enabled=False), experts.at_hand():
         x_in_dtype_TH = x_TH.to(experts.up.dtype)
         x_NH = x_in_dtype_TH.index_select(0, rows.token_N)
         up_NO = _base(experts.up, x_NH, rows)

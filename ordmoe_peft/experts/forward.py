@@ -20,6 +20,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from .._compat import activation_of, is_expert_parallel
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..quantization.offloaded import at_hand, opener
 from ..quantization.storage import Unpacker, is_packed, logical_shape, stack_unpacker
 from .few_rows import run_few_rows
 from .frozen import FrozenExperts, LowRank, Projection, run_frozen_experts
@@ -123,7 +124,7 @@ def _forward_on_host(
     sizes = work_sizes(x_TH.device)
     # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
     if not experts.training and not torch.is_grad_enabled():
-        frozen = frozen_experts(experts, lora)
+        frozen = frozen_experts(experts, lora, x_TH.device)
         if 0 < index_TK.numel() <= most_few_rows(frozen, sizes):
             run = run_few_rows if sizes.matrices is None else run_row_by_row
             return run(x_TH, weights_TK, frozen, index_TK)
@@ -139,7 +140,7 @@ def frozen_step(
     experts: nn.Module, index_TK: torch.Tensor, lora: dict[str, list[LowRank]], sizes: WorkSizes
 ) -> tuple[FrozenExperts, PaddedLayout]:
     """What `run_frozen_experts` takes for these experts and this routing."""
-    frozen = frozen_experts(experts, lora)
+    frozen = frozen_experts(experts, lora, index_TK.device)
     up, down = frozen.up, frozen.down
     widths = up.in_features + up.out_features + down.in_features + down.out_features
     has_bins = bool(up.lora or down.lora) or sizes.matrices is not None
@@ -159,13 +160,16 @@ def _matrix_bytes(frozen: FrozenExperts) -> int:
     return max(part.in_features * part.out_features * part.dtype.itemsize for part in (frozen.up, frozen.down))
 
 
-def frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]]) -> FrozenExperts:
-    """The parts of these experts, with the updates of each projection."""
+def frozen_experts(experts: nn.Module, lora: dict[str, list[LowRank]], device: torch.device) -> FrozenExperts:
+    """The parts of these experts, with the updates of each projection, to be run on `device`."""
+    names = up_name(experts), "down_proj"
+    up, down = (_projection(experts, name, lora) for name in names)
     return FrozenExperts(
-        up=_projection(experts, up_name(experts), lora),
-        down=_projection(experts, "down_proj", lora),
+        up=up,
+        down=down,
         gate=activation_of(experts),
         norm=experts.post_expert_norm if experts.has_post_expert_norm else None,
+        at_hand=opener([getattr(experts, name) for name in names], device),
     )
 
 
@@ -185,6 +189,7 @@ def _projection(experts: nn.Module, name: str, lora: dict[str, list[LowRank]]) -
 
 def _matrices(weight: torch.Tensor, is_transposed: bool, all_scales: bool = True) -> Unpacker:
     """Experts → their matrices (`torch.Tensor` of shape `(C, I, O)`); `all_scales` as of `stack_unpacker`."""
+    weight = at_hand(weight)
     if not is_packed(weight):
         return (weight.detach() if is_transposed else weight.detach().transpose(1, 2)).__getitem__
     is_in_16_bits_on_cpu = weight.device.type == "cpu" and weight.quant_state.dtype.itemsize == 2

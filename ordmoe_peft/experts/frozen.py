@@ -15,6 +15,7 @@ gaps.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +84,15 @@ class FrozenExperts:
         up, down ([`Projection`]): the projections.
         gate (`Callable`): `(S, up.out_features)` → `(S, F)`, the gate or the activation; each row by itself.
         norm (`Callable`, *optional*): what each expert's output goes through.
+        at_hand (`Callable`): returns a context within which the projections can be opened and read, forward and again
+            backward; what is in RAM is on the device there.
     """
 
     up: Projection
     down: Projection
     gate: Callable[[torch.Tensor], torch.Tensor]
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None
+    at_hand: Callable[[], AbstractContextManager] = nullcontext
 
 
 def run_frozen_experts(
@@ -124,7 +128,7 @@ class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, experts: FrozenExperts, layout: PaddedLayout, x_TH: Any, weights_TK: Any, *factors: Any):
         # Autocast knows some of these operators and not others: all are in the weights' dtype, as grouped_mm is.
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with torch.autocast(x_TH.device.type, enabled=False), experts.at_hand():
             x_GH = with_gap(x_TH.to(experts.up.dtype))
             up, down = (ProjectionPass(projection, layout) for projection in (experts.up, experts.down))
             up_SO, down_SH = (
@@ -150,7 +154,7 @@ class _FrozenExperts(torch.autograd.Function):
         kept, factors = saved[:4], saved[4:]
         num_up, num_down = 2 * len(experts.up.lora), 2 * len(experts.down.lora)
         _, _, needs_x, needs_weights, *needs = ctx.needs_input_grad
-        with torch.autocast(grad_TH.device.type, enabled=False):
+        with torch.autocast(grad_TH.device.type, enabled=False), experts.at_hand():
             up = ProjectionPass(experts.up, layout, factors[:num_up], needs[:num_up])
             down = ProjectionPass(experts.down, layout, factors[num_up : num_up + num_down], needs[num_up:])
             grad_x_TH, grad_weights_TK = _back_through_chunks(up, down, experts, kept, grad_TH, needs_x)

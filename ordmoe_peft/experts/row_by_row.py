@@ -18,7 +18,7 @@ def run_row_by_row(
     """What [`~ordmoe_peft.experts.frozen.run_frozen_experts`] computes, for few rows and not differentiable; the last
     argument is each token's experts (`torch.Tensor` of shape `(T, K)`)."""
     expert_N, top_k = top_k_index_TK.reshape(-1), top_k_index_TK.shape[1]
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with torch.autocast(x_TH.device.type, enabled=False), experts.at_hand():
         x_NH = x_TH.to(experts.up.dtype).unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
         a_NF = experts.gate(_project(experts.up, x_NH, expert_N))
         y_NH = _project(experts.down, a_NF.to(experts.down.dtype), expert_N)

@@ -21,7 +21,8 @@ from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_form
 from ..errors import OrdMoEModelError
 from ..experts.expert_lora import ExpertLora, check_finite
 from ..moe_model import without_wrappers
-from ..quantization.dequantization import packed_names, put_dense_
+from ..quantization.dequantization import join_experts_in_ram_, packed_names, put_dense_
+from ..quantization.offloaded import OffloadedParams4bit, offload
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
 from .delta_retention import DeltaRetention, RequantizationReport
 
@@ -149,8 +150,9 @@ def merge_packed(
 ) -> RequantizationReport | None:
     """Merge the adapters on `model`, whose base is packed, and leave the LoRA layers to be taken off.
 
-    The arguments are those of `OrdMoEModel.merge_and_unload`. With `safe_merge`, nothing changes before all weights
-    were checked; with `requantize`, weights without an adapter stay as they are, and the report is returned.
+    The arguments are those of `OrdMoEModel.merge_and_unload`. With `safe_merge`, no weight changes before all were
+    checked; with `requantize`, weights without an adapter stay as they are, and the report is returned. A model whose
+    experts stay in RAM is moved to the CPU, with a warning where it was elsewhere.
     """
     dtype = model.get_input_embeddings().weight.dtype
     weights = packed_weights(model, adapter_names)
@@ -160,6 +162,7 @@ def merge_packed(
     ]
     for weight in weights:
         check_mergeable(weight)
+    join_experts_in_ram_(model)
     if safe_merge:
         for weight in weights:
             weight.check_finite(dtype)
@@ -235,7 +238,8 @@ def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
     recipe = {"quant_type": old.quant_type, "quant_storage": old.quant_storage, "blocksize": old.blocksize}
     if dense.dim() == 3:
         nested, dtype = old.compress_statistics, old.quant_state.dtype
-        return pack_experts(dense, name, use_double_quant=nested, compute_dtype=dtype, **recipe)
+        new = pack_experts(dense, name, use_double_quant=nested, compute_dtype=dtype, **recipe)
+        return offload(new, old.ring) if isinstance(old, OffloadedParams4bit) else new
     new = Params4bit(dense, requires_grad=False, compress_statistics=old.compress_statistics, **recipe)
     new = new.to(dense.device)
     new.quant_state.dtype = old.quant_state.dtype

@@ -32,12 +32,16 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         bnb_4bit_blocksize (`int`, defaults to 64): weights that share a scale, from 64 to 4096 by powers of two. It is
             that of expert stacks, which are filled up to whole blocks; a linear layer takes the largest block up to it
             that divides its rows.
+        offload_experts (`bool`, defaults to `False`): keep packed expert stacks in RAM, pinned where CUDA exists, and
+            copy each layer's to the device while the one before it is computed. The device holds two layers' experts
+            at a time. It changes no result. A setting of the session, which is not saved with the model: a checkpoint
+            that is packed already takes it, too. Without `device_map` or with one device; on one process.
         kwargs: all other arguments of [`~transformers.BitsAndBytesConfig`], e.g. `bnb_4bit_use_double_quant`,
             `bnb_4bit_compute_dtype`, `llm_int8_skip_modules`.
 
     Raises:
-        [`OrdMoEConfigError`]: 4-bit loading is off, or the quantisation type, the block size or the dtype of
-            computation is not supported.
+        [`OrdMoEConfigError`]: 4-bit loading is off, `offload_experts` is no truth value, or the quantisation type, the
+            block size or the dtype of computation is not supported.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         load_in_4bit: bool = True,
         bnb_4bit_quant_type: str = "nf4",
         bnb_4bit_blocksize: int = BLOCK_SIZE,
+        offload_experts: bool = False,
         **kwargs,
     ):
         if not load_in_4bit or kwargs.get("load_in_8bit"):
@@ -55,6 +60,8 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             raise OrdMoEConfigError(f"bnb_4bit_quant_type must be 'nf4' or 'fp4', got {bnb_4bit_quant_type!r}.")
         if bnb_4bit_blocksize not in BLOCK_SIZES:
             raise OrdMoEConfigError(f"bnb_4bit_blocksize must be one of {BLOCK_SIZES}, got {bnb_4bit_blocksize!r}.")
+        if not isinstance(offload_experts, bool):
+            raise OrdMoEConfigError(f"offload_experts must be True or False, got {offload_experts!r}.")
         super().__init__(load_in_4bit=load_in_4bit, bnb_4bit_quant_type=bnb_4bit_quant_type, **kwargs)
         if self.bnb_4bit_compute_dtype not in PACKABLE_DTYPES:
             raise OrdMoEConfigError(
@@ -62,6 +69,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             )
         self.quant_method = QUANT_METHOD
         self.bnb_4bit_blocksize = bnb_4bit_blocksize
+        self.offload_experts = offload_experts
 
     def packing(self) -> dict[str, Any]:
         """The arguments of [`~ordmoe_peft.quantization.storage.pack_experts`] that this configuration stands for."""
@@ -73,13 +81,21 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             "blocksize": self.bnb_4bit_blocksize,
         }
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of this configuration counts where a checkpoint that is packed already brings its own."""
+        return {"offload_experts": self.offload_experts}
+
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as `config.json` has them.
+        """All settings of the weights, as `config.json` has them.
 
         Without `load_in_4bit`, which is always on: transformers takes any dictionary with it for the stock class's,
         whatever its `quant_method` (`AutoQuantizationConfig.from_dict` in `transformers/quantizers/auto.py`).
         """
-        return {name: value for name, value in super().to_dict().items() if not name.lstrip("_").startswith("load_in_")}
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if name != "offload_experts" and not name.lstrip("_").startswith("load_in_")
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """[`to_dict`]: upstream's compares with the stock class's defaults, which lack some of these settings."""

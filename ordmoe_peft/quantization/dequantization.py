@@ -6,9 +6,14 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.utils import logging
 
 from .._compat import accelerate_hook
+from .offloaded import is_in_ram
 from .storage import dense_stack, is_packed, logical_shape
+
+
+logger = logging.get_logger(__name__)
 
 
 def dense_weight(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
@@ -41,6 +46,16 @@ def packed_names(model: nn.Module) -> list[list[str]]:
         if is_packed(parameter):
             names.setdefault(id(parameter), []).append(name)
     return list(names.values())
+
+
+def join_experts_in_ram_(model: PreTrainedModel) -> None:
+    """Move `model` to the CPU if its experts stay in RAM, so that what they become is in one place with the rest."""
+    if any(map(is_in_ram, model.parameters())) and model.device.type != "cpu":
+        logger.warning(
+            f"The experts of {type(model).__name__} are in RAM (offload_experts=True), and dense ones may not fit on "
+            f"{model.device}: the whole model is on the CPU from now on."
+        )
+        model.to("cpu")
 
 
 def unpack_(model: nn.Module, dtype: torch.dtype) -> None:

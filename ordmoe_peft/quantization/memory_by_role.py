@@ -13,6 +13,7 @@ from torch import nn
 from .._compat import storage_id
 from ..errors import OrdMoEModelError
 from ..moe_model import MoELayer, MoEModel, without_wrappers
+from .offloaded import is_in_ram
 from .selection import is_of_router
 from .storage import is_packed, logical_shape, stored_tensors
 
@@ -38,7 +39,8 @@ class CensusRow:
 
     Args:
         role (`str`): one of `CENSUS_ROLES`.
-        dtype (`str`): `"nf4"`, `"fp4"`, or the tensors' dtype.
+        dtype (`str`): `"nf4"`, `"fp4"`, or the tensors' dtype; `"nf4 in RAM"` for stacks that stay there
+            (`offload_experts`), whose places on the device are no part of the model.
         tensors (`int`): how many.
         weights (`int`): the numbers that they stand for.
         bytes (`int`): what they take, for 4-bit tensors with their scales and code tables.
@@ -97,6 +99,7 @@ def quantization_census(model: nn.Module) -> QuantizationCensus:
     counts: dict[tuple[str, str], Counter] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         dtype = tensor.quant_state.quant_type if is_packed(tensor) else str(tensor.dtype).removeprefix("torch.")
+        dtype += " in RAM" * is_in_ram(tensor)
         storages = {storage_id(part.untyped_storage()): part.untyped_storage() for part in stored_tensors(tensor)}
         num_bytes = sum(storage.nbytes() for key, storage in storages.items() if key not in counted)
         counted.update(storages)

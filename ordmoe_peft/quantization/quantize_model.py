@@ -21,7 +21,8 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
     Args:
         model ([`~transformers.PreTrainedModel`]): a dense model with fused experts, without adapters.
         config ([`MoeBitsAndBytesConfig`], *optional*): the kind of quantisation, by default NF4 without double
-            quantisation, computed in float32. Experts named in `llm_int8_skip_modules` stay as they are.
+            quantisation, computed in float32. Experts named in `llm_int8_skip_modules` stay as they are. With
+            `offload_experts` each stack goes to RAM as soon as it is packed.
 
     Returns:
         [`~transformers.PreTrainedModel`]: `model` itself.
@@ -30,7 +31,8 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
         [`OrdMoEConfigError`]: `config` is of another class.
         [`OrdMoEModelError`]: `model` is not of transformers, has no fused experts, is quantised already, has an
             adapter, is not in memory as a whole, in another dtype than bitsandbytes packs, or shares a stack between
-            layers. It is left as it was.
+            layers. It is left as it was. Where RAM cannot be pinned for a stack (`offload_experts`), those before it
+            are packed already, and the model has to be loaded anew.
     """
     config = MoeBitsAndBytesConfig() if config is None else config
     if not isinstance(config, MoeBitsAndBytesConfig):

@@ -16,11 +16,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout, mark_initialized, save_in_original_format, save_in_own_names
-from ..errors import OrdMoEModelError
+from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_model import EXPERTS_IMPLEMENTATION, check_no_adapter
 from .config import MoeBitsAndBytesConfig
-from .dequantization import cast_rest_, unpack_
+from .dequantization import cast_rest_, join_experts_in_ram_, unpack_
 from .memory_by_role import quantization_census
+from .offloaded import offload
+from .ring import Ring
 from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
 from .storage import Matrices, check_packable, is_packed, pack_experts
@@ -38,6 +40,25 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any):
         # A copy: the modules to skip are written into it, and the caller may load another model with the original.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.ring = Ring()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if self.quantization_config.offload_experts:
+            devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+            if len(devices) > 1 or "disk" in devices or not isinstance(device_map, dict | None):
+                raise OrdMoEConfigError(
+                    f"offload_experts=True serves one device, but device_map={device_map!r}. Name it, as in "
+                    "`device_map={'': 0}`, or leave device_map out."
+                )
+            if not torch.accelerator.is_available():
+                logger.warning_once(
+                    "offload_experts=True without a GPU: experts are in RAM anyway, and each layer is copied within it."
+                )
+        super().validate_environment(*args, device_map=device_map, **kwargs)
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        is_in_ram = self.quantization_config.offload_experts and self.is_stack(param_name)
+        return 0 if is_in_ram else super().param_element_size(model, param_name, param)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return super().param_needs_quantization(model, param_name, **kwargs) or self.is_stack(param_name)
@@ -48,7 +69,8 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         if self.pre_quantized:
             # Not the family's own: they make fused stacks of experts, and this checkpoint has the model's own names.
-            return packed_weight_conversions(self.packed_names(model), model.base_model_prefix, self)
+            rings = dict.fromkeys(self.expert_stacks, self.ring) if self.quantization_config.offload_experts else {}
+            return packed_weight_conversions(self.packed_names(model), model.base_model_prefix, self, rings)
         conversions = super().update_weight_conversions(weight_conversions, model)
         for conversion in conversions:
             operations = getattr(conversion, "operations", [])
@@ -73,8 +95,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         return sorted([*self.expert_stacks, *linears])
 
     def pack(self, matrices: Matrices, name: str) -> Params4bit:
-        """The packed stack `name`."""
-        return pack_experts(matrices, name, **self.quantization_config.packing())
+        """The packed stack `name`, in RAM if that is where it is to stay."""
+        packed = pack_experts(matrices, name, **self.quantization_config.packing())
+        return offload(packed, self.ring) if self.quantization_config.offload_experts else packed
 
     def select(self, model: nn.Module, also_skipped: Iterable[str]) -> None:
         """Choose the parameters to quantise: all except `llm_int8_skip_modules` and `also_skipped`.
@@ -147,6 +170,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         check_no_adapter(model, "dequantise it")
         # transformers passes `config.dtype`, which it writes as a name when it saves the model.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        join_experts_in_ram_(model)
         unpack_(model, dtype)
         cast_rest_(model, dtype)
         model.config.dtype = dtype

@@ -14,6 +14,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from .offloaded import offload
+from .ring import Ring
 from .storage import is_packed
 
 
@@ -57,10 +59,11 @@ class AssembleQuantized(ConversionOps):
     Args:
         hf_quantizer ([`~transformers.quantizers.HfQuantizer`]): transformers does not cast what an operation with this
             attribute loads.
+        ring ([`~ordmoe_peft.quantization.ring.Ring`], *optional*): that of stacks that stay in RAM.
     """
 
-    def __init__(self, hf_quantizer: HfQuantizer):
-        self.hf_quantizer = hf_quantizer
+    def __init__(self, hf_quantizer: HfQuantizer, ring: Ring | None = None):
+        self.hf_quantizer, self.ring = hf_quantizer, ring
 
     def convert(
         self,
@@ -80,20 +83,24 @@ class AssembleQuantized(ConversionOps):
         packed = Params4bit.from_prequantized(packed_bytes, state, device=packed_bytes.device, module=linear)
         if linear is None:
             packed.quant_state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
-        return {name: packed}
+        return {name: packed if self.ring is None else offload(packed, self.ring)}
 
 
 def packed_weight_conversions(
-    names: list[str], base_model_prefix: str, hf_quantizer: HfQuantizer
+    names: list[str], base_model_prefix: str, hf_quantizer: HfQuantizer, rings: dict[str, Ring]
 ) -> list[WeightConverter]:
     """What assembles the packed weights `names` from a checkpoint in the model's own names.
+
+    Those with an entry in `rings` stay in RAM, by that ring.
 
     One conversion for each name, without the prefix that a model without a head lacks. Every other tensor of the
     checkpoint is left to transformers, which loads it in the dtype that was asked for.
     """
-    assemble = AssembleQuantized(hf_quantizer)
-    stems = [name.removeprefix(f"{base_model_prefix}.") for name in names]
-    return [
-        WeightConverter([stem, *(f"{stem}.{ending}" for ending in QUANT_STATE_ENDINGS)], stem, [assemble])
-        for stem in stems
-    ]
+
+    def conversion(name: str) -> WeightConverter:
+        stem, ring = name.removeprefix(f"{base_model_prefix}."), rings.get(name)
+        sources = [stem, *(f"{stem}.{ending}" for ending in QUANT_STATE_ENDINGS)]
+        # On the CPU: transformers reads tensors to the device ahead of the conversion, all of them perhaps.
+        return WeightConverter(sources, stem, [AssembleQuantized(hf_quantizer, ring)], force_cpu=ring is not None)
+
+    return list(map(conversion, names))

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..errors import OrdMoEConfigError
 from ..merging.in_memory import has_packed_weights
+from ..quantization.offloaded import is_in_ram
 from ..quantization.storage import is_packed
 
 
@@ -38,6 +39,22 @@ def check_placement(accelerator: Accelerator, num_devices: int, writes_responses
             f"responses='generated' does not work with {sharding}: each process holds a part of every weight, and a "
             "process whose responses end early would leave the others waiting. Use DDP or ZeRO-2, or set "
             "responses='reference'."
+        )
+
+
+def check_experts_in_ram(model: nn.Module, accelerator: Accelerator) -> None:
+    """See that a model whose experts stay in RAM is trained by one process.
+
+    Raises:
+        [`OrdMoEConfigError`]: something shares the model or the data out over processes.
+    """
+    kind = accelerator.state.distributed_type
+    is_shared = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or accelerator.num_processes > 1
+    if is_shared and any(map(is_in_ram, model.parameters())):
+        name = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind, "DDP")
+        raise OrdMoEConfigError(
+            f"offload_experts=True is not supported with {name} ({accelerator.num_processes} processes): each would "
+            "need all experts in RAM, and none of this is tested. Train in one process, or set offload_experts=False."
         )
 
 

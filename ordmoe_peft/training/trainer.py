@@ -45,7 +45,7 @@ from .callbacks import FailureWatch
 from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
 from .losses import Sum, TierLoss, means_over_processes, tier_metrics
 from .micro_batch import MICRO_BATCH, TIER_PASS, MicroBatch, NumberedBatches, model_inputs, numbered
-from .parallelism_checks import check_placement, check_precision
+from .parallelism_checks import check_experts_in_ram, check_placement, check_precision
 from .pass_schedule import PassSchedule
 from .precision import prepare_for_scaler_
 from .router_health import RouterHealth
@@ -135,6 +135,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         # average over micro-batches.
         self.model_accepts_loss_kwargs |= not self._is_plain_sft
         check_placement(self.accelerator, args.n_gpu, self._is_generated)
+        check_experts_in_ram(self.model, self.accelerator)
         check_precision(self.model, args)
         prepare_for_scaler_(self.model, self.accelerator)
         if self.is_fsdp_enabled:

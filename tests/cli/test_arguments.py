@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.cli.arguments import AdapterArguments, help_of, with_model_first
+from ordmoe_peft.cli.arguments import AdapterArguments, ModelArguments, help_of, with_model_first
 from ordmoe_peft.errors import OrdMoEConfigError
 
 
@@ -25,6 +25,19 @@ def test_options_of_the_adapter_default_to_its_configuration():
     own = [item.name for item in fields(AdapterArguments) if item.name not in ("lora_r", "lora_alpha", "layer_scope")]
     assert {name: getattr(options, name) for name in own} == {name: getattr(config, name) for name in own}
     assert help_of(AdapterArguments, "grouping") == help_of(OrdMoEConfig, "grouping")
+
+
+def test_experts_in_ram_are_in_4_bits():
+    assert ModelArguments("base", load_in_4bit=True, offload_experts=True).quantization_config().offload_experts
+    assert not ModelArguments("base", load_in_4bit=True).quantization_config().offload_experts
+    with pytest.raises(OrdMoEConfigError, match="offload_experts=True .* set load_in_4bit=True"):
+        ModelArguments("base", offload_experts=True).quantization_config()
+
+
+def test_a_run_may_go_on_with_experts_elsewhere():
+    on_device, in_ram = (ModelArguments("base", load_in_4bit=True, offload_experts=given) for given in (False, True))
+    assert on_device.that_decide() == in_ram.that_decide()
+    assert {item.name for item in fields(ModelArguments)} - set(in_ram.that_decide()) == {"offload_experts"}
 
 
 def test_the_model_may_stand_first():

@@ -4,6 +4,7 @@ import torch
 from ordmoe_peft.cli.arguments import ModelArguments
 from ordmoe_peft.cli.loading import load_base, load_split
 from ordmoe_peft.errors import OrdMoEDataError
+from ordmoe_peft.quantization.offloaded import is_in_ram
 from tests import models
 
 
@@ -21,6 +22,16 @@ def test_4_bit_weights_are_computed_in_the_models_dtype_unless_told_otherwise(op
     model = load_base(ModelArguments(str(tmp_path), load_in_4bit=True, **options), trust_remote_code=False)
     assert model.config.quantization_config.bnb_4bit_compute_dtype == wanted
     assert model.model.language_model.layers[0].mlp.experts.down_proj.quant_state.dtype == wanted
+
+
+@pytest.mark.parametrize("stored", ["dense", "packed"])
+def test_experts_stay_in_ram_where_that_is_asked_for(stored, tmp_path):
+    models.qwen3_moe().save_pretrained(tmp_path)
+    if stored == "packed":
+        load_base(ModelArguments(str(tmp_path), load_in_4bit=True), False).save_pretrained(tmp_path)
+    for in_ram in (True, False):
+        model = load_base(ModelArguments(str(tmp_path), load_in_4bit=True, offload_experts=in_ram), False)
+        assert is_in_ram(model.model.layers[0].mlp.experts.down_proj) == in_ram
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -81,6 +81,32 @@ class TestRuns:
         assert json.loads((tmp_path / "train_results.json").read_text())["train_steps"] == 3
 
 
+def test_experts_in_ram(base, data, tmp_path, capsys):
+    """The same adapter, evaluation and states as with experts on the device; a run may change from one to the other."""
+    options = {"load_in_4bit": True, "gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}
+    adapters = []
+    for begins, ends in ((False, False), (True, True), (False, True)):
+        folder = tmp_path / f"{begins}-{ends}"
+        assert main(train_arguments(base, data, folder, offload_experts=begins, **options)) == 0
+        options_now = options | {"max_steps": 4, "resume_from_checkpoint": "auto"}
+        assert main(train_arguments(base, data, folder, offload_experts=ends, **options_now)) == 0
+        adapters.append([path.read_bytes() for path in sorted(folder.rglob("adapter_model.safetensors"))])
+    assert len(adapters[0]) == 5
+    assert adapters[0] == adapters[1] == adapters[2]
+
+    results = {}
+    for in_ram in (False, True):
+        output = tmp_path / f"{in_ram}.json"
+        arguments = ["evaluate", "--model_name_or_path", base, "--dataset_name", data, "--max_new_tokens", 1]
+        arguments += ["--adapter", tmp_path / "True-True", "--load_in_4bit", True, "--offload_experts", in_ram]
+        assert main([*map(str, arguments), "--output", str(output)]) == 0
+        results[in_ram] = output.read_text()
+    assert results[True] == results[False]
+    assert "set load_in_4bit=True" in error_of(
+        capsys, train_arguments(base, data, tmp_path / "dense", offload_experts=True)
+    )
+
+
 def test_rewards_that_rise(base, data, tmp_path, capsys):
     arguments = [*train_arguments(base, data, tmp_path / "out"), "--rewards", "0", "0.5", "1"]
     assert "rewards must be finite and not rise" in error_of(capsys, arguments)

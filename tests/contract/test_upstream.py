@@ -14,9 +14,10 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.peft_types import PeftType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
-from transformers import Trainer, modeling_layers
+from transformers import BitsAndBytesConfig, Trainer, modeling_layers
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.quantizers import auto
 
 import ordmoe_peft  # noqa: F401
 from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
@@ -133,6 +134,22 @@ def test_peft_hands_loaded_weights_to_the_tuner_before_it_copies_them():
     remap = inspect.signature(tuners_utils.BaseTuner._remap_adapter_state_dict_for_load)
     assert list(remap.parameters) == ["model", "config", "adapter_name", "state_dict"]
     assert source.index("_remap_adapter_state_dict_for_load(") < source.index(".load_state_dict(")
+
+
+def test_transformers_asks_registered_classes_alone_for_their_loading_attributes():
+    class Registered(BitsAndBytesConfig):
+        def get_loading_attributes(self):
+            return {"offload_experts": True}
+
+    stored, given = Registered(load_in_4bit=True), Registered(load_in_4bit=True)
+    merge = auto.AutoHfQuantizer.merge_quantization_configs
+    types = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    try:
+        assert not hasattr(merge(stored, given), "offload_experts")
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (Registered,)
+        assert merge(stored, given).offload_experts
+    finally:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = types
 
 
 def test_peft_marks_its_variants_of_lora():

@@ -14,11 +14,12 @@ from tests import models
 SIZES = {"few": WorkSizes(slots=1, bin_cost=2_000, row_step=8, matrices=3 * 64 * 64 * 4), "all": on_gpu()}
 
 
-@pytest.fixture(params=["dense", "NF4"])
+@pytest.fixture(params=["dense", "NF4", "NF4, in RAM"])
 def tuned(request):
     model = models.qwen3_moe()
-    if request.param == "NF4":
-        quantize_experts_(model, MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=True))
+    if request.param != "dense":
+        is_in_ram = request.param == "NF4, in RAM"
+        quantize_experts_(model, MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=True, offload_experts=is_in_ram))
     model = get_peft_model(model, OrdMoEConfig(r=4, num_tiers=2))
     models.randomize_adapter(model)
     return model

@@ -8,6 +8,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantization_census, quantize_experts_
 from ordmoe_peft.errors import OrdMoEModelError
+from ordmoe_peft.quantization.offloaded import is_in_ram
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
 
@@ -76,6 +77,17 @@ def test_a_packed_model_is_saved_once_and_loads_to_the_same_bits(packed_folder):
     assert quantization_census(again).bytes == quantization_census(packed).bytes
     file = packed_folder / "packed" / "model.safetensors"
     assert file.stat().st_size < 1.3 * quantization_census(packed).bytes
+
+
+@pytest.mark.parametrize("folder", ["dense", "packed"])
+def test_shared_stacks_that_stay_in_ram(packed_folder, folder):
+    load = DiffusionGemmaForBlockDiffusion.from_pretrained
+    in_ram = load(packed_folder / folder, quantization_config=MoeBitsAndBytesConfig(offload_experts=True))
+    on_device = load(packed_folder / "packed")
+    assert any(map(is_in_ram, in_ram.parameters()))
+    assert shared(in_ram) == shared(on_device)
+    for _ in range(2):
+        assert torch.equal(logits(in_ram), logits(on_device))
 
 
 def test_packing_a_shared_stack_in_memory_is_refused():

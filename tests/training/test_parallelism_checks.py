@@ -8,16 +8,22 @@ from accelerate.utils import DistributedType
 
 from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.training.parallelism_checks import check_placement, check_precision, check_recomputed
+from ordmoe_peft.training.parallelism_checks import (
+    check_experts_in_ram,
+    check_placement,
+    check_precision,
+    check_recomputed,
+)
 from tests import models
 
 
-def accelerator(kind: str, version: int | None = None, stage: int | None = None) -> SimpleNamespace:
+def accelerator(kind: str, version: int | None = None, stage: int | None = None, processes: int = 1) -> SimpleNamespace:
     plugins = {
         "fsdp_plugin": SimpleNamespace(fsdp_version=version),
         "deepspeed_plugin": SimpleNamespace(zero_stage=stage),
     }
-    return SimpleNamespace(state=SimpleNamespace(distributed_type=DistributedType(kind), **plugins))
+    state = SimpleNamespace(distributed_type=DistributedType(kind), **plugins)
+    return SimpleNamespace(state=state, num_processes=processes)
 
 
 def precision(mixed: str | None, deepspeed_plugin: SimpleNamespace | None = None) -> SimpleNamespace:
@@ -57,6 +63,28 @@ def test_the_others_are_not():
 def test_several_devices_of_one_process_are_refused():
     with pytest.raises(OrdMoEConfigError, match=r"sees 2 GPUs.*accelerate launch --num_processes 2"):
         check_placement(accelerator("NO"), 2, writes_responses=False)
+
+
+@pytest.mark.parametrize(
+    ("shared", "name"),
+    [
+        (accelerator("FSDP", version=2), "FSDP"),
+        (accelerator("DEEPSPEED", stage=2), "DeepSpeed"),
+        (accelerator("MULTI_GPU", processes=2), "DDP"),
+        (accelerator("MULTI_CPU", processes=2), "DDP"),
+    ],
+    ids=["FSDP", "DeepSpeed", "two GPUs", "two CPU processes"],
+)
+def test_experts_in_ram_are_trained_by_one_process(shared, name):
+    in_ram, on_device = (
+        quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig(offload_experts=offloads))
+        for offloads in (True, False)
+    )
+    with pytest.raises(OrdMoEConfigError, match=f"offload_experts=True is not supported with {name}"):
+        check_experts_in_ram(in_ram, shared)
+    check_experts_in_ram(on_device, shared)
+    for alone in (accelerator("NO"), accelerator("MULTI_GPU")):
+        check_experts_in_ram(in_ram, alone)
 
 
 @pytest.mark.parametrize(("weights", "mixed"), [(torch.float16, "bf16"), (torch.bfloat16, "fp16")])
