@@ -1,6 +1,7 @@
 """Uses of names of the trainer upstream that are not public. See `ordmoe_peft/_compat.py`."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ class WholeCheckpoints(Trainer):
 
     transformers writes `trainer_state.json` last, which `checkpoints.py` relies on. It does not wait for the other
     processes' random states, writes over an earlier checkpoint of the same step, deletes checkpoints in any order, and
-    trains on where a run is resumed at its end. Remove when it does otherwise (transformers 5.24, `trainer.py`).
+    trains on where a run is resumed at its end. It loads an adapter by PEFT's `load_adapter`, which casts one in 16
+    bits to float32. Remove when it does otherwise (transformers 5.24, `trainer.py`; peft 0.21, `BaseTuner`).
     """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with trained_dtypes_kept(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with trained_dtypes_kept(self.model):
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, limit = self._get_output_dir(trial), self.args.save_total_limit
@@ -68,6 +78,16 @@ class WholeCheckpoints(Trainer):
                 if not is_same(checkpoint, best):
                     discard(checkpoint)
         return super()._finalize_training(trial, *args)
+
+
+@contextmanager
+def trained_dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """After the block, the parameters of `model` that are trained have the dtypes that they had before."""
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, dtype in dtypes.items():
+        weight = model.get_parameter(name)
+        weight.data = weight.data.to(dtype)
 
 
 def mark_step_skipped(optimizer: AcceleratedOptimizer) -> None:

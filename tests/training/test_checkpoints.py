@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.training import checkpoints
 from ordmoe_peft.training.checkpoints import (
@@ -16,8 +18,9 @@ from ordmoe_peft.training.checkpoints import (
     last_checkpoint,
 )
 from ordmoe_peft.training.run_record import RunFolder
-from tests import text
+from tests import models, text
 from tests.distributed.runs import tiny_trainer
+from tests.training.test_trainer import arguments
 
 
 FILES = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_NAME}
@@ -161,6 +164,31 @@ class TestTrainer:
         losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (resumed, whole)]
         assert len(losses[0]) == 6
         assert losses[0] == losses[1]
+
+    @pytest.mark.parametrize("best", [False, True])
+    def test_an_adapter_in_16_bits_stays_so(self, tmp_path, best):
+        """On a 4-bit base TRL has it in bf16; PEFT loads it as float32."""
+
+        def trainer(folder, **changes):
+            base = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig())
+            model = get_peft_model(base, OrdMoEConfig(r=4))
+            evaluation = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2} if best else {}
+            args = arguments(folder, lr_scheduler_type="constant", **self.SETTINGS | evaluation | changes)
+            data = text.conversations()
+            return OrdMoETrainer(model, args, train_dataset=data, eval_dataset=data, processing_class=text.tokenizer())
+
+        def weights(trainer):
+            return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+        whole = trainer(tmp_path / "whole")
+        whole.train()
+        assert {weight.dtype for weight in weights(whole).values()} == {torch.bfloat16}
+        trainer(tmp_path / "half", max_steps=2).train()
+        resumed = trainer(tmp_path / "half")
+        resumed.train(resume_from_checkpoint=True)
+        for name, weight in weights(resumed).items():
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, weights(whole)[name]), name
 
     def test_the_saved_arguments_have_the_limit(self, tmp_path):
         tiny_trainer(tmp_path, **self.SETTINGS, save_total_limit=2).train()
