@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...experts.tuning import WorkSizes
 from ...moe_model import MoELayer, MoEModel
 from ...quantization.memory_by_role import CensusRow, quantization_census
+from ...quantization.ring import ALIGNMENT
 from ...quantization.storage import is_packed
 from ...training.pass_memory import PassMemory
 from .activations import Activations, estimate_activations
@@ -19,9 +20,8 @@ from .settings import PlanSettings
 from .weights import build_meta_model
 
 
-# Layers whose packed experts the card holds where all others are in RAM, and the bytes to whose multiples each of their
-# tensors is moved up there.
-NUM_SLOTS, ALIGNMENT = 2, 256
+# Layers whose packed experts the card holds where all others are in RAM: the places of `quantization/ring.py`.
+NUM_SLOTS = 2
 
 
 @dataclass(frozen=True)

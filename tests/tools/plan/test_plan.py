@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from ordmoe_peft.quantization.ring import Place
 from ordmoe_peft.tools.plan.plan import Traces, plan_memory, tokens_at_once
 from ordmoe_peft.tools.plan.settings import PlanSettings
 from tests import models, text
@@ -81,6 +82,37 @@ def test_experts_in_ram_leave_two_slots_on_the_card():
     assert resident.in_ram is None
     assert in_ram.weights == resident.weights
     assert in_ram.activations == resident.activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("use_double_quant", [False, True])
+@pytest.mark.parametrize(("hidden_size", "width"), [(64, 24), (52, 12)], ids=["even", "filled up to blocks"])
+def test_places_and_copies_are_the_rings(hidden_size, width, use_double_quant, checkpointing, tmp_path, monkeypatch):
+    """Bytes on the device, and bytes that a forward and backward copy there, once the order of layers is known."""
+    sizes = {"hidden_size": hidden_size, "moe_intermediate_size": width}
+    model = models.qwen3_moe(num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    model.save_pretrained(tmp_path)
+    nf4 = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=use_double_quant, offload_experts=True)
+    settings = PlanSettings(quantization=nf4, **SMALL)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=nf4)
+    tuned = get_peft_model(loaded, settings.adapter_config()).train()
+    if checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuned.enable_input_require_grads()
+    places, copied, fill = [], [], Place.fill
+
+    def counted(place, stacks, device):
+        fill(place, stacks, device)
+        places.append(place)
+        copied.append(sum(tensor.nbytes for stack in stacks for tensor in stack.in_ram()))
+
+    monkeypatch.setattr(Place, "fill", counted)
+    for _ in range(3):
+        copied.clear()
+        tuned(**models.text_batch(), labels=models.text_batch()["input_ids"]).loss.backward()
+    in_ram = plan_memory(model.config, settings).in_ram
+    assert in_ram.slots == sum(len(place.memory) for place in set(places))
+    assert in_ram.copied == sum(copied)
 
 
 def test_stacks_that_are_not_packed_are_not_in_ram():
