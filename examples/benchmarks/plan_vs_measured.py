@@ -197,7 +197,7 @@ class MeasuringTrainer(OrdMoETrainer):
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that is never asked to tokenise."""
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 

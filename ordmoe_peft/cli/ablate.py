@@ -15,6 +15,7 @@ from ..tools.ablate.grid import AblateArguments
 from ..tools.ablate.runner import AblationRunner
 from ..tools.ablate.settings import Settings
 from ..tools.report import ablate_report, require_matplotlib
+from ..tools.tables import markdown
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
@@ -74,7 +75,7 @@ def show(results: dict[str, Any], options: AblateArguments, folder: Path) -> Non
         print(f"Note: {note}")
     as_json, as_markdown = (folder / f"{options.results_name}{ending}" for ending in (".json", ".md"))
     write_whole(as_json, json.dumps(results, indent=2) + "\n")
-    write_whole(as_markdown, tables.markdown(title, rows, results["notes"]))
+    write_whole(as_markdown, markdown(title, tables.COLUMNS, rows, results["notes"]))
     print(f"Results in {as_json} and {as_markdown}")
     if options.report is not None:
         print(f"Report: {ablate_report(results, options.report)}")

@@ -22,7 +22,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print rows under a title, the first column to the left, numbers to the right."""
     table = rich.table.Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")  # cut off nothing
     for row in rows:
         table.add_row(*row)
     # Answers and names may hold brackets and colons, which are not markup.

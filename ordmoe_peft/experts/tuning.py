@@ -79,19 +79,28 @@ def on_gpu(matrices_mib: int = 128) -> WorkSizes:
 
 @cache
 def work_sizes(device: torch.device) -> WorkSizes:
-    """The sizes for `device`. On CUDA they depend on the memory that is free when this is first asked for: a 64th of
-    it, in powers of two from 32 to 128 MiB, is for the experts' matrices."""
+    """The sizes for `device`. On CUDA they depend on the memory that is free when this is first asked for."""
     if device.type == "cpu":
         return ON_CPU
     if device.type != "cuda":
         return on_gpu()
-    free = torch.cuda.mem_get_info(device)[0] // 64 // MIB
-    return on_gpu(max(32, min(128, 1 << free.bit_length() - 1 if free else 0)))
+    return on_gpu_with(torch.cuda.mem_get_info(device)[0])
+
+
+def on_gpu_with(free: int) -> WorkSizes:
+    """The sizes for a GPU with `free` bytes: a 64th of them, in powers of two from 32 to 128 MiB, is for the experts'
+    matrices."""
+    share = free // 64 // MIB
+    return on_gpu(max(32, min(128, 1 << share.bit_length() - 1 if share else 0)))
 
 
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.nn.functional.grouped_mm` is one kernel there: in bf16 on cards of compute capability 9 and 10.
     Elsewhere it is a loop over the experts on the host, which waits for the device first (torch 2.13,
     `aten/src/ATen/native/cuda/GroupedBlas.cpp`)."""
-    is_bf16_on_cuda = device.type == "cuda" and dtype == torch.bfloat16
-    return is_bf16_on_cuda and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type == "cuda" and is_one_kernel(torch.cuda.get_device_capability(device)[0], dtype)
+
+
+def is_one_kernel(capability: int, dtype: torch.dtype) -> bool:
+    """[`has_grouped_kernel`] of a CUDA device of that compute capability."""
+    return dtype == torch.bfloat16 and capability in (9, 10)

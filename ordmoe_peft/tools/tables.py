@@ -39,6 +39,20 @@ class Table:
         columns = [self.frame.iloc[:, place].map(text) for place, text in enumerate(by_column)]
         return pd.concat(columns, axis=1)
 
+    def markdown(self) -> str:
+        """The table and its note in Markdown."""
+        return markdown(self.title, list(self.frame.columns), self.texts().to_numpy().tolist(), [self.note])
+
+
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table with its title and its notes, those that are empty left out, in Markdown."""
+    lines = [title, "", _pipes(columns), _pipes(["---"] * len(columns)), *map(_pipes, rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes if note)]) + "\n"
+
+
+def _pipes(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, and no truth value."""

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from ordmoe_peft.tools.tables import Table, is_number, number, numbers, percent, plain, signed
+from ordmoe_peft.tools.tables import Table, is_number, markdown, number, numbers, percent, plain, signed
 
 
 def test_cells_are_shown_by_their_columns_formats_and_values_stay_unrounded():
@@ -20,6 +20,18 @@ def test_a_name_may_stand_twice_and_a_table_may_be_empty():
 def test_formats_may_be_given_in_turn():
     frame = pd.DataFrame([[1, 0.5]], columns=["tier", "tier"])
     assert Table("Title", frame, [plain, percent]).texts().to_numpy().tolist() == [["1", "50.0 %"]]
+
+
+def test_markdown_escapes_what_would_be_a_column():
+    title, _, head, rule, row, _, note = markdown("Title", ["name", "x"], [["a|b", "1"]], ["One seed."]).splitlines()
+    assert (title, note) == ("Title", "- One seed.")
+    assert row == r"| a\|b | 1 |"
+    assert head.count("|") == rule.count("|") == row.replace(r"\|", "").count("|")
+
+
+def test_a_table_in_markdown_is_what_people_see():
+    table = Table("Title", pd.DataFrame({"tier": [1], "share": [0.5]}), {"share": percent})
+    assert table.markdown() == "Title\n\n| tier | share |\n| --- | --- |\n| 1 | 50.0 % |\n\n"
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "1"])

@@ -1,6 +1,5 @@
 """An ablation's plan and results as rows of text, for the terminal and for Markdown."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from .ablation import Ablation
@@ -53,13 +52,3 @@ def _measured(measured: dict[str, Any], digits: int) -> tuple[str, str, str]:
         return text, "", ""
     change, low, high = (f"{difference[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     return text, f"{change} [{low}, {high}]", difference["verdict"]
-
-
-def markdown(title: str, rows: list[list[str]], notes: list[str]) -> str:
-    """The table and its notes in Markdown."""
-    lines = [title, "", _pipes(COLUMNS), _pipes(["---"] * len(COLUMNS)), *map(_pipes, rows), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
-
-
-def _pipes(values: Sequence[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"

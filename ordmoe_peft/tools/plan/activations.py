@@ -23,7 +23,7 @@ from ...errors import OrdMoEConfigError
 from ...experts.forward import LoraHandover, frozen_step, grouped_forward, take_updates
 from ...experts.frozen import run_frozen_experts
 from ...experts.layout import ExpertChunk
-from ...experts.tuning import ON_CPU, on_gpu
+from ...experts.tuning import WorkSizes
 from ...moe_model import MoEModel
 from ...quantization.storage import is_packed, stored_tensors
 from ...training.row_layout.separate import stack_rows
@@ -50,12 +50,13 @@ class Activations:
         return self.kept + self.working
 
 
-def estimate_activations(model: nn.Module, settings: PlanSettings) -> Activations:
+def estimate_activations(model: nn.Module, settings: PlanSettings, sizes: WorkSizes) -> Activations:
     """Trace a training step of `model`, which is used up: its layers are cut and its weights made fake.
 
     Args:
         model (`nn.Module`): a [`~peft.PeftModel`] on the meta device.
         settings ([`PlanSettings`]): the rows of the largest forward, and how it is run.
+        sizes ([`~ordmoe_peft.experts.tuning.WorkSizes`]): how much of a layer's experts one operation takes.
 
     Raises:
         [`OrdMoEConfigError`]: the images do not fit the sequence, or the model's vision tower is of an unknown kind.
@@ -63,7 +64,7 @@ def estimate_activations(model: nn.Module, settings: PlanSettings) -> Activation
     base = model.get_base_model()
     inputs, tiers = step_inputs(base.config, settings), settings.tiers_at_once
     for layer in MoEModel.of(model).layers:
-        layer.experts.forward = partial(_run_experts, layer.experts, settings.device)
+        layer.experts.forward = partial(_run_experts, layer.experts, settings, sizes)
     if settings.device != "cuda":
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL's SFTTrainer asks for
     representatives = _cut_layers(model, _num_atypical_layers(base.config, settings))
@@ -190,23 +191,23 @@ class _OneBlock(ExpertChunk):
 
 def _run_experts(
     experts: nn.Module,
-    device: str,
+    settings: PlanSettings,
+    sizes: WorkSizes,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     expert_lora: LoraHandover | None = None,
 ) -> torch.Tensor:
-    """The experts' forward with the memory that it takes on `device`.
+    """The experts' forward by the way that it takes on the device of `settings`, where fake tensors are not.
 
-    Dense experts run grouped on CUDA, packed ones in blocks of experts, and on the CPU expert by expert. Fake tensors
-    are on the CPU all the same.
+    One expert at a time is as in [`_OneBlock`].
     """
     lora = take_updates(expert_lora)
-    if device == "cuda":
-        if not is_packed(experts.down_proj):
-            return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
-        return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, on_gpu()))
-    frozen, layout = frozen_step(experts, index_TK, lora, ON_CPU)
+    if settings.has_grouped_kernel and not is_packed(experts.down_proj):
+        return grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
+    frozen, layout = frozen_step(experts, index_TK, lora, sizes)
+    if sizes.matrices is not None:
+        return run_frozen_experts(x_TH, weights_TK, frozen, layout)
     at_once = replace(layout, chunks=[_OneBlock(**vars(chunk)) for chunk in layout.chunks])
     return run_frozen_experts(x_TH, weights_TK, frozen, at_once)
 

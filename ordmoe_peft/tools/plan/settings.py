@@ -1,12 +1,15 @@
 """How a model is trained, as far as memory depends on it."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ...adapter.config import OrdMoEConfig
 from ...errors import OrdMoEConfigError
+from ...experts.tuning import ON_CPU, WorkSizes, is_one_kernel, on_gpu, on_gpu_with
 from ...objectives.advantages import tier_advantages
 from ...objectives.registry import OBJECTIVES
 from ...quantization.config import MoeBitsAndBytesConfig
@@ -50,6 +53,9 @@ class PlanSettings:
     # Whose LM head and dense experts are planned: on CPU, TRL's head makes several more copies, and experts run one
     # after another.
     device: str = "cuda"
+    compute_capability: float = 8.9  # of a CUDA device: dense experts go another way on 9 and 10
+    # What programs can have of the card, in bytes: with little free memory, experts are unpacked in smaller blocks.
+    usable: int | None = None
 
     def __post_init__(self):
         for name in ("r", "num_tiers", "batch_size", "sequence_length"):
@@ -88,6 +94,49 @@ class PlanSettings:
         """
         is_refused = self.quantization and {self.dtype, self.autocast} == {torch.float16, torch.bfloat16}
         return None if is_refused else self.autocast
+
+    @property
+    def offload_experts(self) -> bool:
+        """Whether packed experts stay in RAM."""
+        return self.quantization is not None and self.quantization.offload_experts
+
+    def with_quantization(self, **changes: Any) -> "PlanSettings":
+        """The same with settings of the 4-bit loading changed."""
+        quantization = copy.deepcopy(self.quantization)
+        for name, value in changes.items():
+            setattr(quantization, name, value)
+        return replace(self, quantization=quantization)
+
+    def for_trace(self) -> "PlanSettings":
+        """The same where a trace does not differ: whatever the optimizer, the card, and where experts are kept."""
+        resident = self.with_quantization(offload_experts=False) if self.offload_experts else self
+        return replace(resident, optimizer="sgd", usable=None)
+
+    def for_weights(self) -> "PlanSettings":
+        """The same where base and adapter do not differ: whatever the rows, too."""
+        return replace(
+            self.for_trace(),
+            batch_size=1,
+            sequence_length=1,
+            images_per_sample=0,
+            image_tokens=0,
+            gradient_checkpointing=True,
+            tier_passes="auto",
+        )
+
+    @property
+    def has_grouped_kernel(self) -> bool:
+        """Whether dense experts run through `grouped_mm`, which keeps more for backward."""
+        return self.device == "cuda" and is_one_kernel(int(self.compute_capability), self.dtype)
+
+    def work_sizes(self, loaded: int) -> WorkSizes:
+        """How much of a layer's experts one operation takes, where `loaded` bytes are on the card when training begins.
+
+        What a process has beside tensors is left out: more is free then, so that more is unpacked at a time.
+        """
+        if self.device != "cuda":
+            return ON_CPU
+        return on_gpu() if self.usable is None else on_gpu_with(max(self.usable - loaded, 0))
 
     @property
     def tiers_at_once(self) -> int:

@@ -1,6 +1,6 @@
 """An ablation's results as rows of text."""
 
-from ordmoe_peft.tools.ablate.tables import COLUMNS, markdown, result_rows
+from ordmoe_peft.tools.ablate.tables import COLUMNS, result_rows
 
 
 LIKELIHOOD = {"mean": -4.5678, "stderr": None, "difference": None}
@@ -23,11 +23,3 @@ def test_a_row_has_means_with_errors_and_differences_with_intervals():
     ]
     assert {len(row) for row in rows} == {len(COLUMNS)}
     assert result_rows({"metric": "log_likelihood", "cells": [CELL]})[0][2] == "81.234 ± 0.567"
-
-
-def test_markdown_escapes_what_would_be_a_column():
-    text = markdown("Title", result_rows({"metric": "accuracy", "cells": [CELL]}), ["One seed."])
-    title, _, head, rule, row, _, note = text.splitlines()
-    assert (title, note) == ("Title", "- One seed.")
-    assert row.startswith(r"| a\|b | erl_coef 0.1 |")
-    assert head.count("|") == rule.count("|") == row.replace(r"\|", "").count("|")

@@ -8,7 +8,8 @@ from peft import get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
-from ordmoe_peft.tools.plan.plan import plan_memory, tokens_at_once
+from ordmoe_peft.quantization.ring import Place
+from ordmoe_peft.tools.plan.plan import Traces, plan_memory, tokens_at_once
 from ordmoe_peft.tools.plan.settings import PlanSettings
 from tests import models, text
 
@@ -38,6 +39,7 @@ def test_adapter_is_what_the_trainer_trains(quantization, tmp_path):
     parts = (plan.base, plan.adapter, plan.gradients, plan.optimizer, plan.activations.peak)
     assert plan.total == sum(parts) == plan.to_dict()["total"]
     assert all(parts)
+    assert plan.base == sum(row.bytes for row in plan.weights)
 
 
 def test_a_gradient_scaler_needs_an_adapter_in_fp32():
@@ -59,6 +61,81 @@ def test_weights_are_counted_in_their_dtype(quantization):
     assert plans[torch.bfloat16].activations.peak < plans[torch.float32].activations.peak
     half = plans[torch.float16].activations.peak
     assert half == pytest.approx(plans[torch.bfloat16].activations.peak, rel=0.2)
+
+
+def test_experts_in_ram_leave_two_slots_on_the_card():
+    """4 layers of 8 experts of 3 matrices each: half a byte a weight, and an fp32 scale for 64 of them."""
+    config = models.qwen3_moe(num_hidden_layers=4).config
+    traces = Traces()
+    plans = [
+        plan_memory(config, PlanSettings(quantization=NF4, **SMALL).with_quantization(offload_experts=offload), traces)
+        for offload in (False, True)
+    ]
+    resident, in_ram = plans
+    assert len(traces.models) == len(traces.activations) == 1, "what differs needs no trace"
+    layer = 8 * 3 * config.hidden_size * config.moe_intermediate_size * (32 + 4) // 64
+    assert layer == (12288 + 1536) + (6144 + 768), "bytes and scales, up and down"
+    pinned = 4 * (16384 + 2048 + 8192 + 1024)  # each rounded up to a power of two
+    # All are multiples of 256, so slots have no gaps; 2 L - 4 layers are copied in a pass.
+    assert vars(in_ram.in_ram) == {"host": 4 * layer, "pinned": pinned, "slots": 2 * layer, "copied": 4 * layer}
+    assert resident.total - in_ram.total == 4 * layer - 2 * layer
+    assert resident.in_ram is None
+    assert in_ram.weights == resident.weights
+    assert in_ram.activations == resident.activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("use_double_quant", [False, True])
+@pytest.mark.parametrize(("hidden_size", "width"), [(64, 24), (52, 12)], ids=["even", "filled up to blocks"])
+def test_places_and_copies_are_the_rings(hidden_size, width, use_double_quant, checkpointing, tmp_path, monkeypatch):
+    """Bytes on the device, and bytes that a forward and backward copy there, once the order of layers is known."""
+    sizes = {"hidden_size": hidden_size, "moe_intermediate_size": width}
+    model = models.qwen3_moe(num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    model.save_pretrained(tmp_path)
+    nf4 = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=use_double_quant, offload_experts=True)
+    settings = PlanSettings(quantization=nf4, **SMALL)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=nf4)
+    tuned = get_peft_model(loaded, settings.adapter_config()).train()
+    if checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tuned.enable_input_require_grads()
+    places, copied, fill = [], [], Place.fill
+
+    def counted(place, stacks, device):
+        fill(place, stacks, device)
+        places.append(place)
+        copied.append(sum(tensor.nbytes for stack in stacks for tensor in stack.in_ram()))
+
+    monkeypatch.setattr(Place, "fill", counted)
+    for _ in range(3):
+        copied.clear()
+        tuned(**models.text_batch(), labels=models.text_batch()["input_ids"]).loss.backward()
+    in_ram = plan_memory(model.config, settings).in_ram
+    assert in_ram.slots == sum(len(place.memory) for place in set(places))
+    assert in_ram.copied == sum(copied)
+
+
+def test_stacks_that_are_not_packed_are_not_in_ram():
+    config = models.qwen3_moe(num_hidden_layers=4).config
+    skipping = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layers.0.mlp.experts"], offload_experts=True)
+    plan = plan_memory(config, PlanSettings(quantization=skipping, **SMALL))
+    assert plan.in_ram.copied == 2 * plan.in_ram.host // 3, "2 L - 4 of 3 layers"
+    assert plan.in_ram.slots == 2 * plan.in_ram.host // 3
+
+
+@pytest.mark.parametrize("sequence_length", [1, 64])
+def test_the_optimizer_may_take_more_than_activations_took(sequence_length):
+    """Its step comes when they are gone, so the larger of the two counts."""
+    config, traces = models.qwen3_moe().config, Traces()
+    settings = PlanSettings(quantization=NF4, **SMALL | {"r": 16, "sequence_length": sequence_length})
+    fused, foreach = (
+        plan_memory(config, replace(settings, optimizer=name), traces) for name in ("adamw_torch_fused", "adamw_torch")
+    )
+    assert foreach.optimizer == fused.optimizer
+    assert foreach.temporaries == foreach.adapter
+    assert fused.temporaries == fused.beyond_activations == 0
+    assert foreach.total - fused.total == max(foreach.adapter - foreach.activations.peak, 0)
+    assert bool(foreach.beyond_activations) == (sequence_length == 1)
 
 
 def test_auto_decides_by_the_rule_of_the_trainer():

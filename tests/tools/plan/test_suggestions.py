@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from ordmoe_peft import MoeBitsAndBytesConfig
-from ordmoe_peft.tools.plan.plan import plan_memory
+from ordmoe_peft.tools.plan.plan import Traces, plan_memory
 from ordmoe_peft.tools.plan.settings import PlanSettings
-from ordmoe_peft.tools.plan.suggestions import suggest
+from ordmoe_peft.tools.plan.suggestions import fewest_changes, suggest
 from tests import models
 
 
@@ -15,7 +15,7 @@ SMALL = {"r": 4, "batch_size": 2, "sequence_length": 16}
 
 
 def test_suggestions_come_in_order_and_stop_where_it_fits():
-    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=1).config
+    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=3).config
     small = SMALL | {"sequence_length": 1024, "r": 16}
     settings = PlanSettings(gradient_checkpointing=False, tier_passes="batched", **small)
     plan = plan_memory(config, settings)
@@ -24,6 +24,7 @@ def test_suggestions_come_in_order_and_stop_where_it_fits():
     ways = list(suggest(config, settings, plan, limit=0))
     options = [way.options for way in ways]
     expected = ["--load_in_4bit", "--gradient_checkpointing", "--tier_passes", "--per_device", "--optim"]
+    expected += ["--offload_experts true"]
     expected += ["--max_length 512", "--max_length 256", "--lora_r 8"]
     assert [
         option.startswith(prefix)
@@ -59,3 +60,37 @@ def test_4_bits_of_fp16_weights_are_suggested_without_bf16():
     way = next(suggest(config, settings, plan_memory(config, settings), limit=0))
     assert way.options == "--load_in_4bit true --bf16 false"
     assert way.settings.autocast is None
+
+
+def test_fewest_changes():
+    """None where it fits; then the first that suffices alone; then pairs; and nothing where all are too few."""
+    config = models.qwen3_moe(vocab_size=512, num_hidden_layers=6, moe_intermediate_size=256).config
+    nf4 = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)
+    settings = PlanSettings(quantization=nf4, r=4, batch_size=1, sequence_length=1024)
+    traces = Traces()
+
+    def total(settings):
+        return plan_memory(config, settings, traces).total
+
+    def options(limit):
+        way = fewest_changes(config, settings, limit, traces)
+        return None if way is None else way.options
+
+    in_8_bits, in_ram, half, quarter = (
+        total(replace(settings, optimizer="paged_adamw_8bit")),
+        total(settings.with_quantization(offload_experts=True)),
+        total(replace(settings, sequence_length=512)),
+        total(replace(settings, sequence_length=256)),
+    )
+    assert options(total(settings)) == ""
+    assert options(total(settings) - 1) == options(in_8_bits) == "--optim paged_adamw_8bit"
+    assert quarter < half < in_ram < in_8_bits, "the test needs changes that take less and less"
+    assert options(in_8_bits - 1) == options(in_ram) == "--offload_experts true"
+    assert options(in_ram - 1) == options(half) == "--max_length 512"
+    assert options(half - 1) == "--optim paged_adamw_8bit --max_length 512"
+    both = total(replace(settings, optimizer="paged_adamw_8bit", sequence_length=256))
+    everything = replace(settings, optimizer="paged_adamw_8bit", sequence_length=256)
+    least = total(everything.with_quantization(offload_experts=True))
+    assert options(both - 1) == "--offload_experts true --max_length 256", "the last of an option counts"
+    assert options(least) == "--optim paged_adamw_8bit --offload_experts true --max_length 256"
+    assert options(least - 1) is None
