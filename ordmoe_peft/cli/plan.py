@@ -15,10 +15,10 @@ from ..tools.plan.card import GIB, Card, fit_to_card
 from ..tools.plan.fits import find_fits, fits_table
 from ..tools.plan.known_models import KNOWN_MODELS, load_config, stored_quantization
 from ..tools.plan.lm_head import TILE_TOKENS, TILE_VOCABULARY
-from ..tools.plan.optimizers import OPTIMIZERS
 from ..tools.plan.plan import ExpertsInRam, MemoryPlan, plan_memory
 from ..tools.plan.settings import CHOICES_OF, PlanSettings
 from ..training import OrdMoETrainingArguments
+from ..training.optimizer_states import OPTIMIZERS
 from .arguments import AdapterSizeArguments, ModelArguments, help_of, weights_dtype, with_model_first
 from .tables import print_table, print_tables, write_json
 

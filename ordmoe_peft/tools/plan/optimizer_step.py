@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..._compat import FakeTensorMode
-from .optimizers import OPTIMIZERS
+from ...training.optimizer_states import OPTIMIZERS
 from .trace import MemoryTrace
 
 

@@ -12,10 +12,10 @@ from ...moe_model import MoELayer, MoEModel
 from ...quantization.memory_by_role import CensusRow, quantization_census
 from ...quantization.ring import ALIGNMENT
 from ...quantization.storage import is_packed
+from ...training.optimizer_states import optimizer_bytes
 from ...training.pass_memory import PassMemory
 from .activations import Activations, estimate_activations
 from .optimizer_step import step_temporaries
-from .optimizers import optimizer_bytes
 from .settings import PlanSettings
 from .weights import build_meta_model
 

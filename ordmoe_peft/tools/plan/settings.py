@@ -14,8 +14,8 @@ from ...objectives.advantages import tier_advantages
 from ...objectives.registry import OBJECTIVES
 from ...quantization.config import MoeBitsAndBytesConfig
 from ...training.arguments import CHOICES
+from ...training.optimizer_states import OPTIMIZERS
 from .lm_head import tile_bytes
-from .optimizers import OPTIMIZERS
 
 
 CHOICES_OF = {"tier_passes": CHOICES["tier_passes"], "objective": tuple(OBJECTIVES), "optimizer": tuple(OPTIMIZERS)}

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples.benchmarks.measuring import peak_of
 from ordmoe_peft.tools.plan.optimizer_step import AT_ONCE, step_temporaries
-from ordmoe_peft.tools.plan.optimizers import OPTIMIZERS
+from ordmoe_peft.training.optimizer_states import OPTIMIZERS
 
 
 def parameters_with_gradients(dtype) -> list[torch.nn.Parameter]:
