@@ -9,14 +9,15 @@ Memory is what autograd keeps between forward and backward, and the peak in each
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import HfArgumentParser
 
 from ordmoe_peft._compat import FakeTensorMode
@@ -73,16 +74,33 @@ class CountingTrace(MemoryTrace):
         return super()._run(func, args, kwargs)
 
 
-class HostWatch(TorchFunctionMode):
-    """Counts what the host reads from tensors and makes of its own numbers."""
+class HostWatch(ExitStack):
+    """Within the block, counts what the host reads from tensors and makes of its own numbers. In backward, too, where
+    torch's function modes do not reach."""
 
     counts: Counts
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        self.counts.waits += name in WAITING_METHODS
-        self.counts.uploads += func in (torch.tensor, torch.as_tensor)
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> "HostWatch":
+        for name in WAITING_METHODS:
+            self._watch(torch.Tensor, name, self.note_wait)
+        for name in ("tensor", "as_tensor"):
+            self._watch(torch, name, self.note_upload)
+        return super().__enter__()
+
+    def note_wait(self) -> None:
+        self.counts.waits += 1
+
+    def note_upload(self) -> None:
+        self.counts.uploads += 1
+
+    def _watch(self, owner: Any, name: str, note: Callable[[], None]) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            note()
+            return function(*args, **kwargs)
+
+        self.enter_context(mock.patch.object(owner, name, watched))
 
 
 def main() -> None:
