@@ -102,7 +102,7 @@ QWEN3_30B_MODEL = {
 TOY_MODEL = QWEN3_30B_MODEL | {
     "vocab_size": 512,
     "hidden_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -111,6 +111,6 @@ TOY_MODEL = QWEN3_30B_MODEL | {
     "moe_intermediate_size": 64,
 }
 SIZES = {
-    "toy": Size(Layer(8, 2, 64, 64, 48), (24, 48), TOY_MODEL, (2, 32), 4, 2, False),
+    "toy": Size(Layer(8, 2, 64, 64, 48), (24, 48), TOY_MODEL, (2, 32), 4, 1, False),
     "real": Size(QWEN3_30B, (512, 2048, 4096), QWEN3_30B_MODEL, (1, 2048), 48, 7, True),
 }

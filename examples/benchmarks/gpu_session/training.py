@@ -60,7 +60,7 @@ def steps(model: PeftModel, passes: str, size: Size, device: str, losses: dict[s
         device=device,
     )
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-4}
+        changes = {"max_steps": 1 + size.repetitions, "logging_steps": 1, "learning_rate": 1e-4}
         trainer = trainer_on(model, random_batch(size), settings, folder, MeasuringTrainer, **changes)
         clock = Clock()
         trainer.add_callback(clock)
