@@ -72,7 +72,7 @@ class Size:
         batch (`tuple` of `int`): rows and tokens of a training batch.
         new_tokens (`int`): that are generated.
         repetitions (`int`): of what is timed.
-        is_thorough (`bool`): whether section a runs all dtypes and routings.
+        is_thorough (`bool`): whether sections a and c run all dtypes and routings.
     """
 
     layer: Layer
