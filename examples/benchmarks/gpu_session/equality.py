@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ordmoe_peft.cli.cpu_speed import describe_cpu
-from ordmoe_peft.experts.forward import frozen_experts, frozen_step, grouped_forward
+from ordmoe_peft.experts.forward import frozen_step, grouped_forward
 from ordmoe_peft.experts.frozen import run_frozen_experts
 from ordmoe_peft.experts.row_by_row import run_row_by_row
 from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, has_grouped_kernel, on_gpu, work_sizes
@@ -180,7 +180,8 @@ def outcome(
     lora = updates(layer, {name: tuple(factors[2 * i : 2 * i + 2]) for i, name in enumerate(names)})
     if way == "row by row":
         with torch.no_grad():
-            return {"values": run_row_by_row(x_TH, weights_TK, frozen_experts(experts, lora), index_TK)}
+            frozen, _ = frozen_step(experts, index_TK, lora, on_gpu())
+            return {"values": run_row_by_row(x_TH, weights_TK, frozen, index_TK)}
     if way == "grouped_mm":
         y_TH = grouped_forward(experts, x_TH, index_TK, weights_TK, lora)
     else:

@@ -1,5 +1,6 @@
 """Section f: packed experts in RAM beside the same on the device: gradients, seconds, and copies."""
 
+import gc
 import inspect
 import os
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def prepared(model: PeftModel) -> PeftModel:
 
 
 def allocated(device: str) -> int:
+    gc.collect()
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 

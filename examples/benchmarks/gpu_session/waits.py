@@ -102,13 +102,13 @@ def told(case: str, found: Counter, most: int | None = None) -> Row:
     """A row with the places, ours first.
 
     Args:
-        most (`int`, *optional*): waits that are right.
+        most (`int`, *optional*): waits of ours that are right.
     """
-    total = sum(found.values())
+    total, ours = sum(found.values()), sum(times for place, times in found.items() if is_ours(place))
     places = [f"{place} x {times}" if times > 1 else place for place, times in sorted(found.items(), key=is_others)]
-    figure = f"waits {total}" + (": " if places else "") + ", ".join(places)
-    result = MEASURED if most is None else verdict(total <= most, f"it should wait {most} times at most")
-    return Row(case, figure, result, {"waits": total, "ours": sum(n for place, n in found.items() if is_ours(place))})
+    figure = f"waits {total}, ours {ours}" + (": " if places else "") + ", ".join(places)
+    result = MEASURED if most is None else verdict(ours <= most, f"it should wait {most} times at most")
+    return Row(case, figure, result, {"waits": total, "ours": ours})
 
 
 def is_ours(place: str) -> bool:
