@@ -2,7 +2,10 @@
 
 import json
 import sys
+import threading
 import time
+import warnings
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -12,7 +15,9 @@ from examples.benchmarks.gpu_session import __main__ as session
 from examples.benchmarks.gpu_session import equality, one_layer, training, waits
 from examples.benchmarks.gpu_session.rows import SIZES, Row, tried
 from ordmoe_peft.experts import layout
+from ordmoe_peft.experts.tuning import work_sizes
 from ordmoe_peft.quantization import storage
+from tests.training.test_precision import Scaled
 
 
 TOY = SIZES["toy"]
@@ -131,10 +136,79 @@ class TestWhatIsWrongIsSaid:
         assert off == -0.25
         assert numbers["planned"] == Plan.total
 
+    def test_fp16_with_a_scaler(self, monkeypatch):
+        """As accelerate sets it up on a card, here on a CPU."""
+        on, packed = training.trainer_on, training.packed_model
+
+        def trainer_on(model, batch, settings, folder, **changes):
+            return on(model, batch, replace(settings, device="cpu"), folder, Scaled, **changes)
+
+        monkeypatch.setattr(training, "trainer_on", trainer_on)
+        monkeypatch.setattr(training, "packed_model", lambda size, _, *args, **kw: packed(size, "cpu", *args, **kw))
+        row = training.train_in_fp16(TOY, "cuda")
+        assert row.verdict == "ok", row
+        assert row.figure.endswith("; 12 of 12 weights moved; scale 65536")
+
     def test_an_operation_that_fails_costs_its_row(self):
         row = tried("one", lambda: torch.zeros(2) @ torch.zeros(3))
         assert row.case == "one"
         assert row.verdict.startswith("failed: ")
+
+
+class TestOnACard:
+    """The lines that a card alone runs, with what CUDA answers."""
+
+    @pytest.fixture(autouse=True)
+    def card(self, monkeypatch):
+        self.modes: list[str] = []
+        answers = {
+            "synchronize": lambda: None,
+            "set_sync_debug_mode": self.modes.append,
+            "mem_get_info": lambda *_: (20 * 2**30, 24 * 2**30),
+            "get_device_capability": lambda *_: (8, 9),
+            "get_device_name": lambda: "A card",
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        work_sizes.cache_clear()
+        yield
+        work_sizes.cache_clear()
+
+    def test_what_is_there(self):
+        _, device = equality.describe("cuda")
+        assert device.figure.startswith("A card, compute capability 8.9, CUDA ")
+        assert device.figure.endswith("20.0 of 24.0 GiB free; 128 MiB at a time, grouped_mm is a loop in bf16")
+
+    def test_waits_that_torch_tells_in_any_thread(self):
+        def warn():
+            warnings.warn(waits.MESSAGE, stacklevel=1)
+
+        with waits.waits("cuda") as found:
+            assert self.modes == ["warn"]
+            thread = threading.Thread(target=warn)
+            thread.start()
+            thread.join()
+            warn()
+            warnings.warn("another", stacklevel=1)
+        assert self.modes == ["warn", "default"]
+        ((place, times),) = found.items()
+        assert times == 2
+        assert place.startswith("tests/examples/test_gpu_session.py:")
+
+    def test_times_by_events(self, monkeypatch):
+        class Event:
+            def __init__(self, enable_timing):
+                self.at = None
+
+            def record(self):
+                self.at = time.perf_counter()
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        times = one_layer.timed(lambda: 0.02, time.sleep, 2, "cuda")
+        assert times["host"] >= times["events"] >= 20
 
 
 def child(code: str, limit: float) -> list[Row]:
