@@ -117,4 +117,6 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
+    # A section is in a session of its own: who ends this process by a signal ends that, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())

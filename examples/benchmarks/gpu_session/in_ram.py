@@ -67,6 +67,7 @@ def allocated(device: str) -> int:
 
 def equality(models: dict[str, PeftModel], batch: dict[str, torch.Tensor]) -> Row:
     """Loss and gradients under three tiers; of the resident model twice, since a card may not repeat itself."""
+    batch = {name: value[:, :512] for name, value in batch.items()}  # three rows of logits are to fit beside two models
     runs = [gradients(models[name], batch) for name in (RESIDENT, RESIDENT, IN_RAM, IN_RAM)]
     differing = [sum(not torch.equal(mine, its) for mine, its in zip(runs[0], run, strict=True)) for run in runs[1:]]
     repeated, first, second = differing
