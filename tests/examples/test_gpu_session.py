@@ -92,9 +92,13 @@ class TestWhatIsWrongIsSaid:
         run = equality.run_row_by_row
         monkeypatch.setattr(equality, "run_row_by_row", lambda *args: 1.1 * run(*args))
         row = equality.compare("row by row", "row by row", torch.bfloat16, "dense", TOY, "cpu")
-        assert row.verdict.startswith("failed: 3 tensors too far, first gated, skewed")
+        assert row.verdict.startswith("failed: 3 are wrong, first gated, skewed")
         monkeypatch.setattr(equality, "run_row_by_row", lambda *args: torch.nan * run(*args))
         assert equality.compare("", "row by row", torch.bfloat16, "dense", TOY, "cpu").has_failed
+        monkeypatch.setattr(equality, "run_row_by_row", lambda *args: torch.zeros(2) @ torch.zeros(3))
+        row = equality.compare("", "row by row", torch.bfloat16, "dense", TOY, "cpu")
+        assert row.verdict.startswith("failed: 3 are wrong, first gated, skewed, absent experts: ")
+        assert "size" in row.verdict
 
     def test_a_device_that_packs_other_bytes(self, monkeypatch):
         devices = iter([0.0, 0.3])
@@ -110,7 +114,7 @@ class TestWhatIsWrongIsSaid:
             layout, "group_by_expert", lambda index, *args: (index.max().item(), group(index, *args))[1]
         )
         forward, backward, again = waits.in_a_layer(TOY, "cpu")
-        assert forward.verdict == "failed: it should wait 1 times at most"
+        assert forward.verdict == "failed: 1 expected"
         assert "test_gpu_session.py" not in forward.figure, "the frame of the package is named"
         assert backward.verdict == "ok"
         assert again.has_failed
@@ -119,7 +123,7 @@ class TestWhatIsWrongIsSaid:
         times = {"events": 1.0, "host": 2.0}
         calls = one_layer.Calls(launches=140, waits=2, copies_down=1, milliseconds=0.5)
         row = one_layer.described("forward", one_layer.FORWARD, times, calls)
-        assert row.verdict == "failed: it should wait 1 times at most"
+        assert row.verdict == "failed: 1 expected"
         assert "1.00 ms by events, 2.00 on the host, 0.50 of kernels; launches 140, waits 2" in row.figure
 
     def test_memory_beside_the_plan(self, monkeypatch):

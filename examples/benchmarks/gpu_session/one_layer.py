@@ -96,7 +96,7 @@ def described(case: str, part: str, times: dict[str, float], calls: Calls) -> Ro
         f"{times['events']:.2f} ms by events, {times['host']:.2f} on the host, {calls.milliseconds:.2f} of kernels; "
         f"launches {calls.launches}, waits {calls.waits}, copies to the host {calls.copies_down}"
     )
-    return Row(case, figure, verdict(calls.waits <= most, f"it should wait {most} times at most"), times | vars(calls))
+    return Row(case, figure, verdict(calls.waits <= most, f"{most} expected"), times | vars(calls))
 
 
 def timed(prepare: Callable[[], Any], work: Callable[[Any], Any], repetitions: int, device: str) -> dict[str, float]:

@@ -107,7 +107,7 @@ def told(case: str, found: Counter, most: int | None = None) -> Row:
     total, ours = sum(found.values()), sum(times for place, times in found.items() if is_ours(place))
     places = [f"{place} x {times}" if times > 1 else place for place, times in sorted(found.items(), key=is_others)]
     figure = f"waits {total}, ours {ours}" + (": " if places else "") + ", ".join(places)
-    result = MEASURED if most is None else verdict(ours <= most, f"it should wait {most} times at most")
+    result = MEASURED if most is None else verdict(ours <= most, f"{most} expected")
     return Row(case, figure, result, {"waits": total, "ours": ours})
 
 
