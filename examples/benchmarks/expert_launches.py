@@ -9,16 +9,16 @@ Memory is what autograd keeps between forward and backward, and the peak in each
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import HfArgumentParser
-from transformers.integrations.moe import use_experts_implementation
 
 from ordmoe_peft._compat import FakeTensorMode
 from ordmoe_peft.cli.tables import print_table
@@ -28,8 +28,9 @@ from ordmoe_peft.experts.row_by_row import run_row_by_row
 from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, on_gpu
 from ordmoe_peft.tools.plan.trace import MemoryTrace, fake_of
 
+from .layers import DECODING, LAYERS, Layer, R, empty_experts, projections, routing, stack_shape
 
-R = 16
+
 # Operators that launch nothing: views, allocations, and what reads a number on the host, which is counted by itself.
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "expand", "lift_fresh", "permute"),
@@ -40,43 +41,6 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 # What makes the host wait for the device; `item` and its like are `_local_scalar_dense` to the dispatcher.
 WAITING_METHODS = {"tolist", "cpu", "numpy"}
 WAITING_OPERATORS = {"_local_scalar_dense", "_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive"}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The experts of a layer, and how tokens are routed.
-
-    Args:
-        experts (`int`), top_k (`int`), hidden (`int`), width (`int`): E, K, H and F.
-        tokens (`int`): T.
-        skew (`float`, defaults to 0): Zipf exponent of the experts' popularity.
-        has_bias (`bool`), is_transposed (`bool`): the layout, both `False` by default.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    width: int
-    tokens: int
-    skew: float = 0.0
-    has_bias: bool = False
-    is_transposed: bool = False
-
-
-QWEN3_30B = Layer(128, 8, 2048, 768, 2048)
-GPT_OSS_20B = Layer(32, 4, 2880, 2880, 2048, has_bias=True, is_transposed=True)
-LAYERS = {
-    "Qwen3-30B-A3B, even": QWEN3_30B,
-    "Qwen3-30B-A3B, Zipf 0.5": replace(QWEN3_30B, skew=0.5),
-    "Qwen3-30B-A3B, Zipf 1": replace(QWEN3_30B, skew=1.0),
-    "Qwen3-30B-A3B, 8,192 tokens": replace(QWEN3_30B, tokens=8192),
-    "gpt-oss-20b, even": GPT_OSS_20B,
-    "Mixtral-8x7B, even": Layer(8, 2, 4096, 14336, 2048),
-}
-DECODING = {
-    "Qwen3-30B-A3B, 1 token": replace(QWEN3_30B, tokens=1),
-    "gpt-oss-20b, 1 token": replace(GPT_OSS_20B, tokens=1),
-}
 
 
 @dataclass
@@ -110,16 +74,33 @@ class CountingTrace(MemoryTrace):
         return super()._run(func, args, kwargs)
 
 
-class HostWatch(TorchFunctionMode):
-    """Counts what the host reads from tensors and makes of its own numbers."""
+class HostWatch(ExitStack):
+    """Within the block, counts what the host reads from tensors and makes of its own numbers. In backward, too, where
+    torch's function modes do not reach."""
 
     counts: Counts
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        self.counts.waits += name in WAITING_METHODS
-        self.counts.uploads += func in (torch.tensor, torch.as_tensor)
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> "HostWatch":
+        for name in WAITING_METHODS:
+            self._watch(torch.Tensor, name, self.note_wait)
+        for name in ("tensor", "as_tensor"):
+            self._watch(torch, name, self.note_upload)
+        return super().__enter__()
+
+    def note_wait(self) -> None:
+        self.counts.waits += 1
+
+    def note_upload(self) -> None:
+        self.counts.uploads += 1
+
+    def _watch(self, owner: Any, name: str, note: Callable[[], None]) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            note()
+            return function(*args, **kwargs)
+
+        self.enter_context(mock.patch.object(owner, name, watched))
 
 
 def main() -> None:
@@ -209,33 +190,14 @@ def build(layer: Layer, packed: bool, dtype: torch.dtype, fakes: FakeTensorMode)
     experts = empty_experts(layer, dtype)
     lora = {}
     for name, out_features, in_features in projections(layer):
-        shape = (in_features, out_features) if layer.is_transposed else (out_features, in_features)
-        weight = packed_without_bytes((layer.experts, *shape), dtype) if packed else leaf(layer.experts, *shape)
+        shape = stack_shape(layer, out_features, in_features)
+        weight = packed_without_bytes(shape, dtype) if packed else leaf(*shape)
         experts.register_parameter(name, weight.requires_grad_(False))
         if layer.has_bias:
             experts.register_parameter(f"{name}_bias", leaf(layer.experts, out_features).requires_grad_(False))
         A, B = leaf(layer.experts * R, in_features), leaf(out_features, R * layer.experts)
         lora[name] = [LowRank(A, B, layer.experts, 2.0)]
     return experts, lora, leaf(layer.tokens, layer.hidden), routing(layer), leaf(layer.tokens, layer.top_k)
-
-
-def projections(layer: Layer) -> list[tuple[str, int, int]]:
-    return [("gate_up_proj", 2 * layer.width, layer.hidden), ("down_proj", layer.hidden, layer.width)]
-
-
-def empty_experts(layer: Layer, dtype: torch.dtype) -> nn.Module:
-    """A module of experts as transformers' are, without weights."""
-
-    class Experts(nn.Module):
-        def __init__(self, config: Any):
-            super().__init__()
-            self.num_experts, self.act_fn, self.config = layer.experts, nn.SiLU(), config
-
-    class Config:
-        _experts_implementation = "ordmoe"
-
-    flags = {"has_bias": layer.has_bias, "is_transposed": layer.is_transposed}
-    return use_experts_implementation(Experts, **flags)(Config())
 
 
 def packed_without_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> Params4bit:
@@ -265,15 +227,6 @@ def packed_without_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> Par
         compress_statistics=True,
         bnb_quantized=True,
     )
-
-
-def routing(layer: Layer) -> torch.Tensor:
-    """Each token's experts (`torch.Tensor` of shape `(T, K)`), drawn without replacement."""
-    generator = torch.Generator().manual_seed(0)
-    popularity_E = -layer.skew * torch.log(torch.arange(1, layer.experts + 1).float())
-    popularity_E = popularity_E[torch.randperm(layer.experts, generator=generator)]
-    noise_TE = torch.randn(layer.tokens, layer.experts, generator=generator)
-    return (noise_TE + popularity_E).topk(layer.top_k).indices
 
 
 if __name__ == "__main__":

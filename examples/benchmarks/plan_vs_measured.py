@@ -16,20 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import get_peft_model
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoETrainer, OrdMoETrainingArguments
+from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.cli.tables import percent, print_table
 from ordmoe_peft.tools.plan.activations import step_inputs
 from ordmoe_peft.tools.plan.plan import plan_memory
 from ordmoe_peft.tools.plan.settings import PlanSettings
 from ordmoe_peft.tools.plan.weights import model_class
 
-from .measuring import in_a_fresh_process, peak_of, print_cpu
+from .measuring import in_a_fresh_process, print_cpu
+from .trainers import MeasuringTrainer, trainer_on
 
 
 MIB = 2**20
@@ -157,48 +156,9 @@ def measure(case: Case) -> int:
         model = get_peft_model(model, settings.adapter_config())
         batch = step_inputs(config, settings)
         batch = {name: make() if callable(make) else make for name, make in batch.items()}
-        trainer = MeasuringTrainer(
-            model,
-            args=OrdMoETrainingArguments(
-                folder,
-                per_device_train_batch_size=settings.batch_size,
-                gradient_accumulation_steps=2,
-                max_steps=1,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-                tier_passes=settings.tier_passes,
-                log_tiers_every=0,
-                max_length=None,
-                bf16=True,
-                use_cpu=True,
-                report_to="none",
-                save_strategy="no",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
-            train_dataset=Dataset.from_dict({"input_ids": [[1]] * 4 * settings.batch_size}),
-            data_collator=lambda rows: dict(batch),
-            processing_class=tokenizer(),
-        )
+        trainer = trainer_on(model, batch, settings, folder, MeasuringTrainer)
         trainer.train()
     return trainer.peaks[-1]
-
-
-class MeasuringTrainer(OrdMoETrainer):
-    """Notes the peak of each training step."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        losses = []
-        peak = peak_of(lambda: losses.append(super(MeasuringTrainer, self).training_step(*args, **kwargs)))
-        self.peaks = [*getattr(self, "peaks", ()), peak]
-        return losses[0]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that is never asked to tokenise."""
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def run(index: int) -> list[str]:

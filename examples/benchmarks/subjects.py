@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.moe_model import MoEModel
@@ -72,6 +72,19 @@ def build_base(shape: Shape, dtype: torch.dtype, nf4: bool, device: str) -> Qwen
         norm_topk_prob=True,
         dtype=dtype,
     )
+    model = random_model(config, dtype, device)
+    for layer in MoEModel.of(model).layers:
+        if nf4:
+            for name in layer.projections:
+                setattr(layer.experts, name, pack_experts(getattr(layer.experts, name).data, name))
+        if shape.used is not None:
+            layer.router.register_forward_hook(lambda _, __, out: (*out[:2], out[2] % shape.used))
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A frozen model with random weights, always the same, made on `device`."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -85,14 +98,7 @@ def build_base(shape: Shape, dtype: torch.dtype, nf4: bool, device: str) -> Qwen
             parameter.normal_(std=0.3 if "gate.weight" in name else 0.02)
         else:
             parameter.fill_(1.0)
-    for layer in MoEModel.of(model).layers:
-        if nf4:
-            for name in layer.projections:
-                setattr(layer.experts, name, pack_experts(getattr(layer.experts, name).data, name))
-        if shape.used is not None:
-            layer.router.register_forward_hook(lambda _, __, out: (*out[:2], out[2] % shape.used))
-    model.enable_input_require_grads()
-    return model.train()
+    return model
 
 
 def variant(base: Qwen3MoeForCausalLM, name: str, checkpointing: bool = False) -> nn.Module:

@@ -12,7 +12,6 @@ the few steps that hold a router to its tier weigh what they weigh in use.
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,6 @@ from transformers import (
     PrinterCallback,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    TrainerCallback,
 )
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
@@ -39,6 +37,7 @@ from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, ti
 from ordmoe_peft.cli.tables import print_table
 
 from .measuring import by_turns, grouped_mm_flops, in_a_fresh_process, peak_of, print_cpu
+from .trainers import Clock
 
 
 @dataclass
@@ -76,19 +75,6 @@ ORDMOE: dict[str, tuple[dict, dict]] = {
     "C = 3, response scope, rows": ({"token_scope": "response"}, {"tier_passes": "batched", "share_prompt": False}),
     "C = 3, response scope, shared prompt": ({"token_scope": "response"}, {"tier_passes": "batched"}),
 }
-
-
-class Clock(TrainerCallback):
-    """The seconds of each optimizer step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.began)
 
 
 def words(options: Options) -> PreTrainedTokenizerFast:
