@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -124,7 +124,30 @@ class _Running(threading.local):
     forward: RunningForward | None = None
 
 
-_running = _Running()
+class _Uncompiled:
+    """A context within which compiled modules run uncompiled, in any number of threads at a time.
+
+    torch's compile stance is the whole process's, and whoever sets it sets it back to what it was then: of two threads
+    that overlap, the second would set back what the first had set.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._num_open, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_open:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._num_open += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        with self._lock:
+            self._num_open -= 1
+            if not self._num_open:
+                self._stance.close()
+
+
+_running, _uncompiled = _Running(), _Uncompiled()
 # Plans that the `with` blocks of this thread ask for: id of the text model → plan.
 _requested: ContextVar[dict[int, TierPlan]] = ContextVar("requested_tiers", default={})  # noqa: B039 (never mutated)
 # How many `with` blocks of any thread ask for tiers: id of the handles of a text model's hooks, which replicas share.
@@ -154,7 +177,7 @@ def tiers_requested(plans: dict[nn.Module, TierPlan]) -> Iterator[None]:
         _open_blocks.update(keys)
     is_plain = all(plan.is_top for plan in plans.values())
     try:
-        with nullcontext() if is_plain else torch.compiler.set_stance("force_eager"):
+        with nullcontext() if is_plain else _uncompiled:
             yield
     finally:
         with _open_blocks_lock:
@@ -277,7 +300,7 @@ def _carry_forward(checkpoint: Callable) -> Callable:
             is_plain = forward is None or forward.plan is None
             try:
                 # The block of the tiers may have closed by now.
-                with nullcontext() if is_plain else torch.compiler.set_stance("force_eager"):
+                with nullcontext() if is_plain else _uncompiled:
                     return function(*run_args, **run_kwargs)
             finally:
                 _running.forward = before

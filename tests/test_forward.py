@@ -260,3 +260,34 @@ def test_hooks_come_off(model):
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert not hasattr(module, "tier_hook_handles") and not hasattr(module, "forward_hook_handles")
+
+
+def test_blocks_of_two_threads_that_overlap_leave_compilation_on():
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=2))
+    first_is_open, second_is_open, first_is_closed = (threading.Event() for _ in range(3))
+
+    def first():
+        with tier_routing(model, 2):
+            first_is_open.set()
+            second_is_open.wait(timeout=10)
+        first_is_closed.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_open.wait(timeout=10)
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: x * 2 + 1, backend=count)
+    with tier_routing(model, 3):
+        second_is_open.set()
+        first_is_closed.wait(timeout=10)
+        function(torch.ones(2))
+        assert not compiled, "the second block is open"
+    thread.join()
+    function(torch.ones(3))
+    assert compiled
+    torch.compiler.reset()
