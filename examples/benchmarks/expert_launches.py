@@ -7,10 +7,11 @@ leaves out views and allocations; moments in which the host needs a number from 
 Memory is what autograd keeps between forward and backward, and the peak in each, over weights and inputs.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -22,15 +23,15 @@ from transformers import HfArgumentParser
 
 from ordmoe_peft._compat import FakeTensorMode
 from ordmoe_peft.cli.tables import print_table
-from ordmoe_peft.experts.forward import frozen_experts, frozen_step, grouped_forward
+from ordmoe_peft.experts.forward import forward_on_host, frozen_step, grouped_forward
 from ordmoe_peft.experts.frozen import LowRank, run_frozen_experts
-from ordmoe_peft.experts.row_by_row import run_row_by_row
 from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, on_gpu
 from ordmoe_peft.tools.plan.trace import MemoryTrace, fake_of
 
 from .layers import DECODING, LAYERS, Layer, R, empty_experts, projections, routing, stack_shape
 
 
+DECODED_TOKENS = (1, 8, 32)
 # Operators that launch nothing: views, allocations, and what reads a number on the host, which is counted by itself.
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "expand", "lift_fresh", "permute"),
@@ -120,10 +121,11 @@ def main() -> None:
     columns = ["layer", "path", "forward", "waits", "uploads", "backward", "waits", "MiB kept", "peak", "peak backward"]
     print_table("Operators of one MoE layer with LoRA r 16, bf16, 4 bits with double quantisation", columns, rows)
     rows = []
-    for name, layer in DECODING.items():
-        counts = count_decoding(layer)
-        rows.append([name, f"{counts.launches}", f"{counts.waits}"])
-    print_table("\nDecoding, row by row", ["layer", "forward", "waits"], rows)
+    for name, budget in itertools.product(DECODING, options.budgets):
+        counts = [count_decoding(replace(DECODING[name], tokens=tokens), on_gpu(budget)) for tokens in DECODED_TOKENS]
+        rows.append([name, str(budget), *(f"{each.launches}, {each.waits}" for each in counts)])
+    columns = ["layer", "MiB at a time", *(f"{tokens} tokens" for tokens in DECODED_TOKENS)]
+    print_table("\nA forward without gradients, as in decoding: operators, waits", columns, rows)
 
 
 def described(figures: tuple[Counts, Counts, int, int, int]) -> list[str]:
@@ -169,14 +171,14 @@ def count_step(
     return forward, backward, kept, peak, trace.peak
 
 
-def count_decoding(layer: Layer, dtype: torch.dtype = torch.bfloat16) -> Counts:
+def count_decoding(layer: Layer, sizes: WorkSizes, dtype: torch.dtype = torch.bfloat16) -> Counts:
     """What a forward of few tokens takes without gradients, on packed experts."""
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     experts, lora, x_TH, index_TK, weights_TK = build(layer, True, dtype, fakes)
     trace, watch, counts = CountingTrace(fakes), HostWatch(), Counts()
     trace.counts = watch.counts = counts
     with torch.no_grad(), fakes, trace, watch:
-        run_row_by_row(x_TH, weights_TK, frozen_experts(experts, lora, x_TH.device), index_TK)
+        forward_on_host(experts.eval(), x_TH, index_TK, weights_TK, lora, sizes)
     return counts
 
 

@@ -49,8 +49,9 @@ LAYERS = {
     "Mixtral-8x7B, even": Layer(8, 2, 4096, 14336, 2048),
 }
 DECODING = {
-    "Qwen3-30B-A3B, 1 token": replace(QWEN3_30B, tokens=1),
-    "gpt-oss-20b, 1 token": replace(GPT_OSS_20B, tokens=1),
+    "Qwen3-30B-A3B": replace(QWEN3_30B, tokens=1),
+    "gpt-oss-20b": replace(GPT_OSS_20B, tokens=1),
+    "Mixtral-8x7B": replace(LAYERS["Mixtral-8x7B, even"], tokens=1),
 }
 
 

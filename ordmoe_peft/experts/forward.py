@@ -84,7 +84,7 @@ def experts_forward(
     device = hidden_states.device
     if not is_any_packed and (is_trained(self) or has_grouped_kernel(device, self.down_proj.dtype)):
         return grouped_forward(self, hidden_states, top_k_index, top_k_weights, lora)
-    return _forward_on_host(self, hidden_states, top_k_index, top_k_weights, lora)
+    return forward_on_host(self, hidden_states, top_k_index, top_k_weights, lora)
 
 
 def check_experts(experts: nn.Module, is_any_packed: bool) -> None:
@@ -118,22 +118,29 @@ def is_trained(experts: nn.Module) -> bool:
 
 
 @torch.compiler.disable(reason="OrdMoE lays rows out by expert on the host")
-def _forward_on_host(
-    experts: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, lora: dict
+def forward_on_host(
+    experts: nn.Module,
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    lora: dict[str, list[LowRank]],
+    sizes: WorkSizes | None = None,
 ) -> torch.Tensor:
-    sizes = work_sizes(x_TH.device)
+    """[`experts_forward`] of frozen experts; `sizes` are those of the tokens' device by default."""
+    sizes = sizes or work_sizes(x_TH.device)
     # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
     if not experts.training and not torch.is_grad_enabled():
         frozen = frozen_experts(experts, lora, x_TH.device)
-        if 0 < index_TK.numel() <= most_few_rows(frozen, sizes):
+        if 0 < index_TK.numel() <= most_few_rows(frozen, sizes, index_TK.shape[1]):
             run = run_few_rows if sizes.matrices is None else run_row_by_row
             return run(x_TH, weights_TK, frozen, index_TK)
     return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, sizes))
 
 
-def most_few_rows(frozen: FrozenExperts, sizes: WorkSizes) -> int:
-    """Routed rows up to which they are few: on GPUs each gets a matrix of its own, and all of these exist at a time."""
-    return FEW_ROWS if sizes.matrices is None else sizes.matrices // _matrix_bytes(frozen)
+def most_few_rows(frozen: FrozenExperts, sizes: WorkSizes, top_k: int) -> int:
+    """Routed rows up to which they are few: on GPUs each gets a matrix of its own, and all of these exist at a time.
+    One token's always are, so that the host need not wait in decoding."""
+    return FEW_ROWS if sizes.matrices is None else max(top_k, sizes.matrices // _matrix_bytes(frozen))
 
 
 def frozen_step(

@@ -191,7 +191,7 @@ def _back_through_chunks(
             grad_weight_S1[chunk.slots] = (grad_a_MF * a_MF).sum(dim=-1, keepdim=True)
             if experts.down.bias_EO is not None:
                 for block, grad_CMH, weight_CM1 in chunk.by_block(grad_MH, grad_weight_S1[chunk.slots]):
-                    weight_CM1 += grad_CMH @ experts.down.bias_EO[block].unsqueeze(-1)
+                    weight_CM1 += grad_CMH @ experts.down.bias_EO[block].to(grad_CMH.dtype).unsqueeze(-1)
         down.add_factor_grads(chunk, a_MF, grad_MH, down_small_grads, weight_M1)
         if not needs_x and not up.needs_factors:
             continue

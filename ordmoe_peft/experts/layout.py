@@ -246,7 +246,7 @@ def group_by_expert(top_k_index_TK: torch.Tensor, num_experts: int) -> tuple[tor
 
 def upload(values: list[int], device: torch.device) -> torch.Tensor:
     """`values` on `device` (`torch.Tensor` of dtype int64). From pinned memory, so that the host does not wait."""
-    on_host = torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(values, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 

@@ -79,12 +79,18 @@ def on_gpu(matrices_mib: int = 128) -> WorkSizes:
 
 @cache
 def work_sizes(device: torch.device) -> WorkSizes:
-    """The sizes for `device`. On CUDA they depend on the memory that is free when this is first asked for."""
+    """The sizes for `device`. On CUDA they depend on the memory that is free when this is first asked for, and stay."""
     if device.type == "cpu":
         return ON_CPU
     if device.type != "cuda":
         return on_gpu()
-    return on_gpu_with(torch.cuda.mem_get_info(device)[0])
+    return on_gpu_with(free_on_cuda(device))
+
+
+def free_on_cuda(device: torch.device) -> int:
+    """Bytes that are free on a CUDA device. What torch's allocator holds unused is free as well."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def on_gpu_with(free: int) -> WorkSizes:
@@ -95,10 +101,11 @@ def on_gpu_with(free: int) -> WorkSizes:
 
 
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` is one kernel there: in bf16 on cards of compute capability 9 and 10.
-    Elsewhere it is a loop over the experts on the host, which waits for the device first (torch 2.13,
+    """Whether `torch.nn.functional.grouped_mm` is one kernel there: in bf16 on NVIDIA's cards of compute capability 9
+    and 10. Elsewhere it is a loop over the experts on the host, which waits for the device first (torch 2.13,
     `aten/src/ATen/native/cuda/GroupedBlas.cpp`)."""
-    return device.type == "cuda" and is_one_kernel(torch.cuda.get_device_capability(device)[0], dtype)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and is_one_kernel(torch.cuda.get_device_capability(device)[0], dtype)
 
 
 def is_one_kernel(capability: int, dtype: torch.dtype) -> bool:

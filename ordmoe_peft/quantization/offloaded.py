@@ -31,8 +31,10 @@ class OffloadedParams4bit(Params4bit):
     ring: Ring
     on_device: torch.Tensor | None
 
-    def version(self) -> int:
-        return version_of(self)
+    def version(self) -> tuple[int, ...]:
+        """What changes where bytes or scales do. Writes in place through `.data` are not seen: torch counts none."""
+        absmax = self.quant_state.absmax
+        return self.data_ptr(), version_of(self), absmax.data_ptr(), version_of(absmax)
 
     def in_ram(self) -> list[torch.Tensor]:
         """Bytes and block scales."""
@@ -123,7 +125,7 @@ def _in_ram(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta or not torch.cuda.is_available():
         return tensor if tensor.is_meta else tensor.cpu()
     try:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     except RuntimeError as error:
         raise OrdMoEModelError(
             f"offload_experts=True: {tensor.nbytes / 2**30:.2f} GiB of RAM cannot be pinned ({error}). All packed "

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import OrdMoERuntimeError
+
 
 # Bytes to whose multiples each tensor in a place is moved up; what a CUDA allocation is aligned to.
 ALIGNMENT = 256
@@ -28,8 +30,8 @@ class Stack(Protocol):
 
     on_device: torch.Tensor | None
 
-    def version(self) -> int:
-        """How often it was written to."""
+    def version(self) -> tuple[int, ...]:
+        """What changes where it is written to."""
 
     def in_ram(self) -> list[torch.Tensor]:
         """The tensors that are to be copied."""
@@ -50,7 +52,7 @@ class Place:
 
     def __init__(self) -> None:
         self.memory: torch.Tensor | None = None
-        self.stacks: list[tuple[weakref.ref, int]] = []
+        self.stacks: list[tuple[weakref.ref, tuple[int, ...]]] = []
         self.copies: list[torch.Tensor] = []
         self.ready: Any = None
 
@@ -119,6 +121,11 @@ class Ring:
         if self._device == device:
             return
         self._module = torch.get_device_module(device)
+        if not hasattr(self._module, "Stream") or not hasattr(self._module, "stream"):
+            raise OrdMoERuntimeError(
+                f"offload_experts=True copies experts to the device beside its work, and {device.type} has no streams "
+                "for that. Load the model without it."
+            )
         self._stream = self._module.Stream() if device.type == "cpu" else self._module.Stream(device=device)
         self._stream.wait_stream(self._module.current_stream(device))
         self._here, self._other = Place(), Place()

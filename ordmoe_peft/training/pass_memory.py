@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from ..experts.tuning import free_on_cuda
 from .optimizer_states import local
 
 
@@ -96,9 +97,7 @@ class _CudaMeter:
         self.device = device
 
     def free(self) -> int:
-        # What the allocator holds unused is free as well.
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + unused
+        return free_on_cuda(self.device)
 
     def restart(self) -> int:
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,5 +1,7 @@
 """How many operations a layer of Qwen3-30B-A3B may take on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,9 +45,10 @@ def test_dense_experts_take_as_few():
     assert backward.launches <= 210
 
 
+@pytest.mark.parametrize("budget", [32, 128])
 @pytest.mark.parametrize("name", DECODING)
-def test_a_token_takes_few_operations_and_the_host_never_waits(name):
-    counts = count_decoding(DECODING[name])
+def test_a_token_takes_few_operations_and_the_host_never_waits(name, budget):
+    counts = count_decoding(DECODING[name], on_gpu(budget))
     assert (counts.waits, counts.uploads) == (0, 0)
     assert counts.launches <= 60
     assert counts.by_name["dequantize_4bit"] == 2, "one for each projection"
@@ -59,6 +62,13 @@ def test_a_wait_would_be_counted(reading, monkeypatch):
     monkeypatch.setattr(layout, "group_by_expert", lambda index, *args: (reading(index), group(index, *args))[1])
     forward, *_ = count_step(LAYERS["Qwen3-30B-A3B, even"], on_gpu())
     assert forward.waits == 2
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_more_tokens_take_one_wait(name):
+    counts = count_decoding(replace(DECODING[name], tokens=8), on_gpu(32))
+    assert (counts.waits, counts.uploads) == (1, 1)
+    assert counts.launches <= 60 * 8
 
 
 def test_fp32_counts_as_well():

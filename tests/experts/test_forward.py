@@ -171,6 +171,33 @@ def test_blocks_of_experts_give_what_experts_one_at_a_time_give(use_double_quant
             torch.testing.assert_close(mine, its, rtol=0, atol=scale * (1e-6 if dtype == torch.float32 else 0.01))
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_packed_experts_are_computed_in_a_dtype_of_their_own(flags, compute_dtype, sizes, monkeypatch):
+    """A model in bf16 whose experts are packed by default is computed in fp32."""
+    monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: sizes)
+    module = build_experts(**flags)
+    lora = build_lora(module)
+    for name in lora:
+        stack = getattr(module, name).data
+        setattr(module, name, pack_experts(stack, name, compute_dtype=torch.float32))
+    index = torch.tensor(ROUTINGS["mixed, one expert empty"])
+    x, weights = torch.randn(len(index), HIDDEN).bfloat16().requires_grad_(), torch.rand(index.shape).requires_grad_()
+    inputs = [x, weights, *(tensor for ab in lora.values() for tensor in ab)]
+
+    def run():
+        output = experts_forward(module, x, index, weights, {name: factors(*ab) for name, ab in lora.items()})
+        return [output, *torch.autograd.grad(output.float().pow(2).mean() / 100, inputs)]
+
+    wanted = run()
+    module.bfloat16()
+    for name in lora:
+        getattr(module, name).quant_state.dtype = compute_dtype
+    for mine, its in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(mine.float(), its.float(), rtol=0, atol=0.1 * its.abs().max().item())
+
+
 def test_a_token_that_overflows_in_experts_that_it_does_not_go_to_harms_nobody(monkeypatch):
     """The first token would be infinite in the others: were it what gaps read, their gradients would be NaN."""
     monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: on_gpu())

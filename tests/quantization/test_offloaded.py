@@ -300,6 +300,27 @@ def test_bytes_that_are_loaded_into_a_model_are_those_that_it_runs():
     assert torch.equal(logits(other), wanted)
 
 
+def write_bytes(stack: nn.Parameter) -> None:
+    stack.data = torch.flip(stack.data, (0,))
+
+
+def write_scales(stack: nn.Parameter) -> None:
+    stack.quant_state.absmax.mul_(2)
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_scales])
+def test_stacks_that_are_written_to_are_copied_again(write):
+    in_ram, resident = (packed(offloads).eval() for offloads in (True, False))
+    for _ in range(2):  # from the second forward on, layers are copied ahead
+        assert torch.equal(logits(in_ram), logits(resident))
+    before = logits(resident)
+    for model in (in_ram, resident):
+        for stack in stacks_of(model):
+            write(stack)
+    assert torch.equal(logits(in_ram), logits(resident))
+    assert not torch.equal(logits(resident), before)
+
+
 class TestCheckpoints:
     @pytest.fixture
     def dense(self, tmp_path):

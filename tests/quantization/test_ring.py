@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.quantization.ring import Place, Ring
 
 
@@ -169,6 +170,15 @@ def test_inference_first_and_training_after_it(filled):
     with torch.inference_mode():
         open_all(ring, model * 2)
     open_all(ring, model * 2)
+
+
+def test_a_device_without_streams_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(current_stream=None))
+    with (
+        pytest.raises(OrdMoERuntimeError, match="mps has no streams"),
+        Ring().opened([Numbers(0)], torch.device("mps")),
+    ):
+        pass
 
 
 def test_no_stack_is_kept_alive(filled):
