@@ -110,9 +110,8 @@ class OrdMoETrainingArguments(SFTConfig):
         "'erl' take a further forward, without gradient, of each tier but the first, since the gradient of one depends "
         "on the likelihoods of all. 'auto': the first micro-batch is taken sequentially and measured; from then on "
         "batches run at once, which is faster, where they are expected to fit into four fifths of the memory that "
-        "gradients and optimizer states leave free. It says up to how many tokens that is and why, and keeps to it when "
-        "resumed. "
-        "Batches that do not fit are measured again where they have more than twice the tokens.",
+        "gradients and optimizer states leave free. It says up to how many tokens that is and why, and keeps to it "
+        "when resumed. Batches that do not fit are measured again where they have more than twice the tokens.",
     )
     max_nonfinite_steps: int = _option(
         10,
