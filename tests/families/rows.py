@@ -1,0 +1,319 @@
+"""The table: a row for each Mixture-of-Experts class of transformers.
+
+A row says how its configuration is made small, which inputs it takes and what is refused today. A new family fails
+`test_every_family_has_a_row` until it has one: add `Row("ItsForCausalLM")`, run `pytest tests/families -k its_folder`,
+and say in `refused` what is refused and with which message.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tests.families import tiny
+from tests.families.tiny import EXPERTS, HIDDEN, LAYERS, TOP_K, WIDTH
+
+
+@dataclass(frozen=True)
+class Row:
+    """A class and what is expected of it.
+
+    Args:
+        name (`str`): the model class.
+        changes (`dict`): of its tiny configuration; see [`~tests.families.tiny.tiny_config`].
+        media (`dict`): its inputs beside text; see [`~tests.families.tiny.tiny_batch`].
+        refused (`dict`): `"tiers"`, `"lora"` or `"4 bits"` → regular expression of the message that refuses it. What is
+            not named works.
+        upstream (`dict`): name of a test → why it cannot hold, for a reason that lies in transformers or PEFT alone.
+        variant (`str`): what sets it apart from the class's other rows.
+        since (`str`): the version of transformers that has it first, where not all supported ones do.
+    """
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    upstream: dict[str, str] = field(default_factory=dict)
+    variant: str = ""
+    since: str = ""
+
+    @cached_property
+    def model_class(self) -> type[PreTrainedModel] | None:
+        return tiny.class_named(self.name)
+
+    @property
+    def folder(self) -> str:
+        return self.model_class.__module__.split(".")[-2]
+
+    @property
+    def id(self) -> str:
+        """The folder and the class, so that `pytest -k` finds it by either."""
+        variant = f"-{self.variant}".replace(" ", "_") if self.variant else ""
+        return f"{self.folder}-{self.name}{variant}"
+
+    @property
+    def works(self) -> bool:
+        return not self.refused
+
+
+NO_MOE = "has no MoE layers: OrdMoE works on models with fused routed experts"
+NO_ROUTER = "has experts but no router that has one row of weights per expert; its tiers are unknown"
+NO_ROUTER_ROLE = "targets has 'router', but .* has nothing of that role"
+NOT_INTERFACE = "cannot be loaded in 4 bits: its class does not use transformers' experts interface"
+ONE_INPUT_MORE = r"forward\(\) missing 1 required positional argument: 'e_score_correction_bias'"
+HASH = r"forward\(\) missing 1 required positional argument: 'input_ids'"
+NO_TOPK = "chose experts by 0 calls of torch.topk over its 8 scores where tiers need exactly one"
+
+CHILD_ROUTER = {"tiers": NO_ROUTER, "lora": NO_ROUTER_ROLE}
+INPUT_ROUTER = {"tiers": ONE_INPUT_MORE, "lora": ONE_INPUT_MORE}
+NOTHING = {"tiers": NO_MOE, "lora": NO_MOE, "4 bits": NO_MOE}
+UNDECORATED = {"tiers": NO_MOE, "lora": NO_MOE, "4 bits": NOT_INTERFACE}
+
+
+def under(path: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return {f"{path}.{name}": value for name, value in changes.items()}
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = ROPE | {"mrope_section": [4, 2, 2]}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    **{"num_hidden_layers": 4, "n_group": 1, "topk_group": 1},
+}
+GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0, "per_layer_config": ...},
+}
+GEMMA_MOE = GEMMA | {"enable_moe_block": True}
+DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+    **{"head_dim": 16, "per_layer_config": ..., "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 16},
+}
+QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "hc_lowrank": 8},
+    **{"indexer_compress_ratio": 4, "ple_layer_ids": []},
+}
+TALKER = {
+    "text_config.shared_expert_intermediate_size": 40,
+    "text_config.mlp_only_layers": [],
+    "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
+    **{"thinker_hidden_size": HIDDEN, "spatial_merge_size": 2, "num_code_groups": 4, "accept_hidden_layer": 1},
+    **under("code_predictor_config", {"num_code_groups": 4, "hidden_size": HIDDEN, "num_attention_heads": 4}),
+    "code_predictor_config.layer_types": ["full_attention"] * 2,
+}
+
+ROWS = [
+    Row("AfmoeForCausalLM", refused=CHILD_ROUTER),
+    Row("AriaTextForCausalLM"),
+    Row("AriaForConditionalGeneration"),
+    Row("AXK1ForCausalLM"),
+    Row("AXK2ForCausalLM"),
+    Row("BailingHybridForCausalLM"),
+    Row("BeamForCausalLM"),
+    Row("Cohere2MoeForCausalLM"),
+    Row(
+        "DbrxForCausalLM",
+        {
+            **{"rope_parameters": ROPE, "d_model": 64, "n_heads": 4},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
+        },
+        refused=NOTHING,
+    ),
+    Row("DeepseekOcr2ForConditionalGeneration", under("text_config", DENSE_FIRST)),
+    Row("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+    Row("DeepseekV2ForCausalLM", {"topk_method": "greedy"}, variant="no groups"),
+    Row("DeepseekV3ForCausalLM"),
+    Row("DeepseekV3ForCausalLM", {"n_group": 1, "topk_group": 1}, variant="no groups"),
+    Row("DeepseekV3ForCausalLM", {"topk_group": 3}, variant="3 of 4 groups"),
+    Row("DeepseekV32ForCausalLM"),
+    Row(
+        "DeepseekV4ForCausalLM",
+        {
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            **{"num_key_value_heads": 1, "head_dim": 16, "partial_rotary_factor": 0.5},
+        },
+        refused={"tiers": HASH, "lora": HASH},
+    ),
+    Row(
+        "DiffusionGemmaForBlockDiffusion",
+        under("text_config", GEMMA) | {"canvas_length": 4},
+        refused=CHILD_ROUTER | {"4 bits": "are one and the same stack, which packing would part"},
+    ),
+    Row("DogeForCausalLM", {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4}, refused=NOTHING),
+    Row("Dots1ForCausalLM"),
+    Row("Dots3NoteForCausalLM", DOTS3),
+    Row("Dots3NoteForConditionalGeneration", under("text_config", DOTS3), refused=INPUT_ROUTER),
+    Row("Ernie4_5_MoeForCausalLM"),
+    Row(
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        under("text_config", DENSE_FIRST | {"moe_num_experts": EXPERTS, "moe_intermediate_size": [32, 24]})
+        | {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+    ),
+    Row("ExaoneMoeForCausalLM"),
+    Row("FlexOlmoForCausalLM"),
+    Row("FlintForCausalLM"),
+    Row("Gemma4ForCausalLM", GEMMA_MOE, refused=CHILD_ROUTER),
+    Row("Gemma4ForConditionalGeneration", under("text_config", GEMMA_MOE), refused=CHILD_ROUTER),
+    Row("Glm4MoeForCausalLM"),
+    Row("Glm4MoeLiteForCausalLM"),
+    Row(
+        "Glm4vMoeForConditionalGeneration",
+        {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    ),
+    Row(
+        "Glm5NextForConditionalGeneration",
+        under("text_config", DENSE_FIRST | {"qk_rope_head_dim": 0, "qk_nope_head_dim": 16})
+        | {
+            "text_config.layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
+            "text_config.indexer_types": ["full"] * LAYERS,
+        },
+    ),
+    Row("GlmMoeDsaForCausalLM"),
+    Row("GptOssForCausalLM"),
+    Row("GraniteMoeForCausalLM"),
+    Row("GraniteMoeSWAForCausalLM"),
+    Row("GraniteMoeHybridForCausalLM", {"layer_types": ["mamba", "attention", "mamba"]}),
+    Row("GraniteMoeSharedForCausalLM"),
+    Row("HunYuanMoEV1ForCausalLM", refused=CHILD_ROUTER),
+    Row("HunYuanMoEV1ForCausalLM", {"moe_topk": [TOP_K] * LAYERS}, refused=CHILD_ROUTER, variant="list of top-k"),
+    Row("HYV3ForCausalLM", refused=INPUT_ROUTER),
+    Row("HYV4ForCausalLM"),
+    Row(
+        "HYV4VLForConditionalGeneration",
+        {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+        since="5.24",
+    ),
+    Row("InklingForCausalLM", refused=CHILD_ROUTER | {"4 bits": NOT_INTERFACE}),
+    Row(
+        "InklingForConditionalGeneration",
+        under("vision_config", {"n_layers": 4, "patch_size": 2, "temporal_patch_size": 2, "num_channels": 1})
+        | {"vision_config.text_hidden_size": HIDDEN},
+        refused=CHILD_ROUTER | {"4 bits": NOT_INTERFACE},
+    ),
+    Row("Inkling2ForCausalLM"),
+    Row("Inkling2ForConditionalGeneration"),
+    Row("Inkling2LoopForCausalLM", since="5.24"),
+    Row("Inkling2LoopForConditionalGeneration", since="5.24"),
+    Row("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4}),
+    Row("JetMoeForCausalLM", refused=UNDECORATED),
+    Row("Kimi_K25ForConditionalGeneration"),
+    Row("KimiLinearForCausalLM"),
+    Row("Kolibri1ForCausalLM"),
+    Row("LagunaForCausalLM"),
+    Row("LaraMiniForCausalLM"),
+    Row("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, refused=INPUT_ROUTER),
+    Row("Llama4ForCausalLM", {"num_experts_per_tok": 1}, refused=UNDECORATED),
+    Row("Llama4ForConditionalGeneration", {"text_config.num_experts_per_tok": 1}, refused=UNDECORATED),
+    Row("LongcatFlashForCausalLM", refused=UNDECORATED),
+    Row("MellumForCausalLM"),
+    Row("MiMoV2FlashForCausalLM"),
+    Row("MiniMaxForCausalLM"),
+    Row("MiniMaxM2ForCausalLM", refused=INPUT_ROUTER),
+    Row("MiniMaxM3VLForCausalLM"),
+    Row("MiniMaxM3SparseForConditionalGeneration"),
+    Row("Mistral4ForCausalLM", {"head_dim": 16}),
+    Row("MistralLarge4ForConditionalGeneration"),
+    Row("MixtralForCausalLM"),
+    Row(
+        "MuseSparkForConditionalGeneration",
+        {"out_hidden_size": HIDDEN, "projector_hidden_size": 64, "audio_config.hidden_sizes": [16, 32]},
+    ),
+    Row("NemotronHForCausalLM", NEMOTRON),
+    Row(
+        "NemotronHForCausalLM",
+        NEMOTRON | {"moe_latent_size": 32, "n_group": 4, "topk_group": 2},
+        variant="latent experts in groups",
+    ),
+    Row(
+        "NemotronH_Omni_Reasoning_V3",
+        under("text_config", NEMOTRON) | {"vision_config.video_temporal_patch_size": 2},
+    ),
+    Row(
+        "Nemotron3_5TranscribeForConditionalGeneration",
+        under("text_config", NEMOTRON) | {"audio_config.diarization_config.head_config.audio_hidden_size": 32},
+    ),
+    Row("NllbMoeForConditionalGeneration", {"encoder_sparse_step": 1, "decoder_sparse_step": 1}, refused=NOTHING),
+    Row("OlmoeForCausalLM"),
+    Row("OpenAIPrivacyFilterForTokenClassification"),
+    Row("PhimoeForCausalLM", refused={"tiers": NO_TOPK, "lora": NO_TOPK}),
+    Row("Qwen2MoeForCausalLM"),
+    Row("Qwen3_5MoeForCausalLM"),
+    Row("Qwen3_5MoeForConditionalGeneration"),
+    Row("Qwen3MoeForCausalLM"),
+    Row("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "mlp_only_layers": [0]}, variant="renormalised, dense first"),
+    Row("Qwen3NextForCausalLM"),
+    Row("Qwen3OmniMoeThinkerForConditionalGeneration", {"vision_start_token_id": 88}),
+    Row("Qwen3OmniMoeTalkerForConditionalGeneration", TALKER, media={"inputs_embeds": (1, 6, HIDDEN)}),
+    Row("Qwen3VLMoeForConditionalGeneration"),
+    Row("Qwen4ExpForCausalLM", QWEN4),
+    Row(
+        "Qwen4ExpForCausalLM",
+        QWEN4
+        | {"ple_layer_ids": [1], "ngram_vocab_size_base": 64, "split_ngram_parts": 2, "heads_per_ngram": 2}
+        | {"ple_embed_dim": 32},
+        variant="n-grams",
+    ),
+    Row("Qwen4ExpForConditionalGeneration", under("text_config", QWEN4)),
+    Row("SolarOpenForCausalLM"),
+    Row(
+        "Step3p7ForConditionalGeneration",
+        under("text_config", DENSE_FIRST | {"n_routed_experts": EXPERTS, "sliding_window": 16, "rope_parameters": ...})
+        | {"text_config.layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        refused=UNDECORATED,
+    ),
+    Row(
+        "SwitchTransformersForConditionalGeneration",
+        {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2},
+        refused=NOTHING,
+    ),
+    Row("UnlimitedOcrForConditionalGeneration"),
+    Row("ZayaForCausalLM", {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * LAYERS}, refused=CHILD_ROUTER),
+    # Models that run a Mixture of Experts of another folder.
+    Row("LlavaForConditionalGeneration", {"text_config": "Qwen3MoeForCausalLM"}, variant="of Qwen3-MoE"),
+    Row("InternVLForConditionalGeneration", {"text_config": "GptOssForCausalLM"}, variant="of gpt-oss"),
+    Row("Mistral3ForConditionalGeneration", {"text_config": "MixtralForCausalLM"}, variant="of Mixtral"),
+]
+
+# Classes and folders that the scan finds and that are no family.
+NO_FAMILY = {
+    "Qwen3OmniMoePreTrainedModelForConditionalGeneration": "abstract: it has no forward",
+    "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration": "dense: it has no experts",
+    "Qwen3OmniMoeForConditionalGeneration": "it has no forward; thinker and talker have rows",
+    "Ernie4_5_VL_MoeForConditionalGeneration": "the deprecated name of Ernie4_5_VLMoeForConditionalGeneration",
+    "vitpose_backbone": "its experts are chosen by data set, not by a router",
+    "vitpose": "runs vitpose_backbone",
+}
+HEADS = r"^class (\w+(?:ForCausalLM|ForConditionalGeneration|ForBlockDiffusion))\("
+EXPERTS_OF_THEIR_OWN = r"use_experts_implementation|^class \w+(?:Experts|MoE|NaiveMoe)\("
+
+
+def installed_rows() -> list[Row]:
+    return [row for row in ROWS if row.model_class is not None]
+
+
+def folders_with_experts() -> list[str]:
+    """Folders of the installed transformers whose models route among experts, or whose configurations name such one."""
+    modeling = {path.parent.name: path.read_text() for path in sorted(tiny.MODELS.glob("*/modeling_*.py"))}
+    found = {folder for folder, source in modeling.items() if re.search(EXPERTS_OF_THEIR_OWN, source, re.MULTILINE)}
+    hosts = set()
+    for path in tiny.MODELS.glob("*/configuration_*.py"):
+        source = path.read_text()
+        named = {a or b for a, b in re.findall(r'"(\w+)"|from \.\.(\w+)', source)}
+        if "sub_configs" in source and path.parent.name != "auto" and named & found:
+            hosts.add(path.parent.name)
+    return sorted(found | hosts)
+
+
+def heads_in(folder: str) -> Iterator[str]:
+    """Model classes with a head in a folder, but for classifiers, whose body is another's."""
+    for path in (tiny.MODELS / folder).glob("modeling_*.py"):
+        yield from re.findall(HEADS, path.read_text(), re.MULTILINE)

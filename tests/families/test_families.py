@@ -1,0 +1,275 @@
+"""Every Mixture-of-Experts family of the installed transformers: what works does what it says, the rest is refused.
+
+`pytest tests/families -k FAMILY` runs one. The table is in `rows.py`.
+"""
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoEError, quantize_experts_, tier_routing
+from ordmoe_peft.adapter.export import export_plain_lora
+from ordmoe_peft.moe_model import MoEModel
+from tests import reference
+from tests.families import table
+from tests.families.observed import observed, own_ranks
+from tests.families.rows import NO_FAMILY, ROWS, folders_with_experts, heads_in, installed_rows
+from tests.families.subject import relative_error
+
+
+C = 3
+ASPECTS = ("tiers", "lora", "4 bits")
+
+
+def works(*aspects: str):
+    """The test's rows: those of which none of `aspects` is refused."""
+
+    def parametrize(test):
+        rows = [row for row in installed_rows() if not set(aspects) & set(row.refused)]
+        marked = [
+            pytest.param(
+                row,
+                id=row.id,
+                marks=[pytest.mark.xfail(reason=row.upstream[test.__name__], strict=True)]
+                if test.__name__ in row.upstream
+                else [],
+            )
+            for row in rows
+        ]
+        return pytest.mark.parametrize("subject", marked, indirect=True, scope="module")(test)
+
+    return parametrize
+
+
+REFUSALS = [
+    pytest.param(row, aspect, id=f"{row.id}-{aspect.replace(' ', '_')}")
+    for row in installed_rows()
+    for aspect in row.refused
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+def test_every_family_has_a_row():
+    with_rows = {row.name for row in ROWS} | {row.folder for row in installed_rows()} | set(NO_FAMILY)
+    folders = folders_with_experts()
+    missing = [name for folder in folders for name in (folder, *heads_in(folder)) if name not in with_rows]
+    assert not missing, "add a row to tests/families/rows.py"
+
+
+def test_every_row_has_a_family():
+    installed = Version(transformers.__version__)
+    gone = [row.name for row in ROWS if row.model_class is None and not Version(row.since or "0") > installed]
+    assert not gone, "say in `since` which version has it first"
+
+
+# -------------------------------------------------------------------------------------------------------- what is found
+@works()
+def test_layers_experts_and_k_are_found(subject, record_property):
+    layers = MoEModel.of(subject.model).layers if subject.row.works else []
+    for name, fact in table.facts(subject.model, layers).items():
+        record_property(name, fact)
+    if not layers:
+        return
+    assert [layer.experts_name for layer in layers] == table.expert_names(subject.model)
+    with observed(subject.model) as seen:
+        subject.logits(subject.model)
+    assert any(routed.index for routed in seen)
+    for routed in seen:
+        assert routed.layer.num_experts == len(routed.layer.experts.down_proj)
+        assert {index.shape[1] for index in routed.index} <= {routed.layer.top_k}
+
+
+@pytest.mark.parametrize(("subject", "aspect"), REFUSALS, indirect=["subject"], scope="module")
+def test_what_is_refused_is_refused_by_name(subject, aspect, record_property):
+    model = subject.copy()
+    modules, hooks = list(model.named_modules()), _hooks(model)
+    with pytest.raises(OrdMoEError, match=subject.row.refused[aspect]) as refusal:
+        if aspect == "tiers":
+            with tier_routing(model, 2):
+                pass
+        elif aspect == "lora":
+            get_peft_model(model, OrdMoEConfig(r=4))
+        else:
+            quantize_experts_(model, MoeBitsAndBytesConfig())
+    record_property(f"refused: {aspect}", str(refusal.value))
+    assert [(name, type(module)) for name, module in model.named_modules()] == [(n, type(m)) for n, m in modules]
+    assert _hooks(model) == hooks
+
+
+def _hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------- tiers
+@works("tiers")
+def test_tier_1_is_the_model(subject):
+    model = subject.copy()
+    with tier_routing(model, 1):
+        assert torch.equal(subject.logits(model), subject.plain)
+    with tier_routing(model, [1, 1, 3]):
+        assert relative_error(subject.logits(model)[:2], subject.plain[:2]) < 1e-4
+    assert torch.equal(subject.logits(model), subject.plain)
+
+
+@works("tiers")
+@pytest.mark.parametrize("tier", [2, 3, [1, 2, 3]], ids=["tier_2", "tier_3", "mixed"])
+def test_tiers_are_the_routers_own_ranks(subject, tier):
+    model = subject.copy()
+    with tier_routing(model, tier), observed(model) as seen:
+        logits = subject.logits(model)
+    assert logits.isfinite().all()
+    assert relative_error(logits, subject.plain) > 1e-3
+    check_ranks(seen, tier)
+
+
+@works("tiers")
+def test_tiers_are_held_while_decoding(subject):
+    if not subject.model.can_generate() or "input_ids" not in subject.batch:
+        pytest.skip("it does not generate from tokens")
+    model, settings = subject.copy(), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    with tier_routing(model, [1, 2, 3]), observed(model) as seen, torch.no_grad():
+        out = model.generate(**subject.batch, **settings, output_logits=True, return_dict_in_generate=True)
+    assert all(len(routed.index) in (0, 3) for routed in seen)  # the prompt and two tokens after it
+    check_ranks(seen, [1, 2, 3])
+    longer = subject.batch | {"input_ids": out.sequences[:, :-1]}
+    if "mm_token_type_ids" in longer:
+        longer["mm_token_type_ids"] = torch.nn.functional.pad(longer["mm_token_type_ids"], (0, 2))
+    with tier_routing(model, [1, 2, 3]), torch.no_grad():
+        whole = model(**longer, use_cache=False).logits[:, -3:]
+    assert relative_error(torch.stack(out.logits, dim=1), whole) < 1e-3
+
+
+def check_ranks(seen, tier) -> None:
+    """Assert that each token was with the experts of its row's tier, by the router's own ranks."""
+    assert any(routed.index for routed in seen)
+    for routed in seen:
+        for inputs, index_TK in zip(routed.inputs, routed.index, strict=True):
+            ranked_TE = own_ranks(routed.layer, inputs, C)
+            tiers = tier if isinstance(tier, list) else [tier]
+            tiers_T = [t for t in tiers for _ in range(len(index_TK) // len(tiers))]
+            for chosen, ranked, of_token in zip(index_TK.tolist(), ranked_TE.tolist(), tiers_T, strict=True):
+                ranks = reference.tier_ranks(of_token, C, len(ranked), routed.layer.top_k, "uniform")
+                assert sorted(chosen) == sorted(ranked[rank - 1] for rank in ranks)
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+@works("lora")
+def test_a_new_adapter_changes_nothing(subject):
+    assert relative_error(subject.logits(subject.adapted(random=False)), subject.plain) < 1e-5
+
+
+@works("lora")
+def test_logits_are_those_of_peft(subject):
+    model = subject.adapted()
+    logits, config = subject.logits(model), model.peft_config["default"]
+    assert relative_error(logits, subject.plain) > 1e-3
+    fields = ("r", "lora_alpha", "target_modules", "target_parameters")
+    plain = get_peft_model(subject.copy(), LoraConfig(**{name: getattr(config, name) for name in fields})).eval()
+    ours = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    theirs = {name: weight for name, weight in plain.named_parameters() if "lora_" in name}
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, weight in theirs.items():
+            weight.copy_(ours[name])
+    assert relative_error(logits, subject.logits(plain)) < 1e-4
+
+
+@works("lora", "tiers")
+def test_every_factor_that_tokens_reach_has_a_gradient(subject):
+    model = subject.adapted()
+    with observed(model) as seen:
+        gradients = subject.gradients(model)
+    routed_to = {routed.layer.experts_name: routed for routed in seen}
+    assert any("lora_A" in name for name in gradients)
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        experts = name.replace(".base_layer", "").partition(".lora_")[0]
+        block = experts.rpartition(".")[0]
+        routed = routed_to.get(experts) or next((r for r in seen if r.layer.block_name == block), None)
+        if routed is None or not routed.index:  # a layer that no token came to
+            continue
+        gradient = gradients[name]
+        assert gradient.isfinite().all()
+        if experts not in routed_to:
+            assert gradient.any(), name
+            continue
+        # PEFT's layout: row e·r + k of A, column k·E + e of B.
+        num = routed.layer.num_experts
+        of_expert = gradient.view(num, -1) if "lora_A" in name else gradient.view(len(weight), -1, num).permute(2, 0, 1)
+        has_gradient = of_expert.flatten(1).any(1)
+        reached = torch.zeros(num, dtype=torch.bool).index_fill(0, torch.cat(routed.index).flatten(), True)
+        assert torch.equal(has_gradient, reached), name
+
+
+@works("lora", "tiers")
+def test_gradients_are_the_same_with_checkpointing(subject):
+    if not subject.model.supports_gradient_checkpointing:
+        pytest.skip("it has no gradient checkpointing")
+    model = subject.adapted()
+    wanted = subject.gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = subject.gradients(model)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert relative_error(got[name], gradient) < 1e-3, name
+
+
+@works("lora")
+def test_merged_logits_are_the_adapters(subject):
+    model = subject.adapted()
+    wanted = subject.logits(model)
+    assert relative_error(subject.logits(model.merge_and_unload()), wanted) < 1e-3
+
+
+@works("lora")
+def test_a_saved_adapter_is_read_back(subject, tmp_path):
+    model = subject.adapted()
+    wanted = subject.logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(subject.copy(), tmp_path).eval()
+    assert relative_error(subject.logits(loaded), wanted) < 1e-5
+
+
+@works("lora")
+def test_peft_reads_an_exported_adapter(subject, tmp_path):
+    model = subject.adapted()
+    wanted = subject.logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    export_plain_lora(tmp_path / "adapter", tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(subject.copy(), tmp_path / "plain").eval()
+    assert relative_error(subject.logits(loaded), wanted) < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------------- 4 bits
+@works("4 bits")
+def test_experts_in_4_bits(subject):
+    model = quantize_experts_(subject.copy(), MoeBitsAndBytesConfig())
+    packed = subject.logits(model)
+    assert packed.isfinite().all() and not torch.equal(packed, subject.plain)
+    dense = model.dequantize()
+    assert relative_error(subject.logits(dense), packed) < 1e-3
+    before = dict(subject.model.named_parameters())
+    for name, weight in dense.named_parameters():
+        assert (weight - before[name]).norm() <= 0.2 * before[name].norm(), name
+
+
+@works("4 bits")
+def test_a_model_in_4_bits_is_read_back(subject, tmp_path):
+    model = quantize_experts_(subject.copy(), MoeBitsAndBytesConfig())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert relative_error(subject.logits(loaded), subject.logits(model)) < 1e-3
+
+
+@works("4 bits", "lora", "tiers")
+def test_an_adapter_trains_in_4_bits(subject):
+    base = quantize_experts_(subject.copy(), MoeBitsAndBytesConfig())
+    packed = subject.logits(base)
+    model = subject.adapted(base, random=False)
+    assert relative_error(subject.logits(model), packed) < 1e-5
+    gradients = subject.gradients(subject.adapted(quantize_experts_(subject.copy(), MoeBitsAndBytesConfig())))
+    assert any(gradient.any() for gradient in gradients.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
