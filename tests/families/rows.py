@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tests.families import tiny
-from tests.families.tiny import EXPERTS, HIDDEN, LAYERS, TOP_K, WIDTH
+from tests.families.tiny import AUDIO_TOKEN, EXPERTS, HIDDEN, IMAGE_TOKEN, LAYERS, TOP_K, WIDTH
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ INPUT_ROUTER = {"tiers": ONE_INPUT_MORE, "lora": ONE_INPUT_MORE}
 NOTHING = {"tiers": NO_MOE, "lora": NO_MOE, "4 bits": NO_MOE}
 UNDECORATED = {"tiers": NO_MOE, "lora": NO_MOE, "4 bits": NOT_INTERFACE}
 
+LOST_IN_PEFT = {
+    "test_peft_reads_an_exported_adapter": "renames of the checkpoint's keys run over the adapter's, which PEFT then "
+    "misses, with a warning"
+}
+
 
 def under(path: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {f"{path}.{name}": value for name, value in changes.items()}
@@ -108,10 +113,31 @@ TALKER = {
     "code_predictor_config.layer_types": ["full_attention"] * 2,
 }
 
+
+def image(num_tokens: int, *shape: int, **others: list) -> dict[str, Any]:
+    """Inputs with an image in each row, of `num_tokens` tokens: 3 × 56 × 56 pixels, or patches of another shape."""
+    return {"tokens": [IMAGE_TOKEN] * num_tokens, "pixel_values": shape or (1, 3, 56, 56)} | others
+
+
+# An image of 4 × 4 patches of 14 × 14 pixels, whose tokens are 2 × 2 patches each, in shapes of various processors.
+GRID = {"image_grid_thw": [[1, 4, 4]]}
+PATCHES, VIDEO_PATCHES = image(4, 16, 3 * 14 * 14, **GRID), image(4, 16, 2 * 3 * 14 * 14, **GRID)
+SQUARE_PATCHES, MERGED_PATCHES = image(4, 16, 3, 14, 14, **GRID), image(4, 4, 28, 28, 3, image_grid_thw=[[1, 2, 2]])
+PIXTRAL = image(4, image_sizes=[[56, 56]])
+# Gemma's image of 6 × 6 patches, whose tokens are 3 × 3 patches each.
+GEMMA_PATCHES = image(4, 1, 36, 3 * 14 * 14, image_position_ids=[[[x, y] for y in range(6) for x in range(6)]])
+GEMMA_VISION = {
+    **{"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 14},
+    **{"position_embedding_size": 64, "pooling_kernel_size": 3, "global_head_dim": 16},
+}
+# 16 frames of sound.
+SOUND = {"input_features": (1, 16, 16), "feature_attention_mask": [[1] * 16]}
+
 ROWS = [
     Row("AfmoeForCausalLM", refused=CHILD_ROUTER),
     Row("AriaTextForCausalLM"),
-    Row("AriaForConditionalGeneration"),
+    Row("AriaForConditionalGeneration", {"projector_patch_to_query_dict": {16: 4}}, media=image(4)),
     Row("AXK1ForCausalLM"),
     Row("AXK2ForCausalLM"),
     Row("BailingHybridForCausalLM"),
@@ -126,7 +152,12 @@ ROWS = [
         },
         refused=NOTHING,
     ),
-    Row("DeepseekOcr2ForConditionalGeneration", under("text_config", DENSE_FIRST)),
+    Row(
+        "DeepseekOcr2ForConditionalGeneration",
+        under("text_config", DENSE_FIRST) | {"vision_config.sam_config.downsample_channels": [32, 32]},
+        upstream=LOST_IN_PEFT,
+        media=image(145),
+    ),
     Row("DeepseekV2ForCausalLM", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     Row("DeepseekV2ForCausalLM", {"topk_method": "greedy"}, variant="no groups"),
     Row("DeepseekV3ForCausalLM"),
@@ -147,27 +178,35 @@ ROWS = [
         "DiffusionGemmaForBlockDiffusion",
         under("text_config", GEMMA) | {"canvas_length": 4},
         refused=CHILD_ROUTER | {"4 bits": "are one and the same stack, which packing would part"},
+        media=GEMMA_PATCHES,
     ),
     Row("DogeForCausalLM", {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4}, refused=NOTHING),
     Row("Dots1ForCausalLM"),
     Row("Dots3NoteForCausalLM", DOTS3),
-    Row("Dots3NoteForConditionalGeneration", under("text_config", DOTS3), refused=INPUT_ROUTER),
+    Row("Dots3NoteForConditionalGeneration", under("text_config", DOTS3), refused=INPUT_ROUTER, media=PATCHES),
     Row("Ernie4_5_MoeForCausalLM"),
     Row(
         "Ernie4_5_VLMoeForConditionalGeneration",
         under("text_config", DENSE_FIRST | {"moe_num_experts": EXPERTS, "moe_intermediate_size": [32, 24]})
         | {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+        media=PATCHES,
     ),
     Row("ExaoneMoeForCausalLM"),
     Row("FlexOlmoForCausalLM"),
     Row("FlintForCausalLM"),
     Row("Gemma4ForCausalLM", GEMMA_MOE, refused=CHILD_ROUTER),
-    Row("Gemma4ForConditionalGeneration", under("text_config", GEMMA_MOE), refused=CHILD_ROUTER),
+    Row(
+        "Gemma4ForConditionalGeneration",
+        under("text_config", GEMMA_MOE) | {"vision_config": GEMMA_VISION},
+        refused=CHILD_ROUTER,
+        media=GEMMA_PATCHES,
+    ),
     Row("Glm4MoeForCausalLM"),
     Row("Glm4MoeLiteForCausalLM"),
     Row(
         "Glm4vMoeForConditionalGeneration",
         {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+        media=VIDEO_PATCHES,
     ),
     Row(
         "Glm5NextForConditionalGeneration",
@@ -176,6 +215,7 @@ ROWS = [
             "text_config.layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
             "text_config.indexer_types": ["full"] * LAYERS,
         },
+        media=VIDEO_PATCHES,
     ),
     Row("GlmMoeDsaForCausalLM"),
     Row("GptOssForCausalLM"),
@@ -191,6 +231,7 @@ ROWS = [
         "HYV4VLForConditionalGeneration",
         {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
         since="5.24",
+        media=PATCHES | {"tokens": [IMAGE_TOKEN] * 6},
     ),
     Row("InklingForCausalLM", refused=CHILD_ROUTER | {"4 bits": NOT_INTERFACE}),
     Row(
@@ -198,34 +239,45 @@ ROWS = [
         under("vision_config", {"n_layers": 4, "patch_size": 2, "temporal_patch_size": 2, "num_channels": 1})
         | {"vision_config.text_hidden_size": HIDDEN},
         refused=CHILD_ROUTER | {"4 bits": NOT_INTERFACE},
+        media=image(4, 4, 2, 2, 2, 1),
     ),
     Row("Inkling2ForCausalLM"),
-    Row("Inkling2ForConditionalGeneration"),
+    Row("Inkling2ForConditionalGeneration", media=MERGED_PATCHES),
     Row("Inkling2LoopForCausalLM", since="5.24"),
-    Row("Inkling2LoopForConditionalGeneration", since="5.24"),
+    Row("Inkling2LoopForConditionalGeneration", since="5.24", media=MERGED_PATCHES),
     Row("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4}),
     Row("JetMoeForCausalLM", refused=UNDECORATED),
-    Row("Kimi_K25ForConditionalGeneration"),
+    Row("Kimi_K25ForConditionalGeneration", {"projection_hidden_size": 32}, media=SQUARE_PATCHES),
     Row("KimiLinearForCausalLM"),
     Row("Kolibri1ForCausalLM"),
     Row("LagunaForCausalLM"),
     Row("LaraMiniForCausalLM"),
-    Row("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, refused=INPUT_ROUTER),
+    Row(
+        "Lfm2MoeForCausalLM",
+        {"layer_types": ["conv", "full_attention", "conv"]},
+        refused=dict.fromkeys(["tiers", "lora"], r"\(Lfm2MoeTopKRouter\): unsupported operand .* 'NoneType'"),
+    ),
     Row("Llama4ForCausalLM", {"num_experts_per_tok": 1}, refused=UNDECORATED),
-    Row("Llama4ForConditionalGeneration", {"text_config.num_experts_per_tok": 1}, refused=UNDECORATED),
+    Row(
+        "Llama4ForConditionalGeneration",
+        {"text_config.num_experts_per_tok": 1, "vision_config.intermediate_size": 128},
+        refused=UNDECORATED,
+        media=image(4),
+    ),
     Row("LongcatFlashForCausalLM", refused=UNDECORATED),
     Row("MellumForCausalLM"),
     Row("MiMoV2FlashForCausalLM"),
     Row("MiniMaxForCausalLM"),
     Row("MiniMaxM2ForCausalLM", refused=INPUT_ROUTER),
     Row("MiniMaxM3VLForCausalLM"),
-    Row("MiniMaxM3SparseForConditionalGeneration"),
+    Row("MiniMaxM3SparseForConditionalGeneration", media=VIDEO_PATCHES),
     Row("Mistral4ForCausalLM", {"head_dim": 16}),
-    Row("MistralLarge4ForConditionalGeneration"),
+    Row("MistralLarge4ForConditionalGeneration", upstream=LOST_IN_PEFT, media=PIXTRAL),
     Row("MixtralForCausalLM"),
     Row(
         "MuseSparkForConditionalGeneration",
-        {"out_hidden_size": HIDDEN, "projector_hidden_size": 64, "audio_config.hidden_sizes": [16, 32]},
+        {"out_hidden_size": 128, "projector_hidden_size": 64, "audio_config.hidden_sizes": [16, 32]},
+        media=VIDEO_PATCHES,
     ),
     Row("NemotronHForCausalLM", NEMOTRON),
     Row(
@@ -235,11 +287,15 @@ ROWS = [
     ),
     Row(
         "NemotronH_Omni_Reasoning_V3",
-        under("text_config", NEMOTRON) | {"vision_config.video_temporal_patch_size": 2},
+        under("text_config", NEMOTRON) | {"vision_config.video_temporal_patch_size": 2, "vision_hidden_size": 32},
+        media=image(4, 16, 3 * 14 * 14, image_grid_hw=[[4, 4]]),
     ),
     Row(
         "Nemotron3_5TranscribeForConditionalGeneration",
-        under("text_config", NEMOTRON) | {"audio_config.diarization_config.head_config.audio_hidden_size": 32},
+        under("text_config", NEMOTRON)
+        | {"audio_config.diarization_config.head_config.audio_hidden_size": 32}
+        | {"word_timestamp_config.blank_token_id": 63},
+        media={"tokens": [AUDIO_TOKEN] * 2, "input_features": (1, 16, 16), "input_features_mask": [[1] * 16]},
     ),
     Row("NllbMoeForConditionalGeneration", {"encoder_sparse_step": 1, "decoder_sparse_step": 1}, refused=NOTHING),
     Row("OlmoeForCausalLM"),
@@ -247,13 +303,17 @@ ROWS = [
     Row("PhimoeForCausalLM", refused={"tiers": NO_TOPK, "lora": NO_TOPK}),
     Row("Qwen2MoeForCausalLM"),
     Row("Qwen3_5MoeForCausalLM"),
-    Row("Qwen3_5MoeForConditionalGeneration"),
+    Row("Qwen3_5MoeForConditionalGeneration", media=VIDEO_PATCHES),
     Row("Qwen3MoeForCausalLM"),
     Row("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "mlp_only_layers": [0]}, variant="renormalised, dense first"),
     Row("Qwen3NextForCausalLM"),
-    Row("Qwen3OmniMoeThinkerForConditionalGeneration", {"vision_start_token_id": 88}),
+    Row(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {"vision_start_token_id": 88, "audio_start_token_id": 87},
+        media=VIDEO_PATCHES | SOUND | {"tokens": [88, *[IMAGE_TOKEN] * 4, 87, *[AUDIO_TOKEN] * 2]},
+    ),
     Row("Qwen3OmniMoeTalkerForConditionalGeneration", TALKER, media={"inputs_embeds": (1, 6, HIDDEN)}),
-    Row("Qwen3VLMoeForConditionalGeneration"),
+    Row("Qwen3VLMoeForConditionalGeneration", media=VIDEO_PATCHES),
     Row("Qwen4ExpForCausalLM", QWEN4),
     Row(
         "Qwen4ExpForCausalLM",
@@ -262,25 +322,33 @@ ROWS = [
         | {"ple_embed_dim": 32},
         variant="n-grams",
     ),
-    Row("Qwen4ExpForConditionalGeneration", under("text_config", QWEN4)),
+    Row("Qwen4ExpForConditionalGeneration", under("text_config", QWEN4), media=VIDEO_PATCHES),
     Row("SolarOpenForCausalLM"),
     Row(
         "Step3p7ForConditionalGeneration",
         under("text_config", DENSE_FIRST | {"n_routed_experts": EXPERTS, "sliding_window": 16, "rope_parameters": ...})
         | {"text_config.layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         refused=UNDECORATED,
+        media=image(1),
     ),
     Row(
         "SwitchTransformersForConditionalGeneration",
         {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2},
         refused=NOTHING,
     ),
-    Row("UnlimitedOcrForConditionalGeneration"),
+    Row(
+        "UnlimitedOcrForConditionalGeneration",
+        {"vision_config.sam_config.downsample_channels": [32, 32]},
+        upstream=LOST_IN_PEFT,
+        media=image(3),
+    ),
     Row("ZayaForCausalLM", {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * LAYERS}, refused=CHILD_ROUTER),
     # Models that run a Mixture of Experts of another folder.
-    Row("LlavaForConditionalGeneration", {"text_config": "Qwen3MoeForCausalLM"}, variant="of Qwen3-MoE"),
-    Row("InternVLForConditionalGeneration", {"text_config": "GptOssForCausalLM"}, variant="of gpt-oss"),
-    Row("Mistral3ForConditionalGeneration", {"text_config": "MixtralForCausalLM"}, variant="of Mixtral"),
+    Row(
+        "LlavaForConditionalGeneration", {"text_config": "Qwen3MoeForCausalLM"}, variant="of Qwen3-MoE", media=image(16)
+    ),
+    Row("InternVLForConditionalGeneration", {"text_config": "GptOssForCausalLM"}, variant="of gpt-oss", media=image(4)),
+    Row("Mistral3ForConditionalGeneration", {"text_config": "MixtralForCausalLM"}, variant="of Mixtral", media=PIXTRAL),
 ]
 
 # Classes and folders that the scan finds and that are no family.

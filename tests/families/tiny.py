@@ -1,4 +1,4 @@
-"""Tiny random models from the config classes of transformers: the usual fields made small, a row's own changes on top."""
+"""Tiny random models from the config classes of transformers: the usual fields made small, then a row's changes."""
 
 import glob
 import importlib
@@ -83,7 +83,13 @@ OTHER: dict[str, Any] = {
     **dict.fromkeys(["head_dim", "global_head_dim", "num_position_embeddings", "downsample_hidden_size"], 16),
     **dict.fromkeys(["num_mel_bins", "n_mel_bins", "mel_vocab_size", "output_channels"], 16),
     **dict.fromkeys(["vocab_size", "codebook_size", "conv_output_size", "position_embedding_size"], 64),
-    **{"image_size": 56, "max_position_embeddings": 64, "deepstack_visual_indexes": [0], "num_quantizers": 2},
+    **{
+        "image_size": 56,
+        "patch_size": 14,
+        "max_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+        "num_quantizers": 2,
+    },
     **{"moe_intermediate_size": 24, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
 }
 
@@ -132,7 +138,7 @@ def _usual_values(known: dict[str, Any], is_text: bool, layers: int) -> dict[str
     usual, values = TEXT if is_text else OTHER, {}
     for field, value in known.items():
         is_set = value is not None or field in FORCED
-        if field in usual and (not is_text or (is_set and not isinstance(value, list))):
+        if field in usual and not isinstance(value, list | tuple) and (is_set or not is_text):
             values[field] = usual[field]
         elif field == "mlp_layer_types" and value:
             values[field] = (["dense"] * ("dense" in value) + ["sparse"] * layers)[:layers]
@@ -161,28 +167,28 @@ def tiny_model(model_class: type[PreTrainedModel], changes: dict[str, Any]) -> P
     return model
 
 
-def tiny_batch(model: PreTrainedModel, media: dict[str, Any], rows: int = 3, length: int = 6) -> dict[str, torch.Tensor]:
+def tiny_batch(
+    model: PreTrainedModel, media: dict[str, Any], rows: int = 3, length: int = 6
+) -> dict[str, torch.Tensor]:
     """Random inputs of `model`.
 
     Args:
-        media (`dict`): for images, sounds and other inputs. `"image"` and `"audio"` are how many of their tokens a row
-            has; other entries are inputs by name: the shape of a row's part, random and put together along the first
-            dimension, as a tuple, or its values, as a list.
+        media (`dict`): for images, sounds and other inputs. `"tokens"` are put after the first token of each row; other
+            entries are inputs by name: the shape of a row's part, random and put together along the first dimension, as
+            a tuple, or its values, as a list.
     """
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(1, FIRST_SPECIAL_TOKEN, (rows, length), generator=generator)
-    batch = {"input_ids": input_ids}
-    for kind, token in (("image", IMAGE_TOKEN), ("audio", AUDIO_TOKEN)):
-        tokens = torch.full((rows, media.get(kind, 0)), token)
-        batch["input_ids"] = torch.cat([batch["input_ids"][:, :1], tokens, batch["input_ids"][:, 1:]], dim=1)
+    tokens = torch.tensor([media.get("tokens", [])] * rows, dtype=torch.long)
+    batch = {"input_ids": torch.cat([input_ids[:, :1], tokens, input_ids[:, 1:]], dim=1)}
     for name, part in media.items():
         if isinstance(part, tuple):
             batch[name] = torch.randn(part[0] * rows, *part[1:], generator=generator)
-        elif isinstance(part, list):
+        elif name != "tokens":
             batch[name] = torch.tensor(part * rows)
     if "inputs_embeds" in batch:
         del batch["input_ids"]
-    elif "image" in media and "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+    elif "tokens" in media and "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = input_ids
