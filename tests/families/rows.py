@@ -131,8 +131,13 @@ GEMMA_VISION = {
     **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 14},
     **{"position_embedding_size": 64, "pooling_kernel_size": 3, "global_head_dim": 16},
 }
-# 16 frames of sound.
-SOUND = {"input_features": (1, 16, 16), "feature_attention_mask": [[1] * 16]}
+# An image, or 16 frames of sound, between the tokens for its start and its end.
+THINKER = {"vision_start_token_id": 88, "audio_start_token_id": 87}
+THINKER_IMAGE = {"tokens": [88, *[IMAGE_TOKEN] * 4, 89], "attention_mask": [[1] * 12]}
+THINKER_SOUND = {
+    **{"tokens": [87, *[AUDIO_TOKEN] * 2, 86], "attention_mask": [[1] * 10]},
+    **{"input_features": (1, 16, 16), "feature_attention_mask": [[1] * 16]},
+}
 
 ROWS = [
     Row("AfmoeForCausalLM", refused=CHILD_ROUTER),
@@ -251,7 +256,7 @@ ROWS = [
     Row("KimiLinearForCausalLM"),
     Row("Kolibri1ForCausalLM"),
     Row("LagunaForCausalLM"),
-    Row("LaraMiniForCausalLM"),
+    Row("LaraMiniForCausalLM", since="5.24"),
     Row(
         "Lfm2MoeForCausalLM",
         {"layer_types": ["conv", "full_attention", "conv"]},
@@ -307,11 +312,8 @@ ROWS = [
     Row("Qwen3MoeForCausalLM"),
     Row("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "mlp_only_layers": [0]}, variant="renormalised, dense first"),
     Row("Qwen3NextForCausalLM"),
-    Row(
-        "Qwen3OmniMoeThinkerForConditionalGeneration",
-        {"vision_start_token_id": 88, "audio_start_token_id": 87},
-        media=VIDEO_PATCHES | SOUND | {"tokens": [88, *[IMAGE_TOKEN] * 4, 87, *[AUDIO_TOKEN] * 2]},
-    ),
+    Row("Qwen3OmniMoeThinkerForConditionalGeneration", THINKER, media=VIDEO_PATCHES | THINKER_IMAGE),
+    Row("Qwen3OmniMoeThinkerForConditionalGeneration", THINKER, media=THINKER_SOUND, variant="sound"),
     Row("Qwen3OmniMoeTalkerForConditionalGeneration", TALKER, media={"inputs_embeds": (1, 6, HIDDEN)}),
     Row("Qwen3VLMoeForConditionalGeneration", media=VIDEO_PATCHES),
     Row("Qwen4ExpForCausalLM", QWEN4),

@@ -1,13 +1,36 @@
-"""The table of families, as Markdown, from the results of a run."""
+"""The table of families, as Markdown, from the results of a run: `pytest tests/families --table docs/FAMILIES.md`."""
 
+import inspect
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
-from ordmoe_peft.moe_model import MoELayer
+from tests.families.rows import NO_FAMILY, ROWS, Row, installed_rows
+from tests.families.tiny import AUDIO_TOKEN, IMAGE_TOKEN
+
+
+ASPECTS = {"tiers": "tiers", "lora": "LoRA", "4 bits": "4 bits"}
+# What a router's source says of how it scores and chooses.
+TRAITS = {
+    "softmax": r"softmax",
+    "sigmoid": r"sigmoid",
+    "softplus": r"softplus",
+    "bias": r"correction_bias|expert_bias|e_score",
+    "groups": r"topk_group",
+    "capacity": r"capacity",
+    "hash": r"Hash",
+    "no renormalising": r"if self.norm_topk_prob",
+}
+HEADER = """# Mixture-of-Experts families of transformers
+
+Made by `pytest tests/families --table docs/FAMILIES.md`, which builds a tiny random model of each class and checks what
+the table says: tiers are the router's own ranks, tier 1 is the model to the bit, LoRA is PEFT's, experts pack to 4 bits
+and back. `tests/families/rows.py` has a row for each; a class that transformers adds fails the tests until it has one.
+"""
 
 
 def expert_names(model: nn.Module) -> list[str]:
@@ -20,10 +43,117 @@ def expert_names(model: nn.Module) -> list[str]:
     ]
 
 
-def facts(model: nn.Module, layers: list[MoELayer]) -> dict[str, Any]:
-    return {}
+def facts(model: nn.Module) -> dict[str, str]:
+    """What the first block of experts of a model looks like, for the table."""
+    names = expert_names(model)
+    if not names:
+        return {"router": "in the block", "layout": "of its own"}
+    block = model.get_submodule(names[0].rpartition(".")[0])
+    experts = model.get_submodule(names[0])
+    routers = [child for child in block.children() if re.search(r"[Rr]outer|Gat(e|ing)$", type(child).__name__)]
+    return {"router": _router(routers[0] if routers else None), "layout": _layout(experts)}
+
+
+def _router(router: nn.Module | None) -> str:
+    if router is None:
+        return "in the block"
+    source = inspect.getsource(type(router))
+    traits = [trait for trait, pattern in TRAITS.items() if re.search(pattern, source)]
+    if "no renormalising" in traits and getattr(router, "norm_topk_prob", True):
+        traits.remove("no renormalising")
+    if "groups" in traits and (not getattr(router, "num_group", 0) or router.num_group == 1 or _is_greedy(router)):
+        traits.remove("groups")
+    return ", ".join(traits) or "top-k of logits"
+
+
+def _is_greedy(router: nn.Module) -> bool:
+    return getattr(router, "topk_method", "") == "greedy"
+
+
+def _layout(experts: nn.Module) -> str:
+    if any(True for _ in experts.children()) and not list(experts.parameters(recurse=False)):
+        return "modules"
+    stacks = [
+        name.removesuffix("_proj") for name, weight in experts.named_parameters(recurse=False) if weight.dim() > 2
+    ]
+    flags = [word for word, flag in (("transposed", "is_transposed"), ("biased", "has_bias")) if _is(experts, flag)]
+    return ", ".join(["+".join(name for name in stacks if "bias" not in name) or "flat", *flags])
+
+
+def _is(experts: nn.Module, flag: str) -> bool:
+    return getattr(experts, flag, False) is True
+
+
+def inputs(row: Row) -> str:
+    tokens = row.media.get("tokens", [])
+    kinds = {"image": IMAGE_TOKEN in tokens, "sound": AUDIO_TOKEN in tokens}
+    return ", ".join(
+        ["embeddings" if "inputs_embeds" in row.media else "text", *(k for k, is_in in kinds.items() if is_in)]
+    )
+
+
+def fixed_cells(row: Row) -> str:
+    """The part of a row's line that does not depend on a run."""
+    notes = ", ".join([row.variant] * bool(row.variant) + [f"from {row.since}"] * bool(row.since))
+    name = f"{row.name} ({notes})" if notes else row.name
+    works = ["refused" if aspect in row.refused else "yes" for aspect in ASPECTS]
+    status = "works" if row.works else "refused" if "yes" not in works else "in part"
+    return f"| {name} | {' | '.join(works)} | {inputs(row)} | {status} |"
 
 
 class Results:
+    """The pytest plugin that collects what tests found, and writes the table in the end."""
+
     def __init__(self, path: Path):
         self.path = path
+        self.found: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        properties = dict(report.user_properties)
+        if "row" in properties:
+            self.found[properties.pop("row")].update(properties)
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        missing = [row.id for row in ROWS if row.model_class is None or row.id not in self.found]
+        if self.failed or missing:
+            terminalreporter.write_line(f"{self.path} is not written: {self.failed or missing} failed or did not run")
+        else:
+            self.path.write_text(self.markdown())
+
+    def markdown(self) -> str:
+        rows = installed_rows()
+        classes, folders = {row.name for row in rows}, {row.folder for row in rows}
+        num_works = sum(row.works for row in rows)
+        summary = (
+            f"transformers {transformers.__version__}: {len(rows)} models of {len(classes)} classes in {len(folders)} "
+            f"folders; {num_works} work, {len(rows) - num_works} are refused in part or whole."
+        )
+        lines = [
+            *(HEADER, summary, ""),
+            "| class | tiers | LoRA | 4 bits | inputs | status | router | experts |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(self._line(row) for row in rows),
+            *("", "What is refused says so by name:", ""),
+            *(line for row in rows for line in self._refusals(row)),
+            *("", "What does not hold for reasons upstream, each an expected failure of the tests:", ""),
+            *(f"- {row.name}: `{test}`: {why}" for row in rows for test, why in row.upstream.items()),
+            *("", "What the scan of transformers finds and is no family:", ""),
+            *(f"- {name}: {why}" for name, why in NO_FAMILY.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _line(self, row: Row) -> str:
+        found = self.found[row.id]
+        return f"{fixed_cells(row)} {found['router']} | {found['layout']} |"
+
+    def _refusals(self, row: Row) -> list[str]:
+        """A line for each message, with the aspects that it refuses."""
+        by_message: dict[str, list[str]] = defaultdict(list)
+        for aspect, title in ASPECTS.items():
+            if aspect in row.refused:
+                by_message[self.found[row.id][f"refused: {aspect}"]].append(title)
+        name = f"{row.name} ({row.variant})" if row.variant else row.name
+        return [f"- {name}, {' and '.join(titles)}: {message}" for message, titles in by_message.items()]
