@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.families import tiny
 from tests.families.tiny import AUDIO_TOKEN, EXPERTS, HIDDEN, IMAGE_TOKEN, LAYERS, TOP_K, WIDTH
@@ -29,6 +31,7 @@ class Row:
             not named works.
         upstream (`dict`): name of a test → why it cannot hold, for a reason that lies in transformers or PEFT alone.
         variant (`str`): what sets it apart from the class's other rows.
+        config (`str`): its configuration's class, where a family has one of its own and another family's models.
         since (`str`): the version of transformers that has it first, where not all supported ones do.
     """
 
@@ -38,6 +41,7 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     upstream: dict[str, str] = field(default_factory=dict)
     variant: str = ""
+    config: str = ""
     since: str = ""
 
     @cached_property
@@ -45,8 +49,16 @@ class Row:
         return tiny.class_named(self.name)
 
     @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return getattr(transformers, self.config) if self.config else self.model_class.config_class
+
+    @property
+    def is_installed(self) -> bool:
+        return self.model_class is not None and hasattr(transformers, self.config or "PreTrainedConfig")
+
+    @property
     def folder(self) -> str:
-        return self.model_class.__module__.split(".")[-2]
+        return (self.config_class if self.config else self.model_class).__module__.split(".")[-2]
 
     @property
     def id(self) -> str:
@@ -345,7 +357,9 @@ ROWS = [
         media=image(3),
     ),
     Row("ZayaForCausalLM", {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * LAYERS}, refused=CHILD_ROUTER),
-    # Models that run a Mixture of Experts of another folder.
+    # Models that run a Mixture of Experts of another folder, and configurations for models of one.
+    Row("DeepseekV3ForCausalLM", config="SarvamMLAConfig", variant="of SarvamMLAConfig", since="5.24"),
+    Row("Glm4MoeForCausalLM", config="SarvamMoEConfig", variant="of SarvamMoEConfig", since="5.24"),
     Row(
         "LlavaForConditionalGeneration", {"text_config": "Qwen3MoeForCausalLM"}, variant="of Qwen3-MoE", media=image(16)
     ),
@@ -367,11 +381,11 @@ EXPERTS_OF_THEIR_OWN = r"use_experts_implementation|^class \w+(?:Experts|MoE|Nai
 
 
 def installed_rows() -> list[Row]:
-    return [row for row in ROWS if row.model_class is not None]
+    return [row for row in ROWS if row.is_installed]
 
 
 def folders_with_experts() -> list[str]:
-    """Folders of the installed transformers whose models route among experts, or whose configurations name such one."""
+    """Folders of the installed transformers whose models route among experts, or that run such a model of another."""
     modeling = {path.parent.name: path.read_text() for path in sorted(tiny.MODELS.glob("*/modeling_*.py"))}
     found = {folder for folder, source in modeling.items() if re.search(EXPERTS_OF_THEIR_OWN, source, re.MULTILINE)}
     hosts = set()
@@ -380,6 +394,10 @@ def folders_with_experts() -> list[str]:
         named = {a or b for a, b in re.findall(r'"(\w+)"|from \.\.(\w+)', source)}
         if "sub_configs" in source and path.parent.name != "auto" and named & found:
             hosts.add(path.parent.name)
+    heads = {head for folder in found for head in heads_in(folder)}
+    for folder, head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if head in heads and (tiny.MODELS / folder).is_dir() and folder not in modeling:  # a configuration alone
+            hosts.add(folder)
     return sorted(found | hosts)
 
 

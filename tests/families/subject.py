@@ -23,7 +23,8 @@ class Subject:
 
     def __init__(self, row: Row):
         self.row = row
-        self.model = tiny.tiny_model(row.model_class, row.changes).requires_grad_(False)
+        config = tiny.tiny_config(row.config_class, row.changes)
+        self.model = tiny.tiny_model(row.model_class, config).requires_grad_(False)
         self.batch = tiny.tiny_batch(self.model, row.media)
 
     @cached_property

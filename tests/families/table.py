@@ -117,7 +117,7 @@ class Results:
             self.failed.append(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter):
-        missing = [row.id for row in ROWS if row.model_class is None or row.id not in self.found]
+        missing = [row.id for row in ROWS if not row.is_installed or row.id not in self.found]
         if self.failed or missing:
             terminalreporter.write_line(f"{self.path} is not written: {self.failed or missing} failed or did not run")
         else:

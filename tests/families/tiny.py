@@ -150,10 +150,10 @@ def _usual_values(known: dict[str, Any], is_text: bool, layers: int) -> dict[str
     return values
 
 
-def tiny_model(model_class: type[PreTrainedModel], changes: dict[str, Any]) -> PreTrainedModel:
-    """A small model in evaluation mode, with random weights from a fixed seed."""
+def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in evaluation mode, with random weights from a fixed seed."""
     torch.manual_seed(0)
-    model = model_class(tiny_config(model_class.config_class, changes)).float().eval()
+    model = model_class(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
