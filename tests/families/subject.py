@@ -1,6 +1,7 @@
 """A row's tiny model, with what tests do to it."""
 
 import copy
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -49,11 +50,11 @@ class Subject:
             randomize_adapter(adapted)
         return adapted
 
-    def gradients(self, model: PeftModel) -> dict[str, torch.Tensor]:
-        """The factors' gradients of a random sum of logits with the rows on tiers 1, 2 and 3, by name."""
+    def gradients(self, model: PeftModel, tier: list[int] | None) -> dict[str, torch.Tensor]:
+        """The factors' gradients of a random sum of logits with the rows on tiers, by name."""
         model.zero_grad()
         model.train()
-        with tier_routing(model, [1, 2, 3]):
+        with tier_routing(model, tier) if tier else nullcontext():
             logits = model(**self.batch, use_cache=False).logits
         (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
         model.eval()
