@@ -190,6 +190,9 @@ def tiny_batch(
         del batch["input_ids"]
     elif "tokens" in media and "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
+    if not media:  # the first row is padded on the left
+        batch["attention_mask"] = torch.ones_like(input_ids)
+        batch["input_ids"][0, :2], batch["attention_mask"][0, :2] = 0, 0
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = input_ids
     return batch
