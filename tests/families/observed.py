@@ -1,9 +1,10 @@
 """What a model routed, seen by hooks, and the ranks of a router's experts by its own code: none of the package's."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -70,25 +71,25 @@ def own_ranks(layer: MoELayer, inputs: tuple[tuple, dict[str, Any]], num_tiers: 
     find room there; else the groups are as if they were not.
     """
     router, (args, kwargs) = layer.known_router, inputs
+    holder, k_name = (router, "top_k") if hasattr(router, "top_k") else (router.config, "top_k_experts")
+    top_k = getattr(holder, k_name)
 
-    def choose(num: int, **settings: int) -> list[set[int]]:
-        before = {name: getattr(router, name) for name in settings} | {"top_k": router.top_k}
-        vars(router).update(settings, top_k=num)
-        try:
-            with torch.no_grad():
-                output = router.forward(*args, **kwargs)
-        finally:
-            vars(router).update(before)
+    def choose(num: int, **groups: int) -> list[set[int]]:
+        with ExitStack() as changes, torch.no_grad():
+            changes.enter_context(patch.object(holder, k_name, num))
+            for name, value in groups.items():
+                changes.enter_context(patch.object(router, name, value))
+            output = router.forward(*args, **kwargs)
         return [set(row) for row in _index_in(output).flatten(0, -2).tolist()]
 
-    last, settings = layer.num_experts, {}
+    last, groups = layer.num_experts, {}
     num_group = getattr(router, "num_group", 1)
     if num_group is not None and num_group > 1:
         kept = layer.num_experts // num_group * router.topk_group
-        last, settings = (kept, {}) if kept >= num_tiers * router.top_k else (last, {"topk_group": num_group})
-    top, ranked = choose(router.top_k), [[] for _ in choose(1)]
+        last, groups = (kept, {}) if kept >= num_tiers * top_k else (last, {"topk_group": num_group})
+    top, ranked = choose(top_k), [[] for _ in choose(1)]
     for num in range(1, last + 1):
-        for order, chosen in zip(ranked, choose(num, **settings), strict=True):
+        for order, chosen in zip(ranked, choose(num, **groups), strict=True):
             (new,) = chosen - set(order)
             order.append(new)
     return torch.tensor(
