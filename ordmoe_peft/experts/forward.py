@@ -128,13 +128,13 @@ def forward_on_host(
 ) -> torch.Tensor:
     """[`experts_forward`] of frozen experts; `sizes` are those of the tokens' device by default."""
     sizes = sizes or work_sizes(x_TH.device)
+    frozen = frozen_experts(experts, lora, x_TH.device)
     # Not in training: reentrant checkpointing's first forward has no gradients, and must compute what the second does.
-    if not experts.training and not torch.is_grad_enabled():
-        frozen = frozen_experts(experts, lora, x_TH.device)
-        if 0 < index_TK.numel() <= most_few_rows(frozen, sizes, index_TK.shape[1]):
-            run = run_few_rows if sizes.matrices is None else run_row_by_row
-            return run(x_TH, weights_TK, frozen, index_TK)
-    return run_frozen_experts(x_TH, weights_TK, *frozen_step(experts, index_TK, lora, sizes))
+    is_without_gradients = not experts.training and not torch.is_grad_enabled()
+    if is_without_gradients and 0 < index_TK.numel() <= most_few_rows(frozen, sizes, index_TK.shape[1]):
+        run = run_few_rows if sizes.matrices is None else run_row_by_row
+        return run(x_TH, weights_TK, frozen, index_TK)
+    return run_frozen_experts(x_TH, weights_TK, frozen, _layout(frozen, index_TK, experts.num_experts, sizes))
 
 
 def most_few_rows(frozen: FrozenExperts, sizes: WorkSizes, top_k: int) -> int:
@@ -148,18 +148,21 @@ def frozen_step(
 ) -> tuple[FrozenExperts, PaddedLayout]:
     """What `run_frozen_experts` takes for these experts and this routing."""
     frozen = frozen_experts(experts, lora, index_TK.device)
+    return frozen, _layout(frozen, index_TK, experts.num_experts, sizes)
+
+
+def _layout(frozen: FrozenExperts, index_TK: torch.Tensor, num_experts: int, sizes: WorkSizes) -> PaddedLayout:
     up, down = frozen.up, frozen.down
     widths = up.in_features + up.out_features + down.in_features + down.out_features
     has_bins = bool(up.lora or down.lora) or sizes.matrices is not None
-    layout = lay_out_by_expert(
+    return lay_out_by_expert(
         index_TK,
-        experts.num_experts,
+        num_experts,
         bin_cost=sizes.bin_cost // (widths * down.dtype.itemsize) if has_bins else None,
         row_step=1 if down.dtype.itemsize >= 4 else sizes.row_step,
         chunk_size=sizes.slots // (up.out_features * up.dtype.itemsize),
         block_experts=None if sizes.matrices is None else max(1, sizes.matrices // _matrix_bytes(frozen)),
     )
-    return frozen, layout
 
 
 def _matrix_bytes(frozen: FrozenExperts) -> int:

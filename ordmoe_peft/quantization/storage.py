@@ -15,14 +15,13 @@ from bitsandbytes.nn import Params4bit
 from torch.nn import functional as F
 
 from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..experts.layout import Experts
 
 
 # The smallest block, and bitsandbytes' default.
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
-# Which experts: neighbours, or a `torch.Tensor` of indices of shape `(C,)`.
-Experts: TypeAlias = "slice | torch.Tensor"
 Unpacker: TypeAlias = Callable[[Experts], torch.Tensor]
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

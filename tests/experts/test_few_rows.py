@@ -5,17 +5,16 @@ import torch
 
 from ordmoe_peft.experts import few_rows, forward
 from ordmoe_peft.experts.few_rows import rows_by_expert
-from ordmoe_peft.quantization.storage import dense_stack, pack_experts
 from tests import reference
 from tests.experts.test_forward import (
     HIDDEN,
     LAYOUTS,
-    NUM_EXPERTS,
     ROUTINGS,
     build_experts,
     build_lora,
     experts_forward,
     factors,
+    stacks_with_updates,
 )
 
 
@@ -26,17 +25,9 @@ from tests.experts.test_forward import (
 def test_few_rows_of_a_forward_without_gradients(flags, routing, packed, by_row, monkeypatch):
     module = build_experts(**flags).eval()
     updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
-    dense = {name: getattr(module, name) for name in updates}
-    if packed:
-        for name, weight in dense.items():
-            setattr(module, name, pack_experts(weight.data, name))
-            dense[name] = dense_stack(getattr(module, name), torch.float32)
+    stacks = stacks_with_updates(module, updates, {} if packed else None)
     index = torch.tensor(routing)
     x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
-    deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
-    stacks = {
-        name: dense[name] + (delta.transpose(1, 2) if module.is_transposed else delta) for name, delta in deltas.items()
-    }
     monkeypatch.setattr(forward, "FEW_ROWS", index.numel())
     monkeypatch.setattr(forward, "run_frozen_experts", None)  # not this way
     monkeypatch.setattr(few_rows, "ROWS_BY_ROW", 1000 if by_row else 0)

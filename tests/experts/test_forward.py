@@ -10,7 +10,7 @@ from ordmoe_peft.experts import forward as forward_of_experts
 from ordmoe_peft.experts.forward import LoraHandover
 from ordmoe_peft.experts.frozen import LowRank
 from ordmoe_peft.experts.tuning import ON_CPU, WorkSizes, on_gpu
-from ordmoe_peft.quantization.storage import expert_unpacker, pack_experts
+from ordmoe_peft.quantization.storage import dense_stack, pack_experts
 from tests import reference
 
 
@@ -99,6 +99,19 @@ SIZES = {
 }
 
 
+def stacks_with_updates(module, updates, packing=None) -> dict[str, torch.Tensor]:
+    """Dense stacks with the deltas of `updates` added. Packs those of `module` first, where there is a `packing`."""
+    stacks = {}
+    for name, [update] in updates.items():
+        if packing is not None:
+            setattr(module, name, pack_experts(getattr(module, name).data, name, **packing))
+        weight = getattr(module, name)
+        dense = weight if packing is None else dense_stack(weight, torch.float32)
+        delta = reference.expert_deltas(update.A, update.B, NUM_EXPERTS, update.scaling)
+        stacks[name] = dense + (delta.transpose(1, 2) if module.is_transposed else delta)
+    return stacks
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("packed", PACKINGS.values(), ids=PACKINGS)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
@@ -110,18 +123,10 @@ def test_values_and_gradients(flags, routing, packed, sizes, monkeypatch):
     index = torch.tensor(routing)
     x = torch.randn(len(index), HIDDEN, requires_grad=True)
     weights = torch.rand(index.shape, requires_grad=True)
-    if packed:
-        for name in lora:
-            setattr(module, name, pack_experts(getattr(module, name).data, name, **packed))
-
-    def with_delta(name, A, B):
-        weight = getattr(module, name)
-        dense = torch.stack([expert_unpacker(weight)(e) for e in range(NUM_EXPERTS)]) if packed else weight
-        delta = reference.expert_deltas(A, B, NUM_EXPERTS, 0.5)
-        return dense + (delta.transpose(1, 2) if module.is_transposed else delta)
-
-    got = experts_forward(module, x, index, weights, expert_lora={name: factors(*ab) for name, ab in lora.items()})
-    wanted = reference.experts(module, x, index, weights, {name: with_delta(name, *ab) for name, ab in lora.items()})
+    updates = {name: factors(*ab) for name, ab in lora.items()}
+    stacks = stacks_with_updates(module, updates, packed)
+    got = experts_forward(module, x, index, weights, expert_lora=updates)
+    wanted = reference.experts(module, x, index, weights, stacks)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     inputs = [x, weights, *(tensor for ab in lora.values() for tensor in ab)]
     direction = torch.randn_like(wanted)

@@ -5,18 +5,17 @@ import torch
 
 from ordmoe_peft.experts import forward
 from ordmoe_peft.experts.tuning import WorkSizes, on_gpu
-from ordmoe_peft.quantization.storage import dense_stack, pack_experts
 from tests import reference
 from tests.experts.test_forward import (
     HIDDEN,
     LAYOUTS,
-    NUM_EXPERTS,
     PACKINGS,
     ROUTINGS,
     build_experts,
     build_lora,
     experts_forward,
     factors,
+    stacks_with_updates,
 )
 
 
@@ -26,17 +25,9 @@ from tests.experts.test_forward import (
 def test_rows_with_a_matrix_each(flags, routing, packed, monkeypatch):
     module = build_experts(**flags).eval()
     updates = {name: factors(*ab) for name, ab in build_lora(module).items()}
-    dense = {name: getattr(module, name) for name in updates}
-    if packed:
-        for name, weight in dense.items():
-            setattr(module, name, pack_experts(weight.data, name, **packed))
-            dense[name] = dense_stack(getattr(module, name), torch.float32)
+    stacks = stacks_with_updates(module, updates, packed)
     index = torch.tensor(routing)
     x, weights = torch.randn(len(index), HIDDEN), torch.rand(index.shape)
-    deltas = {name: reference.expert_deltas(a.A, a.B, NUM_EXPERTS, 0.5) for name, [a] in updates.items()}
-    stacks = {
-        name: dense[name] + (delta.transpose(1, 2) if module.is_transposed else delta) for name, delta in deltas.items()
-    }
     monkeypatch.setattr(forward, "work_sizes", lambda device: on_gpu())
     monkeypatch.setattr(forward, "run_frozen_experts", None)  # not this way
     with torch.no_grad():

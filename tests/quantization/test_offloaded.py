@@ -21,9 +21,10 @@ from ordmoe_peft.experts import forward
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization import dequantization, offloaded
 from ordmoe_peft.quantization.offloaded import OffloadedParams4bit, at_hand, device_of_use, is_in_ram, offload
-from ordmoe_peft.quantization.ring import Place, Ring
+from ordmoe_peft.quantization.ring import Ring
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
+from tests.quantization.test_ring import poison_places
 
 
 KINDS = {
@@ -42,7 +43,6 @@ CHECKPOINTING = {"none": None, "reentrant": True, "not reentrant": False}
 @pytest.fixture(autouse=True)
 def copies(monkeypatch) -> list:
     """One entry for each copy of a layer, which is poisoned before. Experts that are run are never read from RAM."""
-    seen, fill = [], Place.fill
 
     def on_device(weight):
         found = at_hand(weight)
@@ -51,14 +51,7 @@ def copies(monkeypatch) -> list:
 
     monkeypatch.setattr(forward, "at_hand", on_device)
 
-    def poisoned(place, stacks, device):
-        if place.memory is not None:
-            place.memory.random_(0, 256)
-        seen.append(stacks)
-        fill(place, stacks, device)
-
-    monkeypatch.setattr(Place, "fill", poisoned)
-    return seen
+    return poison_places(monkeypatch)
 
 
 def packed(offloads: bool, build=models.qwen3_moe, **options) -> nn.Module:

@@ -45,9 +45,8 @@ def layers(count: int) -> list[list[Numbers]]:
     return [[Numbers(2 * index), Numbers(2 * index + 1)] for index in range(count)]
 
 
-@pytest.fixture
-def filled(monkeypatch) -> list[list[Numbers]]:
-    """The layers that were copied, in order. A place is overwritten by other numbers before."""
+def poison_places(monkeypatch) -> list:
+    """What was copied, a layer's stacks at a time, in order. A place is overwritten by other numbers before."""
     seen, fill = [], Place.fill
 
     def poisoned(place, stacks, device):
@@ -58,6 +57,11 @@ def filled(monkeypatch) -> list[list[Numbers]]:
 
     monkeypatch.setattr(Place, "fill", poisoned)
     return seen
+
+
+@pytest.fixture
+def filled(monkeypatch) -> list[list[Numbers]]:
+    return poison_places(monkeypatch)
 
 
 def open_all(ring: Ring, order: list[list[Numbers]]) -> None:
