@@ -64,7 +64,7 @@ class Place:
     def fill(self, stacks: Sequence[Stack], device: torch.device) -> None:
         """Start to copy `stacks` here, in the current stream."""
         self.stacks, self.copies = [], []
-        size, start = sum(_aligned(tensor.nbytes) for stack in stacks for tensor in stack.in_ram()), 0
+        size, start = sum(aligned(tensor.nbytes) for stack in stacks for tensor in stack.in_ram()), 0
         if self.memory is None or len(self.memory) < size:
             self.memory = None  # freed before there is another
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -73,12 +73,13 @@ class Place:
             for tensor in stack.in_ram():
                 part = self.memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 copies.append(part.copy_(tensor, non_blocking=True))
-                start += _aligned(tensor.nbytes)
+                start += aligned(tensor.nbytes)
             self.copies.append(stack.with_copies(copies))
         self.stacks = [(weakref.ref(stack), stack.version()) for stack in stacks]
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """What a tensor of so many bytes takes of a place."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...experts.tuning import WorkSizes
 from ...moe_model import MoELayer, MoEModel
 from ...quantization.memory_by_role import CensusRow, quantization_census
-from ...quantization.ring import ALIGNMENT
+from ...quantization.ring import aligned
 from ...quantization.storage import is_packed
 from ...training.optimizer_states import optimizer_bytes
 from ...training.pass_memory import PassMemory
@@ -211,11 +211,10 @@ def _packed_sizes(layer: MoELayer) -> list[int]:
 def _in_ram(stacks: list[list[int]]) -> ExpertsInRam:
     """Forward and backward each copy all layers but those that the slots hold when they begin."""
     host, num_layers = sum(map(sum, stacks)), len(stacks)
-    aligned = [sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes) for sizes in stacks]
     return ExpertsInRam(
         host=host,
         pinned=sum(1 << (size - 1).bit_length() for sizes in stacks for size in sizes),
-        slots=NUM_SLOTS * max(aligned, default=0),
+        slots=NUM_SLOTS * max((sum(map(aligned, sizes)) for sizes in stacks), default=0),
         copied=2 * max(num_layers - NUM_SLOTS, 0) * host // max(num_layers, 1),
     )
 
