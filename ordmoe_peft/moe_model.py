@@ -1,23 +1,29 @@
-"""What the method knows of a model: its MoE layers, the text models that run them, and what it cannot serve.
+"""What the method knows of a model: its MoE layers, and the text models that run them.
 
-Layers are found by what they are, not by what they are called: transformers marks every class of fused experts with
-flags (`has_gate`, `is_transposed`, …; `transformers/integrations/moe.py`), and a router is the sibling that has one
-row of weights per expert. Modules that PEFT has wrapped are seen through.
+`layer_search.py` finds the layers. Modules that PEFT has wrapped are seen through.
 """
 
 import re
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import OrdMoEModelError
+from .layer_search import FoundLayer, find_layers, is_fused_experts, stated_top_k, without_wrappers
 
+
+__all__ = ["EXPERTS_IMPLEMENTATION", "MoELayer", "MoEModel", "is_fused_experts", "unwrapped", "without_wrappers"]
 
 # Name of our experts function in transformers' registry.
 EXPERTS_IMPLEMENTATION = "ordmoe"
+# Blocks that are known to have no ranks of experts, by class.
+NO_LAYERS = {
+    "DogeCDMoE": "chooses experts by the product of two halves of a key, and its experts are rows of an embedding, not "
+    "matrices: neither tiers nor LoRA nor 4 bits apply",
+}
 
 
 @dataclass(frozen=True)
@@ -26,21 +32,33 @@ class MoELayer:
 
     Args:
         index (`int`): place among the model's MoE layers, from 0.
-        block_name (`str`): name of the module that holds router and experts, without PEFT's wrappers.
+        block (`nn.Module`), block_name (`str`): the module that holds router and experts, without PEFT's wrappers.
         decoder_layers_name (`str`): name of the `nn.ModuleList` of decoder layers.
         decoder_layer (`int`): place of the decoder layer in that list.
-        experts (`nn.Module`), experts_name (`str`): the fused experts.
+        kind (`str`): how the experts are held: `"fused"`, `"stacks"`, `"flat"` or `"modules"`
+            ([`layer_search`](layer_search.py)).
+        num_experts (`int`): E.
+        experts (`nn.Module`), experts_name (`str`): the block's child that holds the experts; the block itself where
+            several do.
+        projections (`tuple[str, ...]`): the experts' own parameters, by their names within `experts`: up-projection
+            (with the gate where there is one) and down-projection of fused experts; none of `"modules"`.
         router (`nn.Module`), router_name (`str`): the router, `None` and `""` where there is none of a known kind.
+        router_matrix (`str`): name of the matrix within it that gives the scores.
     """
 
     index: int
+    block: nn.Module = field(repr=False)
     block_name: str
     decoder_layers_name: str
     decoder_layer: int
+    kind: str
+    num_experts: int
     experts: nn.Module = field(repr=False)
     experts_name: str
+    projections: tuple[str, ...]
     router: nn.Module | None = field(repr=False)
     router_name: str
+    router_matrix: str
 
     @property
     def known_router(self) -> nn.Module:
@@ -57,28 +75,29 @@ class MoELayer:
         return self.router
 
     @property
-    def num_experts(self) -> int:
-        return self.experts.num_experts
+    def router_weight(self) -> nn.Parameter:
+        """The router's matrix: a row for each expert, perhaps some for what else it chooses (`nn.Parameter`)."""
+        return parameter_of(self.known_router, self.router_matrix)
+
+    @property
+    def router_matrix_owner(self) -> nn.Module:
+        """The module that has the router's matrix: the router itself, or a part of it."""
+        return module_of(self.known_router, self.router_matrix.rpartition(".")[0])
+
+    @property
+    def num_scores(self) -> int:
+        """Rows of the router's matrix: E, or more where it scores what are no experts of their own, too."""
+        return self.router_weight.shape[0]
 
     @property
     def top_k(self) -> int:
-        """K, the experts per token; 0 where the router does not say."""
-        return getattr(self.router, "top_k", 0)
+        """K, the experts per token; 0 where neither the router nor its block says so."""
+        return stated_top_k(self.router, self.block)
 
     @property
-    def projections(self) -> tuple[str, ...]:
-        """The names of the fused stacks: up-projection (with the gate where there is one) and down-projection."""
-        return ("gate_up_proj" if self.experts.has_gate else "up_proj", "down_proj")
-
-
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` is of a class that transformers' experts interface serves."""
-    return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "num_experts"))
-
-
-def without_wrappers(name: str) -> str:
-    """The name that a module has in the model before PEFT wraps it."""
-    return name.replace(".base_layer", "")
+    def stacks(self) -> dict[str, nn.Parameter]:
+        """The parameters that `projections` names."""
+        return {name: parameter_of(self.experts, name) for name in self.projections}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -86,6 +105,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while isinstance(getattr(module, "base_layer", None), nn.Module):
         module = module.base_layer
     return module
+
+
+def module_of(module: nn.Module, name: str) -> nn.Module:
+    """What `module` has by this name, under PEFT's wrappers; `module` itself by none."""
+    for part in filter(None, name.split(".")):
+        module = unwrapped(getattr(module, part))
+    return module
+
+
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that `module` has by this name, under PEFT's wrappers."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module_of(module, owner), attribute)
 
 
 def check_no_adapter(model: nn.Module, action: str) -> None:
@@ -104,14 +136,18 @@ class MoEModel:
     It does not keep its model alive.
 
     Attributes:
-        layers (`list` of [`MoELayer`]): the MoE layers, in order.
+        layers (`list` of [`MoELayer`]): the MoE layers of what takes text, in order. Those of a vision tower or a
+            talker are left alone, unless that part is given by itself as `model`.
+        all_layers (`list` of [`MoELayer`]): these and those that are left alone.
     """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         # By these a view that is out of date is known. Experts and routers keep theirs as long as the view holds them.
         self._module_ids = _module_ids(model)
-        self.layers = _find_layers(model)
+        self.all_layers = _find_layers(model)
+        text = [layer for layer in self.all_layers if _takes_text(model, layer)] or self.all_layers
+        self.layers = [replace(layer, index=index) for index, layer in enumerate(text)]
 
     @classmethod
     def of(cls, model: nn.Module) -> "MoEModel":
@@ -150,40 +186,6 @@ class MoEModel:
         lists = dict.fromkeys(layer.decoder_layers_name for layer in self.layers)
         return [(index, f"{name}.{index}") for name in lists for index in range(len(self.model.get_submodule(name)))]
 
-    @cached_property
-    def unserved_blocks(self) -> list[str]:
-        """Names of the blocks that route among experts which are not of transformers' experts interface.
-
-        Such experts are modules of one class in a list, or stacks of matrices in a class without the interface's
-        flags. Beside them is a router: a matrix with a row for each expert, as wide as the experts' input.
-        """
-        modules = {without_wrappers(name): part for name, part in self.model.named_modules() if "lora_" not in name}
-        blocks = [
-            _block_of(name, modules)
-            for name, part in modules.items()
-            if re.fullmatch(r".*\.\d+\..*", name) and not is_fused_experts(part)
-        ]
-        return list(dict.fromkeys(block for block in blocks if block))
-
-    def check_all_served(self, wish: str) -> None:
-        """Raise [`OrdMoEModelError`] if MoE blocks would be left out of `wish`."""
-        blocks = self.unserved_blocks
-        if blocks:
-            raise OrdMoEModelError(
-                f"{wish} cannot cover all MoE layers of {type(unwrapped(self.model)).__name__}: in "
-                f"{_shortened(blocks)} the experts are not of transformers' experts interface (fused, with "
-                "`use_experts_implementation`). Load the model with transformers' own class for its architecture, if "
-                "there is one; else adapt `attention` alone, with `layer_scope` a list of the layers that are found."
-            )
-
-    def check_scope_is_served(self, layer_scope: str | Sequence[int]) -> None:
-        """Raise [`OrdMoEModelError`] if `layer_scope` counts MoE layers of which some cannot be held to tiers.
-
-        A list of indices means those that are found.
-        """
-        if isinstance(layer_scope, str):
-            self.check_all_served(f"layer_scope={layer_scope!r}")
-
 
 # Views that were built; an entry goes with its model.
 _views: "weakref.WeakKeyDictionary[nn.Module, MoEModel]" = weakref.WeakKeyDictionary()
@@ -199,92 +201,47 @@ def _find_layers(model: nn.Module) -> list[MoELayer]:
             f"The weights of {type(model).__name__} were shared out by DeepSpeed ZeRO-3 as it was loaded, and are "
             "empty here: load it in 4 bits, which transformers loads whole, or share it out by FSDP2."
         )
-    layers: list[MoELayer] = []
-    for wrapped_name, module in model.named_modules():
-        name = without_wrappers(wrapped_name)
-        place = re.fullmatch(r"(?P<list>.*)\.(?P<index>\d+)\..*", name)
-        if not is_fused_experts(module) or place is None:
-            continue
-        block_name = name.rpartition(".")[0]
-        router_name, router = _find_router(model.get_submodule(block_name), module.num_experts)
-        layers.append(
-            MoELayer(
-                index=len(layers),
-                block_name=block_name,
-                decoder_layers_name=place["list"],
-                decoder_layer=int(place["index"]),
-                experts=module,
-                experts_name=name,
-                router=router,
-                router_name=f"{block_name}.{router_name}" if router is not None else "",
-            )
-        )
+    layers = [_layer(model, index, found) for index, found in enumerate(find_layers(model))]
     if not layers:
-        raise OrdMoEModelError(
-            f"{type(model).__name__} has no MoE layers: OrdMoE works on models with fused routed experts, such as "
-            "Qwen3-MoE, Qwen3-VL-MoE, OLMoE or Mixtral."
+        known = (
+            f"{without_wrappers(name)} ({type(module).__name__}) {NO_LAYERS[type(module).__name__]}"
+            for name, module in model.named_modules()
+            if type(module).__name__ in NO_LAYERS
         )
+        reason = "OrdMoE works on models with routed experts, such as Qwen3-MoE, Qwen3-VL-MoE, OLMoE or Mixtral"
+        raise OrdMoEModelError(next(known, f"{type(model).__name__} has no MoE layers: {reason}") + ".")
     return layers
 
 
-def _find_router(block: nn.Module, num_experts: int) -> tuple[str, nn.Module | None]:
-    for name, child in block.named_children():
-        router = unwrapped(child)
-        weight = getattr(router, "weight", None)
-        if not is_fused_experts(router) and weight is not None and weight.dim() == 2 and len(weight) == num_experts:
-            return name, router
-    return "", None
-
-
-def _block_of(name: str, modules: dict[str, nn.Module]) -> str:
-    """The block whose experts the module `name` holds, if it holds any: the module itself, what holds it, or what holds
-    that, up to the decoder layer."""
-    num_experts, widths = _experts_in(modules[name])
-    block = name
-    for _ in range(3):
-        if (
-            num_experts > 1
-            and _is_within_layer(block)
-            and _has_router(modules[block], modules[name], num_experts, widths)
-        ):
-            return block
-        block = block.rpartition(".")[0]
-    return ""
-
-
-def _is_within_layer(name: str) -> bool:
-    return re.search(r"\.\d+(\.|$)", name) is not None
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more blocks" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _experts_in(module: nn.Module) -> tuple[int, set[int]]:
-    """How many experts `module` itself holds, if they may be such, and the sides of their matrices."""
-    children = list(module.children())
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len({type(child) for child in children}) == 1:
-        linears = [linear for linear in children[0].modules() if isinstance(linear, nn.Linear)]
-        sides = {side for linear in linears for side in (linear.in_features, linear.out_features)}
-        sides |= {side for weight in children[0].parameters() if weight.dim() == 2 for side in weight.shape}
-        return len(children), sides
-    stacks = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
-    if len(stacks) > 1 and len({len(stack) for stack in stacks}) == 1:
-        return len(stacks[0]), {side for stack in stacks for side in stack.shape[1:]}
-    return 0, set()
-
-
-def _has_router(block: nn.Module, experts: nn.Module, num_experts: int, widths: set[int]) -> bool:
-    """Whether `block` has, beside `experts`, a matrix with a row or a column for each expert, whose other side is as
-    long as a side of the experts' matrices. That side is the longer one, since a square matrix routes nothing."""
-    beside = [
-        block,
-        *(part for child in block.children() if child is not experts for part in (child, *child.children())),
-    ]
-    return any(
-        weight.dim() == 2 and min(weight.shape) == num_experts < max(weight.shape) and max(weight.shape) in widths
-        for part in beside
-        if part is not experts or part is block
-        for weight in part.parameters(recurse=False)
+def _layer(model: nn.Module, index: int, found: FoundLayer) -> MoELayer:
+    place = re.match(r"(?P<list>.*?)\.(?P<index>\d+)\.", f"{found.block}.")
+    assert place is not None, "layers are searched for within lists alone"
+    block = module_of(model, found.block)
+    router = module_of(model, found.router) if found.router else None
+    return MoELayer(
+        index=index,
+        block=block,
+        block_name=found.block,
+        decoder_layers_name=place["list"],
+        decoder_layer=int(place["index"]),
+        kind=found.kind,
+        num_experts=found.num_experts,
+        experts=module_of(model, found.experts),
+        experts_name=found.experts,
+        projections=found.stacks,
+        router=router,
+        router_name=found.router,
+        router_matrix=found.router_matrix,
     )
+
+
+def _takes_text(model: nn.Module, layer: MoELayer) -> bool:
+    """Whether the model that runs a layer takes text: vision towers and talkers take images or sounds alone."""
+    name = layer.decoder_layers_name
+    while name:
+        name = name.rpartition(".")[0]
+        owner = module_of(model, name)
+        if isinstance(owner, PreTrainedModel):
+            modalities = owner.input_modalities
+            return "text" in ([modalities] if isinstance(modalities, str) else modalities)
+    return True

@@ -5,18 +5,19 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import MoEModel, without_wrappers
+from ..moe_model import MoELayer, MoEModel, without_wrappers
 from ..quantization.other_quantizers import check_expert_storage
-from ..tiers.plan import make_plan
-from ..tiers.routing import check_router, check_weights, settings_of
+from ..tiers.plan import TierPlan, make_plan
+from ..tiers.router_check import check_router
+from ..tiers.routing import check_weights, settings_of
 from .config import OrdMoEConfig
 from .lora_fields import check_modules_to_save, check_whole_model, resolve_patterns
 from .offloading import check_offloading
 from .targets import Target, base_moe, resolve_targets
 
 
-def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
-    """See that `config` fits `model`. Returns what its roles stand for.
+def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Target], TierPlan]:
+    """See that `config` fits `model`. Returns what its roles stand for, and the plan of its tier 1.
 
     Raises:
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: it does not.
@@ -25,17 +26,32 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
     check_expert_storage(model)
     moe = MoEModel.of(model)
     check_base(config, model)
-    if config.num_tiers > 1:
-        moe.check_scope_is_served(config.layer_scope)
-    make_plan(moe.layers, 1, settings_of(config))
+    plan = make_plan(moe.layers, 1, settings_of(config))
     targets = check_targets(config, model)
+    check_routers_are_reached(moe.layers, targets)
     check_offloading(model, targets)
     check_modules_to_save(config, model, [layer.block_name for layer in moe.layers])
     if config.tier_weights == "match":
         for layer in moe.layers:
-            check_router(layer)
             check_weights(layer)
-    return targets
+    return targets, plan
+
+
+def check_routers_are_reached(layers: list[MoELayer], targets: list[Target]) -> None:
+    """See that each router that is adapted calls the module that has its matrix, so that LoRA there has an effect.
+
+    Raises:
+        [`OrdMoEModelError`]: one reads the matrix itself.
+    """
+    if not any(target.role == "router" for target in targets):
+        return
+    for layer in layers:
+        is_part = layer.router_matrix_owner is not layer.router
+        if is_part and not check_router(layer).calls_matrix:
+            raise OrdMoEModelError(
+                f"{layer.router_name} ({type(layer.router).__name__}) reads {layer.router_matrix} itself, past the "
+                "module that has it, so LoRA there would do nothing until it is merged. Leave 'router' out of targets."
+            )
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:

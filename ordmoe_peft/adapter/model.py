@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .._compat import keep_linear4bit_layout
 from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..experts.expert_lora import ExpertLora
-from ..experts.router_lora import RouterLora
+from ..experts.weight_lora import WeightLora
 from ..merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from ..moe_model import (
     EXPERTS_IMPLEMENTATION,
@@ -20,7 +20,7 @@ from ..moe_model import (
     is_fused_experts,
     unwrapped,
 )
-from ..tiers.routing import install_tier_hooks, note_adapter_configs, remove_tier_hooks
+from ..tiers.routing import install_tier_hooks, note_adapter_configs, ranked_layers, remove_tier_hooks
 from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
 from .config import OrdMoEConfig
 from .fitting import check_fits_model, fill_in_targets
@@ -57,10 +57,12 @@ class OrdMoEModel(LoraModel):
         config = self.peft_config[adapter_name]
         is_loaded, file = config.base_moe is not None, config.weights_file
         saved = saved_shapes(file) if is_loaded and file else None
-        targets = check_fits_model(config, model)
+        targets, plan = check_fits_model(config, model)
         # From here on the model changes. `_detach` undoes it, and `attached_or_unchanged` where something fails.
         bring_offloaded_routers(MoEModel.of(model).layers)
-        install_tier_hooks(model)
+        moe = install_tier_hooks(model, plan.layers if config.num_tiers > 1 else ())
+        if config.num_tiers > 1:
+            ranked_layers(moe, plan)
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
         if not is_loaded:
             config.base_quantization = base_quantization(model)
@@ -108,7 +110,7 @@ class OrdMoEModel(LoraModel):
     def _create_new_module(lora_config: OrdMoEConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if kwargs.get("parameter_name"):
             arguments = {name: kwargs[name] for name in ("parameter_name", "r", "lora_alpha")}
-            layer = ExpertLora if is_fused_experts(unwrapped(target)) else RouterLora
+            layer = ExpertLora if is_fused_experts(unwrapped(target)) else WeightLora
             return layer(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 

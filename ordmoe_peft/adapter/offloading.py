@@ -34,8 +34,9 @@ def check_offloading(model: nn.Module, targets: list[Target]) -> None:
 def bring_offloaded_routers(layers: list[MoELayer]) -> None:
     """Put offloaded routers on the device that they run on, for good: they are small, and LoRA adds to their weight."""
     for layer in layers:
-        if layer.router is not None and is_offloaded(layer.router):
-            _bring(layer.router)
+        for module in () if layer.router is None else layer.router.modules():
+            if is_offloaded(module):
+                _bring(module)
 
 
 def _bring(module: nn.Module) -> None:

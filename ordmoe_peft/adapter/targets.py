@@ -1,12 +1,12 @@
 """Which modules and parameters a role stands for in a model, and how many of them an adapter covers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..moe_model import MoEModel, without_wrappers
+from ..moe_model import MoELayer, MoEModel, without_wrappers
 from ..quantization.storage import logical_shape
 
 
@@ -34,13 +34,12 @@ def find_targets(model: nn.Module) -> list[Target]:
     moe, found = MoEModel.of(model), []
     for layer in moe.layers:
         if layer.router is not None:
-            is_parameter = not isinstance(layer.router, nn.Linear)
-            name = f"{layer.router_name}.weight" if is_parameter else layer.router_name
+            # A subclass of a linear layer that routes has another forward, which PEFT's linear layer does not call.
+            is_parameter = type(layer.router_matrix_owner) is not nn.Linear
+            name = f"{layer.router_name}.{layer.router_matrix}"
+            name = name if is_parameter else name.removesuffix(".weight")
             found.append(Target("router", "router", name, is_parameter, layer.decoder_layer))
-        for projection in layer.projections:
-            kind = projection.removesuffix("_proj")
-            name = f"{layer.experts_name}.{projection}"
-            found.append(Target("experts", kind, name, True, layer.decoder_layer))
+        found += _expert_targets(layer)
         for name in _linears(model, layer.block_name, "shared"):
             found.append(Target("shared_experts", "shared_experts", name, False, layer.decoder_layer))
     for index, decoder_layer in moe.decoder_layers:
@@ -49,14 +48,40 @@ def find_targets(model: nn.Module) -> list[Target]:
     return found
 
 
+def _expert_targets(layer: MoELayer) -> list[Target]:
+    """The stacks of a layer's experts, or the linear layers of experts that are modules; nothing of flat stacks, on
+    which LoRA would be one for all experts."""
+    if layer.kind == "modules":
+        return [
+            Target("experts", name.rpartition(".")[2], f"{layer.experts_name}.{name}", False, layer.decoder_layer)
+            for name in linears_in(layer.experts)
+        ]
+    return [
+        Target("experts", _kind_of(name), f"{layer.experts_name}.{name}", True, layer.decoder_layer)
+        for name in (() if layer.kind == "flat" else layer.projections)
+    ]
+
+
+def _kind_of(projection: str) -> str:
+    return projection.removesuffix(".weight").removesuffix("_proj")
+
+
+def linears_in(module: nn.Module) -> list[str]:
+    """Names of the linear layers in `module` with more than one output, without PEFT's wrappers."""
+    return [
+        without_wrappers(name)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and "lora_" not in name and part.out_features > 1
+    ]
+
+
 def _linears(model: nn.Module, parent_name: str, *words: str) -> list[str]:
     """Names of the linear layers with more than one output in the children of `parent_name` named by one of `words`."""
     return [
-        without_wrappers(f"{parent_name}.{child_name}.{name}".removesuffix("."))
+        without_wrappers(f"{parent_name}.{child_name}.{name}").removesuffix(".")
         for child_name, child in model.get_submodule(parent_name).named_children()
         if any(word in child_name for word in words)
-        for name, module in child.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name and module.out_features > 1
+        for name in linears_in(child)
     ]
 
 
@@ -67,13 +92,18 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
         [`OrdMoEModelError`]: a role matches nothing, or only part of the layers that should have it.
     """
     moe, found = MoEModel.of(model), find_targets(model)
-    if set(roles) - {"attention"}:
-        moe.check_all_served(f"targets={roles}")
     moe_layers = {layer.decoder_layer for layer in moe.layers}
     decoder_layers = {index for index, _ in moe.decoder_layers}
     for role in roles:
         covered = {target.layer for target in found if target.role == role}
         if not covered:
+            if role == "experts":
+                layer = moe.layers[0]
+                raise OrdMoEModelError(
+                    f"targets has 'experts', but {layer.experts_name} ({type(layer.experts).__name__}) holds the "
+                    f"matrices of all experts in one, as {', '.join(layer.projections)}, where LoRA would be one for "
+                    "all experts. Leave 'experts' out of targets."
+                )
             available = sorted({target.role for target in found})
             raise OrdMoEModelError(
                 f"targets has {role!r}, but {type(model).__name__} has nothing of that role. It has {available}."
@@ -96,17 +126,27 @@ def base_quantization(model: nn.Module) -> dict | None:
 def base_moe(model: nn.Module) -> dict:
     """The sizes that an adapter of `model` depends on, as plain data."""
     layers = MoEModel.of(model).layers
-    experts = layers[0].experts
-    sides = logical_shape(experts.down_proj)[1:]
-    expert_width, hidden_size = sides if experts.is_transposed else reversed(sides)
+    hidden_size, expert_width = _sides(layers[0])
     return {
         "moe_layers": len(layers),
-        "num_experts": experts.num_experts,
+        "num_experts": layers[0].num_experts,
         "top_k": layers[0].top_k,
         "hidden_size": hidden_size,
         "expert_width": expert_width,
-        "experts_class": type(experts).__name__,
+        "experts_class": type(layers[0].experts).__name__,
     }
+
+
+def _sides(layer: MoELayer) -> tuple[int, int]:
+    """The hidden size and the width of a layer's experts, from their last matrix, which is the down-projection."""
+    if layer.kind == "modules":
+        linear = layer.experts.get_submodule(linears_in(layer.experts)[-1])
+        return linear.out_features, linear.in_features
+    *_, rows, columns = logical_shape(list(layer.stacks.values())[-1])
+    if layer.kind == "flat":
+        return columns, rows // layer.num_experts
+    is_transposed = layer.experts.is_transposed if layer.kind == "fused" else columns == layer.router_weight.shape[1]
+    return (columns, rows) if is_transposed else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -115,16 +155,13 @@ class Coverage:
 
     Args:
         rows (`list` of `(kind, found, adapted, trainable parameters)`): one row per kind of target.
-        unserved (`list[str]`): MoE blocks whose experts cannot be adapted, held to tiers or packed.
     """
 
     rows: list[tuple[str, int, int, int]]
-    unserved: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{'target':<16}{'found':>8}{'adapted':>9}{'trainable parameters':>22}"]
         lines += [f"{kind:<16}{found:>8}{adapted:>9}{count:>22,}" for kind, found, adapted, count in self.rows]
-        lines += [f"{name}: its experts are not of transformers' experts interface" for name in self.unserved]
         return "\n".join(lines)
 
 
@@ -156,4 +193,4 @@ def coverage_report(model: nn.Module) -> Coverage:
                 sum(trainable.get(name, 0) for name in names),
             )
         )
-    return Coverage(rows, MoEModel.of(model).unserved_blocks)
+    return Coverage(rows)

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import OrdMoEConfigError, OrdMoEDataError
-from ..moe_model import MoEModel, unwrapped
+from ..moe_model import MoEModel
 from ..monitoring.recording import recorded_routing_weight_sums
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ..tiers.plan import RandomDraw, layers_in_scope
@@ -177,7 +177,7 @@ def _texts_digest(texts: Dataset) -> str:
 def _weights_digest(model: nn.Module) -> str:
     """What tells one training state from another without reading a whole base: routers and LoRA factors."""
     digest = hashlib.sha256()
-    weights = {layer.router_name: unwrapped(layer.router).weight for layer in MoEModel.of(model).layers}
+    weights = {layer.router_name: layer.router_weight for layer in MoEModel.of(model).layers}
     weights |= {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name in sorted(weights):
         digest.update(name.encode())

@@ -14,7 +14,8 @@ from ..errors import OrdMoEModelError, OrdMoERuntimeError
 from ..forward import RunningForward, install_forward_hooks, running_forward
 from ..moe_model import MoELayer, MoEModel
 from ..tiers.plan import TierPlan, TierSettings
-from ..tiers.routing import check_router, install_tier_hooks, route
+from ..tiers.router_check import check_router
+from ..tiers.routing import install_tier_hooks, route, router_sizes
 from .health import LayerHealth, column_widths, drift_columns, layer_health, routing_columns, tier_columns
 from .recording import Call, record
 
@@ -89,8 +90,9 @@ class RouterMeter:
 
     def _layer_meter(self, layer: MoELayer) -> _LayerMeter:
         wrapped = self.model.get_submodule(layer.router_name)
-        num_tiers = min(self.num_tiers, layer.num_experts // layer.top_k)
-        return _LayerMeter(layer, num_tiers, isinstance(wrapped, BaseTunerLayer) and not wrapped.merged)
+        num_tiers = min(self.num_tiers, layer.num_experts // layer.top_k) if router_sizes(layer).is_ranked else 0
+        adapters = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+        return _LayerMeter(layer, num_tiers, any(not adapter.merged for adapter in adapters))
 
     def __enter__(self) -> "RouterMeter":
         for model in MoEModel.of(self.model).text_models:
@@ -112,7 +114,7 @@ class RouterMeter:
         meters = list(self.meters.values())
         if not meters:
             return []
-        device = meters[0].layer.known_router.weight.device
+        device = meters[0].layer.router_weight.device
         nothing = torch.zeros(0, dtype=_sum_dtype(device), device=device)
         parts = [nothing.new_zeros(sum(m.widths.values())) if m.sums is None else m.sums.to(nothing) for m in meters]
         sums_n = torch.cat(parts)
@@ -183,7 +185,8 @@ def _read(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _read_again(call: Call, plan: TierPlan | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same of what the router gives for the same tokens when held to a plan."""
-    return _read(replace(call, output=route(call.layer, plan, *call.args, **call.kwargs)))
+    output = route(call.layer, plan, *call.args, with_lora=plan is not None, **call.kwargs)
+    return _read(replace(call, output=output))
 
 
 def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tensor:
@@ -210,17 +213,17 @@ def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tenso
 
 
 def _unsupported(model: nn.Module, layers: list[MoELayer]) -> dict[str, str]:
-    """Layers whose routers cannot be held to tiers, and why. Where there is none, the model has its tier hooks on."""
-    try:
-        install_tier_hooks(model)
-        return {}
-    except OrdMoEModelError:  # of the first such layer
-        reasons = {}
+    """Layers whose routers cannot be held to tiers or read, and why. The others have their tier hooks on."""
+    reasons = {}
     for layer in layers:
         try:
-            check_router(layer)
+            if not check_router(layer).is_readable:
+                reasons[layer.block_name] = (
+                    f"{layer.router_name} ({type(layer.router).__name__}) does not return (logits, weights, experts)"
+                )
         except OrdMoEModelError as error:
             reasons[layer.block_name] = str(error)
+    install_tier_hooks(model, [layer.index for layer in layers if layer.block_name not in reasons])
     return reasons
 
 

@@ -20,8 +20,7 @@ def keep_packed_when_sharded(model: nn.Module) -> None:
     Call it before the model is sharded.
     """
     for layer in MoEModel.of(model).layers:
-        weights = {name: getattr(layer.experts, name) for name in layer.projections}
-        states = {name: weight.quant_state for name, weight in weights.items() if is_packed(weight)}
+        states = {name: weight.quant_state for name, weight in layer.stacks.items() if is_packed(weight)}
         if states:
             layer.experts.register_forward_pre_hook(_RestoreStates(states))
 

@@ -89,7 +89,7 @@ def warn_of_dense_experts(model: nn.Module, method: str) -> None:
     """Say how much memory the experts take that the quantiser left alone."""
     layers = MoEModel.of(model).layers
     # Without repetition: stacks of layers may share them.
-    stacks = list({getattr(layer.experts, name): None for layer in layers for name in layer.projections})
+    stacks = list({stack: None for layer in layers for stack in layer.stacks.values()})
     dense = sum(stack.nbytes for stack in stacks if not is_packed(stack))
     if dense:
         total = sum(parameter.nbytes for parameter in model.parameters())

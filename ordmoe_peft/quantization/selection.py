@@ -46,16 +46,15 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
                 "experts interface. transformers' own `BitsAndBytesConfig` quantises the linear layers of such a model "
                 "and leaves its experts in their dtype."
             )
-    moe = MoEModel.of(model)
-    layers = moe.layers
-    for name in moe.unserved_blocks:
-        if should_convert_module(name, skip_modules):
+    layers = MoEModel.of(model).all_layers
+    for layer in layers:
+        if layer.kind != "fused" and should_convert_module(layer.block_name, skip_modules):
             raise OrdMoEModelError(
-                f"The experts in {name} ({type(model.get_submodule(name)).__name__}) cannot be packed in 4 bits: they "
+                f"The experts in {layer.block_name} ({type(layer.block).__name__}) cannot be packed in 4 bits: they "
                 "are not of transformers' experts interface. Name the module in `llm_int8_skip_modules` to leave it as "
                 "it is."
             )
-    return layers
+    return [layer for layer in layers if layer.kind == "fused"]
 
 
 def linear_block_size(in_features: int, largest: int) -> int:

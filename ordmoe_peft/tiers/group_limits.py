@@ -59,30 +59,30 @@ class ScoreHistory:
                 self._made_from[id(before)] = before, self._made_from[id(tensor)][1]
             self._made_from[id(tensor)] = tensor, [before]
 
-    def limit_on(self, scores_TE: torch.Tensor) -> Limit | None:
-        """The limit that `scores_TE` (`torch.Tensor` of shape `(T, E)`) were put under, if any."""
-        for both in self._steps_to(scores_TE, lambda *step: _left_out(*step) is not None):
-            source_TE, made_TE = (tensor.reshape(scores_TE.shape) for tensor in both)
+    def limit_on(self, scores: torch.Tensor) -> Limit | None:
+        """The limit that `scores` (`torch.Tensor` of shape `(T, E)` or `(B, S, E)`) were put under, if any."""
+        for both in self._steps_to(scores, lambda *step: _left_out(*step) is not None):
+            source_TE, made_TE = (tensor.reshape(-1, scores.shape[-1]) for tensor in both)
             left_out_TE = _left_out(source_TE, made_TE)
             if left_out_TE is not None and left_out_TE.any():
-                return Limit(source_TE.to(scores_TE.dtype), left_out_TE)
+                return Limit(source_TE.to(scores.dtype), left_out_TE)
         return None
 
-    def hides_ranks(self, scores_TE: torch.Tensor) -> bool:
-        """Whether a step from the first scores to `scores_TE` (`torch.Tensor` of shape `(T, E)`) neither keeps a
-        token's ranks nor adds a bias to each expert."""
-        if scores_TE.isnan().any():  # of a broken base, whose ranks mean nothing in any case
+    def hides_ranks(self, scores: torch.Tensor) -> bool:
+        """Whether a step from the first scores to `scores` (`torch.Tensor` of shape `(T, E)` or `(B, S, E)`) neither
+        keeps a token's ranks nor adds a bias to each expert."""
+        if scores.isnan().any():  # of a broken base, whose ranks mean nothing in any case
             return False
-        first = scores_TE
-        for source, _ in self._steps_to(scores_TE, _keeps_ranks):
+        first = scores
+        for source, _ in self._steps_to(scores, _keeps_ranks):
             first = source
         return bool(self._sources(first))
 
     def _steps_to(
-        self, scores_TE: torch.Tensor, explains: Callable[[torch.Tensor, torch.Tensor], bool]
+        self, scores: torch.Tensor, explains: Callable[[torch.Tensor, torch.Tensor], bool]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Backwards from `scores_TE`: what it was made from and what was made of that, as far as `explains` holds."""
-        made, shape = scores_TE, scores_TE.shape
+        """Backwards from `scores`: what it was made from and what was made of that, as far as `explains` holds."""
+        made, shape = scores, (-1, scores.shape[-1])
         for _ in range(len(self._made_from)):
             explained = (x for x in self._sources(made) if explains(x.reshape(shape), made.reshape(shape)))
             source = next(explained, None)

@@ -7,29 +7,34 @@ hooks return at once.
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils import logging
 
 from ..adapter.config import OrdMoEConfig
-from ..errors import OrdMoEModelError, OrdMoERuntimeError
+from ..errors import OrdMoEConfigError, OrdMoEModelError, OrdMoERuntimeError
+from ..experts.weight_lora import run_without_lora
 from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
-from ..moe_model import MoELayer, MoEModel
-from ..router_output import WEIGHTS, read_router_output
+from ..moe_model import MoELayer, MoEModel, module_of
+from ..router_output import WEIGHTS
 from .plan import RandomDraw, TierPlan, TierSettings, make_plan
-from .selection import RouterSizes, TierSelection
+from .router_check import check_router
+from .selection import RoundSelection, RouterSizes, TierSelection
 
 
-# Tokens that a router is tried on.
-PROBE_TOKENS = 16
+logger = logging.get_logger(__name__)
+
 # Attribute of text models in an adapted model.
 CONFIGS = "adapter_configs"
+# Attribute of routers that were checked, and have their hooks if they rank experts.
+SIZES = "tier_router_sizes"
 
 
 class _Running(threading.local):
@@ -82,13 +87,13 @@ def tier_routing(
         [`OrdMoERuntimeError`]: from a forward in the block that cannot be held to its tiers: rows, positions or tokens
             are unknown, or a router did not run.
     """
-    moe = install_tier_hooks(model)
-    config = adapter_config(model)
+    moe, config = MoEModel.of(model), adapter_config(model)
     settings = settings_of(
         config, num_tiers=num_tiers, grouping=grouping, layer_scope=layer_scope, tier_weights=tier_weights, seed=seed
     )
-    moe.check_scope_is_served(settings.layer_scope)
     plan = make_plan(moe.layers, tier, settings, _draw_of(draw, renamed))
+    install_tier_hooks(model, plan.layers)
+    plan = replace(plan, layers=ranked_layers(moe, plan))
     if settings.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(moe.layers[index])
@@ -121,7 +126,27 @@ def _draw_of(draw: RandomDraw | None, renamed: dict[str, Any]) -> RandomDraw:
     return RandomDraw(**{{"places": "positions"}.get(name, name): value for name, value in renamed.items()})
 
 
-def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> Any:
+def ranked_layers(moe: MoEModel, plan: TierPlan) -> frozenset[int]:
+    """The layers in scope of a plan whose routers rank experts; the others route as usual, which is said once.
+
+    Raises:
+        [`OrdMoEConfigError`]: `layer_scope` lists one of the others, or there is none that ranks.
+    """
+    unranked = [index for index in sorted(plan.layers) if not router_sizes(moe.layers[index]).is_ranked]
+    if not unranked:
+        return plan.layers
+    first = moe.layers[unranked[0]]
+    reason = (
+        f"the MoE layers {unranked} choose experts by something else than ranks of scores, as by a token's id: "
+        f"{first.router_name} ({type(first.router).__name__})"
+    )
+    if not isinstance(plan.settings.layer_scope, str) or len(unranked) == len(plan.layers):
+        raise OrdMoEConfigError(f"layer_scope={plan.settings.layer_scope!r}, but {reason}. Leave them out.")
+    logger.warning_once(f"On all tiers alike, {reason}.")
+    return plan.layers - {*unranked}
+
+
+def route(layer: MoELayer, plan: TierPlan | None, *args: Any, with_lora: bool = True, **kwargs: Any) -> Any:
     """What a layer's router says of its inputs when held to a plan, whatever the forward around it is.
 
     Hooks on the router do not run.
@@ -129,10 +154,23 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, **kwargs: Any) -> 
     Args:
         layer ([`~ordmoe_peft.moe_model.MoELayer`]): the router's layer.
         plan ([`~ordmoe_peft.tiers.plan.TierPlan`], *optional*): the tiers; the router's own choice without.
+        with_lora (`bool`, defaults to `True`): with the adapter on linear layers within the router. One around it does
+            not count in any case.
         args, kwargs: the router's inputs.
     """
-    with nullcontext() if plan is None else TierSelection(RouterSizes.of(layer), layer.index, plan, running_forward()):
-        return layer.known_router.forward(*args, **kwargs)
+    router = layer.known_router
+    selection = None if plan is None else _selection(router_sizes(layer), layer.index, plan, running_forward())
+    with nullcontext() if selection is None else selection:
+        return router.forward(*args, **kwargs) if with_lora else run_without_lora(router, *args, **kwargs)
+
+
+def router_sizes(layer: MoELayer) -> RouterSizes:
+    """What was found of a layer's router as its hooks were put on."""
+    return getattr(layer.known_router, SIZES, None) or RouterSizes.of(layer)
+
+
+def _selection(sizes: RouterSizes, index: int, plan: TierPlan, forward: RunningForward | None) -> TierSelection:
+    return (RoundSelection if sizes.by_rounds else TierSelection)(sizes, index, plan, forward)
 
 
 def adapter_config(model: nn.Module) -> OrdMoEConfig:
@@ -155,21 +193,28 @@ def note_adapter_configs(model: nn.Module, configs: dict[str, PeftConfig]) -> No
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks
-def install_tier_hooks(model: nn.Module) -> MoEModel:
-    """Put the hooks on `model`'s text models and routers, where they are not yet. Returns its view.
+def install_tier_hooks(model: nn.Module, layers: Collection[int] | None = None) -> MoEModel:
+    """Put the hooks on `model`'s text models and on routers, where they are not yet. Returns its view.
+
+    Args:
+        model (`nn.Module`): a MoE model, wrapped by PEFT or not.
+        layers (collection of `int`, *optional*): indices of the MoE layers to be held to tiers; all by default.
 
     Raises:
-        [`OrdMoEModelError`]: a layer has no router of a known kind, or one whose choice cannot be intercepted.
+        [`OrdMoEModelError`]: one of them has no router of a known kind, or one whose choice cannot be intercepted.
     """
     moe = MoEModel.of(model)
-    missing = [layer for layer in moe.layers if not hasattr(layer.known_router, "tier_hook_handles")]
+    wanted = moe.layers if layers is None else [moe.layers[index] for index in sorted(layers)]
+    missing = [layer for layer in wanted if not hasattr(layer.known_router, SIZES)]
     sizes = [check_router(layer) for layer in missing]
     for layer, size in zip(missing, sizes, strict=True):
-        router = layer.known_router
-        router.tier_hook_handles = [
-            router.register_forward_pre_hook(_RouterEntry(size)),
-            router.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
-        ]
+        setattr(layer.router, SIZES, size)
+        chooses = layer.block if size.router_in_block else layer.known_router
+        if size.is_ranked:
+            chooses.tier_hook_handles = [
+                chooses.register_forward_pre_hook(_RouterEntry(size)),
+                chooses.register_forward_hook(_leave_router, with_kwargs=True, always_call=True),
+            ]
     for owner in moe.text_models:
         install_forward_hooks(owner)
     return moe
@@ -179,46 +224,10 @@ def remove_tier_hooks(model: nn.Module) -> None:
     """Take all hooks of [`install_tier_hooks`], and what [`note_adapter_configs`] noted, off `model`."""
     for module in model.modules():
         module.__dict__.pop(CONFIGS, None)
+        module.__dict__.pop(SIZES, None)
         for handle in module.__dict__.pop("tier_hook_handles", ()):
             handle.remove()
     remove_forward_hooks(model)
-
-
-def check_router(layer: MoELayer) -> RouterSizes:
-    """Run the layer's router on a few tokens of noise and see that it chooses K of E scores by one `torch.topk`.
-
-    Raises:
-        [`OrdMoEModelError`]: it does not, or it leaves experts out in a way that is not recognised.
-    """
-    router = layer.known_router
-    named = f"{layer.router_name} ({type(router).__name__})"
-    probe = TierSelection(RouterSizes.of(layer), layer.index, _everything_on_top())
-    with align_module_device(router):  # brings weights that accelerate offloaded
-        weight = router.weight
-        if weight.device.type == "meta":
-            return RouterSizes.of(layer)
-        noise_TH = torch.arange(PROBE_TOKENS * weight.shape[1], device=weight.device).view(PROBE_TOKENS, -1)
-        noise_TH = (1e3 * noise_TH.sin()).cos().to(weight.dtype)  # so that tokens keep different groups
-        try:
-            with torch.no_grad(), probe:
-                router(noise_TH)
-        except TypeError as error:
-            raise OrdMoEModelError(f"{named}: {error}") from error
-    if probe.selections != 1:
-        raise OrdMoEModelError(
-            f"{named} chose experts by {probe.selections} calls of torch.topk over its {layer.num_experts} scores "
-            "where tiers need exactly one; this router is not supported."
-        )
-    if probe.hides_ranks:
-        raise OrdMoEModelError(
-            f"{named} leaves experts out of its choice, or changes their ranks, in a way that is not recognised, so "
-            "the ranks below those that it chooses are unknown; this router is not supported."
-        )
-    return RouterSizes.of(layer, may_limit=probe.limit is not None)
-
-
-def _everything_on_top() -> TierPlan:
-    return TierPlan(torch.ones(1, dtype=torch.long), TierSettings(num_tiers=1), frozenset())
 
 
 def check_weights(layer: MoELayer) -> None:
@@ -227,15 +236,7 @@ def check_weights(layer: MoELayer) -> None:
     Raises:
         [`OrdMoEModelError`]: it does not.
     """
-    router = layer.known_router
-    with align_module_device(router):
-        weight = router.weight
-        if weight.device.type == "meta":
-            return
-        with torch.no_grad():
-            output = router.forward(weight.new_zeros(2, weight.shape[1]))
-    weights_TK = read_router_output(layer, output).weights_TK
-    if weights_TK is None or len(weights_TK) != 2:
+    if not check_router(layer).has_weights:
         raise OrdMoEModelError(
             f"{layer.router_name} ({type(layer.router).__name__}) does not return the weights of its chosen experts, "
             "which tier_weights='match' scales: set tier_weights='router'."
@@ -243,18 +244,18 @@ def check_weights(layer: MoELayer) -> None:
 
 
 class _RouterEntry:
-    """Forward pre-hook of a router: while it runs, its choice is answered by tier."""
+    """Forward pre-hook of a router, or of its block if that chooses: while it runs, its choice is answered by tier."""
 
     def __init__(self, router: RouterSizes):
         self.router = router
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        forward = running_forward()
+        forward, router = running_forward(), id(module_of(module, self.router.router_in_block))
         # Several text models may run inside one another; the router belongs to one of them.
         while forward is not None:
             plan = forward.plan
-            if plan is not None and id(module) in plan.index_of_router:
-                self._answer_by_tier(id(module), plan, forward)
+            if plan is not None and router in plan.index_of_router:
+                self._answer_by_tier(router, plan, forward)
                 return
             forward = forward.outer
 
@@ -262,7 +263,7 @@ class _RouterEntry:
         forward.routed.add(router)
         index = plan.index_of_router[router]
         if index in plan.layers:
-            _running.selection = TierSelection(self.router, index, plan, forward)
+            _running.selection = _selection(self.router, index, plan, forward)
             _running.selection.__enter__()
 
 

@@ -28,17 +28,41 @@ class RouterSizes:
     Args:
         name (`str`): its name in the model.
         num_experts (`int`), top_k (`int`): E and K.
+        most_scores (`int`): rows of its matrix: E, or more where it scores what are no experts, too (shared experts, a
+            class for skipping the layer).
         may_limit (`bool`, defaults to `True`): whether it may leave experts out of its choice.
+        score_dims (`frozenset[int]`): dimensions of the scores that it chooses from: 2 for `(T, E)`, 3 for `(B, S, E)`,
+            or both, if that depends on its input.
+        is_ranked (`bool`, defaults to `True`): whether it ranks experts; else it chooses them by something else, as by
+            the token (hash layers of DeepSeek-V4), and routes as usual on all tiers.
+        by_rounds (`bool`, defaults to `False`): whether it chooses one expert after the other by their largest scores.
+        router_in_block (`str`, defaults to `""`): where the router gives scores alone and the block chooses, the
+            router's name in its block.
+        has_weights (`bool`, defaults to `True`): whether it returns the weights of its choice.
+        is_readable (`bool`, defaults to `True`): whether it returns logits, weights and indices of its choice.
+        renormalises (`bool`, defaults to `False`): whether the weights of a token's experts sum to the same for all
+            tokens.
+        calls_matrix (`bool`, defaults to `True`): whether it calls the module that has its matrix, so that LoRA on that
+            has an effect.
     """
 
     name: str
     num_experts: int
     top_k: int
+    most_scores: int
     may_limit: bool = True
+    score_dims: frozenset[int] = frozenset({2})
+    is_ranked: bool = True
+    by_rounds: bool = False
+    router_in_block: str = ""
+    has_weights: bool = True
+    is_readable: bool = True
+    renormalises: bool = False
+    calls_matrix: bool = True
 
     @classmethod
-    def of(cls, layer: MoELayer, may_limit: bool = True) -> "RouterSizes":
-        return cls(layer.router_name, layer.num_experts, layer.top_k, may_limit)
+    def of(cls, layer: MoELayer, **known: Any) -> "RouterSizes":
+        return cls(layer.router_name, layer.num_experts, layer.top_k, layer.num_scores, **known)
 
 
 class TierSelection(TorchFunctionMode):
@@ -71,18 +95,24 @@ class TierSelection(TorchFunctionMode):
         if func not in (torch.topk, torch.Tensor.topk) or not self._is_selection(result.indices, *args, **kwargs):
             return result
         self.selections += 1
-        scores_TE, left_out_TE = args[0] if args else kwargs["input"], None
+        scores, left_out_TE = args[0] if args else kwargs["input"], None
+        scores_TE = scores.reshape(-1, scores.shape[-1])
         if self._history is not None:
-            self.limit = self._history.limit_on(scores_TE)
-            self.hides_ranks = self.limit is None and (hides_experts(scores_TE) or self._history.hides_ranks(scores_TE))
+            self.limit = self._history.limit_on(scores)
+            self.hides_ranks = self.limit is None and (hides_experts(scores_TE) or self._history.hides_ranks(scores))
             scores_TE, left_out_TE = self.limit or (scores_TE, None)
-        index_TK = self._choose(scores_TE, left_out_TE, result.indices)
-        return torch.return_types.topk((scores_TE.gather(1, index_TK), index_TK))
+        index_TK = self._choose(scores_TE, left_out_TE, result.indices.reshape(len(scores_TE), -1))
+        index = index_TK.view_as(result.indices)
+        return torch.return_types.topk((scores_TE.gather(1, index_TK).view_as(index), index))
 
-    def _is_selection(self, index_TK, input, k, dim=-1, largest=True, sorted=True) -> bool:
-        # Group-limited routers also rank groups, on 3-D tensors; only the choice among all experts is the tier's.
-        is_over_experts = input.dim() == 2 and input.shape[1] == self.router.num_experts and dim in (-1, 1)
-        return is_over_experts and largest and k == self.router.top_k
+    def _is_selection(self, index, input, k, dim=-1, largest=True, sorted=True) -> bool:
+        # Group-limited routers also rank groups, on tensors of one more dimension; only the choice among all experts is
+        # the tier's.
+        return self._is_over_experts(input, dim) and largest and k == self.router.top_k
+
+    def _is_over_experts(self, scores: torch.Tensor, dim: int) -> bool:
+        is_last = scores.dim() in self.router.score_dims and dim in (-1, scores.dim() - 1)
+        return is_last and self.router.num_experts <= scores.shape[-1] <= self.router.most_scores
 
     @property
     def running(self) -> RunningForward:
@@ -126,3 +156,41 @@ class TierSelection(TorchFunctionMode):
         else:
             position_T = draw.positions.reshape(-1).to(device)
         return sample_T + draw.first_sample, position_T
+
+
+class RoundSelection(TierSelection):
+    """The same for a router that chooses one expert after the other, each by the largest score (PhiMoE's sparsemixer,
+    Switch): in every such round, it sees no scores but those of the experts of each token's tier.
+
+    The scores that the first round is over stand for themselves in whatever the router makes of them afterwards, so
+    that a weight is computed as if the experts of other tiers were far from being chosen.
+    """
+
+    hidden_TE: torch.Tensor  # which experts the tokens' tiers do not have, once there was a round
+    _scores: torch.Tensor | None = None  # what the first round was over
+    _seen: torch.Tensor | None = None  # the same as the tiers see them
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.max, torch.Tensor.max, torch.argmax, torch.Tensor.argmax) and self._is_round(*args, **kwargs):
+            if self._scores is None:
+                self.selections, self._scores = 1, args[0]
+                self.hidden_TE = self._hidden_from_tiers(args[0].detach().reshape(-1, args[0].shape[-1]))
+                self._seen = self._as_seen(args[0])
+            args = (self._as_seen(args[0]), *args[1:])
+        return func(*(self._seen if arg is not None and arg is self._scores else arg for arg in args), **kwargs)
+
+    def _is_round(self, scores: torch.Tensor, dim: Any = None, *others: Any, **kwargs: Any) -> bool:
+        return type(dim) is int and self._is_over_experts(scores, dim)
+
+    def _as_seen(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(self.hidden_TE.view_as(scores), torch.finfo(scores.dtype).min)
+
+    def _hidden_from_tiers(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """Which experts are of other tiers than each token's (`torch.Tensor` of shape `(T, E)`, bool); none are hidden
+        on tier 1, which is the router's own choice."""
+        index_TK = self._choose(scores_TE, None, scores_TE.topk(self.router.top_k).indices)
+        hidden_TE = torch.ones_like(scores_TE, dtype=torch.bool).scatter(1, index_TK, False)
+        if self.plan.only_tier is not None:
+            return hidden_TE & (self.plan.only_tier != 1)
+        return hidden_TE & (self.running.tier_of_token(scores_TE.device) != 1).unsqueeze(1)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-import torch
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -16,7 +15,7 @@ from ..data.generation import check_one_response, sampling_arguments
 from ..errors import OrdMoEConfigError
 from ..moe_model import MoELayer
 from ..objectives.registry import OBJECTIVES
-from ..router_output import read_router_output
+from ..tiers.router_check import check_router
 from ._compat import JSON_ARGUMENTS
 from .parallelism_checks import check_recomputed
 
@@ -275,18 +274,10 @@ def _idle_settings(
 
 def _renormalises(layer: MoELayer) -> bool:
     """Whether the weights of a token's experts sum to the same for different tokens."""
-    router = layer.router
     # Nothing to run: no router, or a weight that is sharded over processes or has no numbers.
-    if router is None or router.weight.dim() != 2 or router.weight.device.type == "meta":
+    if layer.router is None or layer.router_weight.dim() != 2 or layer.router_weight.device.type == "meta":
         return False
-    weight = router.weight
-    tokens_TH = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(4, -1)
-    with torch.no_grad():
-        weights_TK = read_router_output(layer, router.forward(tokens_TH)).weights_TK
-    if weights_TK is None:
-        return False
-    sum_T = weights_TK.float().sum(-1)
-    return torch.allclose(sum_T, sum_T[:1], rtol=0.01)
+    return check_router(layer).renormalises
 
 
 def _changed(settings: Any, names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.nn import Linear4bit
+from ordmoe_peft.experts.weight_lora import WeightLora
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
@@ -22,7 +23,6 @@ from transformers.quantizers import auto
 import ordmoe_peft  # noqa: F401
 from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
 from ordmoe_peft.experts.expert_lora import ExpertLora
-from ordmoe_peft.experts.router_lora import RouterLora
 from ordmoe_peft.moe_model import is_fused_experts
 from ordmoe_peft.training._compat import mark_step_skipped
 from tests import models
@@ -37,7 +37,7 @@ def test_peft_type_is_a_member_like_any_other():
 def test_peft_recognises_nested_wrappers_by_class_name():
     source = inspect.getsource(tuners_utils.BaseTuner._inject_parameters)
     assert '__class__.__name__ != "ParamWrapper"' in source
-    for layer in (ExpertLora, RouterLora):
+    for layer in (ExpertLora, WeightLora):
         assert layer.__name__ == ParamWrapper.__name__ == "ParamWrapper"
         assert issubclass(layer, ParamWrapper)
         assert pickle.loads(pickle.dumps(layer)) is layer, "pickle goes by the qualified name"

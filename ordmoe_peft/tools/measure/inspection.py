@@ -13,7 +13,6 @@ from ...data.generation import evaluation_mode
 from ...data.rows import check_texts
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
 from ...errors import OrdMoEConfigError, OrdMoEDataError
-from ...moe_model import MoEModel
 from ...monitoring.health import DEAD_SHARE, LayerHealth
 from ...monitoring.router_meter import RouterMeter
 from ...tiers.ranking import GROUPINGS
@@ -120,10 +119,6 @@ def inspect_model(
     layers = meter.report()
     tier_weights = adapter_config(model).tier_weights
     reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
-    reasons += [
-        f"{name}: its experts are not of transformers' experts interface."
-        for name in MoEModel.of(model).unserved_blocks
-    ]
     return HealthReport(
         model=model.name_or_path,
         num_tokens=max((layer.num_tokens for layer in layers), default=0),

@@ -204,8 +204,9 @@ def _count(model: PeftModel) -> MetaModel:
 
 def _packed_sizes(layer: MoELayer) -> list[int]:
     """Bytes of what of a layer goes to RAM: each packed stack's bytes and scales."""
-    stacks = [getattr(layer.experts, name) for name in layer.projections]
-    return [part.nbytes for stack in stacks if is_packed(stack) for part in (stack, stack.quant_state.absmax)]
+    return [
+        part.nbytes for stack in layer.stacks.values() if is_packed(stack) for part in (stack, stack.quant_state.absmax)
+    ]
 
 
 def _in_ram(stacks: list[list[int]]) -> ExpertsInRam:

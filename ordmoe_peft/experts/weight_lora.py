@@ -1,0 +1,72 @@
+"""LoRA on a weight of any module, swapped in for a call: of a router, or of stacks outside the experts interface."""
+
+import threading
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora_layer
+from torch import nn
+from torch.func import functional_call
+
+from .._compat import as_parameter_wrapper
+from ..quantization.storage import dense_stack, is_packed, logical_shape
+
+
+# While a module runs, its weight is replaced, and no other thread's forward may find the replacement. One lock serves
+# all: a lock of each would keep models from being copied and pickled, and a router's work on the host is short.
+_one_at_a_time = threading.RLock()
+
+
+@as_parameter_wrapper
+class WeightLora(lora_layer.ParamWrapper):
+    """PEFT's [`~peft.tuners.lora.layer.ParamWrapper`], with the adapted weight swapped in for a call.
+
+    PEFT's own registers and removes a parametrization in every forward, which makes a class each time: more than a
+    decoding step's router costs. The module itself is called, so whatever replaced its forward (accelerate's hooks, a
+    compiled one, a patch) sees the adapted weight. As with PEFT's own, that of stacks is as large as they are.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """As upstream, from the logical shape: a packed stack is a column of bytes."""
+        if not is_packed(self.get_param()):
+            return super()._get_in_out_features(module)
+        self.num_experts, in_features, out_features = logical_shape(self.get_param())
+        self._param_ndim = 3
+        return in_features, out_features
+
+    def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
+        """What the adapters add to one expert's matrix, in the stack's own layout."""
+        return sum(self.get_delta_weight(name)[expert] for name in adapter_names)
+
+    @torch.compiler.disable(reason="OrdMoE swaps the weight under a lock")
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward_args(x, *args, **kwargs)
+        with _one_at_a_time:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            is_off = self.disable_adapters or self.merged
+            active = [] if is_off else [name for name in self.active_adapters if name in self.lora_A]
+            if not active:
+                return self.base_layer(x, *args, **kwargs)
+            weight = self.get_param()
+            weight = dense_stack(weight, weight.quant_state.dtype) if is_packed(weight) else weight
+            for name in active:
+                weight = weight + self.get_delta_weight(name).to(weight.dtype)
+            adapted = {f"{self._path_to_module()}{self.parameter_name}": weight}
+            return functional_call(self.base_layer, adapted, (x, *args), kwargs, tie_weights=False)
+
+    def _path_to_module(self) -> str:
+        """From what this wraps to the module that has the weight: one step for each wrapper between."""
+        module, path = self.base_layer, ""
+        while isinstance(module, lora_layer.ParamWrapper):
+            module, path = module.base_layer, f"base_layer.{path}"
+        return path
+
+
+def run_without_lora(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`module.forward(*args, **kwargs)` without the updates of LoRA layers that it holds."""
+    nothing = {name: torch.zeros_like(weight) for name, weight in module.named_parameters() if ".lora_B." in name}
+    if not nothing:
+        return module.forward(*args, **kwargs)
+    with _one_at_a_time:
+        return functional_call(module, nothing, args, kwargs, tie_weights=False)
