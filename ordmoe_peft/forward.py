@@ -68,7 +68,7 @@ class RunningForward:
         Raises:
             [`OrdMoERuntimeError`]: the inputs are no rows of positions.
         """
-        for name, dimensions in (("inputs_embeds", 3), ("input_ids", 2)):
+        for name, dimensions in (("inputs_embeds", 3), ("input_ids", 2), ("decoder_input_ids", 2)):
             inputs = self.given.get(name)
             if isinstance(inputs, torch.Tensor) and inputs.dim() == dimensions:
                 return inputs.shape[0], inputs.shape[1]

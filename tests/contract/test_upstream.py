@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.optimizer import AcceleratedOptimizer
 from bitsandbytes.nn import Linear4bit
-from ordmoe_peft.experts.weight_lora import WeightLora
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
@@ -23,6 +22,7 @@ from transformers.quantizers import auto
 import ordmoe_peft  # noqa: F401
 from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
 from ordmoe_peft.experts.expert_lora import ExpertLora
+from ordmoe_peft.experts.weight_lora import WeightLora
 from ordmoe_peft.moe_model import is_fused_experts
 from ordmoe_peft.training._compat import mark_step_skipped
 from tests import models

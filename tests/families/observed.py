@@ -33,10 +33,12 @@ def observed(model: nn.Module) -> Iterator[list[Routed]]:
     for routed in seen:
         block, name = routed.layer.experts_name.rpartition(".")[::2]
         experts = getattr(model.get_submodule(block), name)  # the outermost wrapper
-        handles += [
-            routed.layer.known_router.register_forward_pre_hook(_keep_inputs(routed), with_kwargs=True),
-            experts.register_forward_pre_hook(_keep_index(routed), with_kwargs=True),
-        ]
+        router = routed.layer.known_router
+        handles.append(router.register_forward_pre_hook(_keep_inputs(routed), with_kwargs=True))
+        if type(router).__name__ in GIVEN_BY_ROUTER:
+            handles.append(router.register_forward_hook(_keep_output(routed)))
+        else:
+            handles.append(experts.register_forward_pre_hook(_keep_index(routed), with_kwargs=True))
     try:
         yield seen
     finally:
@@ -53,9 +55,47 @@ def _keep_inputs(routed: Routed):
 
 def _keep_index(routed: Routed):
     def hook(module, args, kwargs):
-        routed.index.append(_index_in((*args, *kwargs.values())).flatten(0, -2))
+        values = (*args, *kwargs.values())
+        index = _index_in(values).flatten(0, -2)
+        if type(routed.layer.router).__name__ == "SwitchTransformersTop1Router":  # a mask
+            index = index.argmax(-1, keepdim=True)
+        elif type(routed.layer.router).__name__ == "ZayaRouter":  # expert 0 with no weight stands for skipping
+            (weights,) = [value for value in values if value.shape == index.shape and value is not index][-1:]
+            index = index.masked_fill(weights == 0, routed.layer.num_experts)
+        routed.index.append(index)
 
     return hook
+
+
+def _keep_output(routed: Routed):
+    def hook(module, args, output):
+        routed.index.append(GIVEN_BY_ROUTER[type(module).__name__](output))
+
+    return hook
+
+
+def _of_scores(output) -> torch.Tensor:
+    """Of Llama 4, where all experts run, and those that are not chosen have scores of 0."""
+    scores_TE, _ = output
+    assert ((scores_TE > 0).sum(1) == 1).all()
+    return scores_TE.argmax(1, keepdim=True)
+
+
+def _of_sorted_rows(output) -> torch.Tensor:
+    """Of JetMoE, where rows are sorted by expert."""
+    _, token, _, sizes, logits_TE = output
+    expert = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return torch.stack([expert[token == index] for index in range(len(logits_TE))])
+
+
+# Routers whose experts are not given indices: class → the indices (T, K) in what it returns.
+GIVEN_BY_ROUTER = {"Llama4Router": _of_scores, "JetMoeTopKGating": _of_sorted_rows}
+# Routers that rank by numbers that they return, or nearly: class → the scores (T, E) in what it returns.
+RANKED_BY = {
+    "PhimoeTopKRouter": lambda router, output: output[0],
+    "SwitchTransformersTop1Router": lambda router, output: output[2].flatten(0, -2),
+    "ZayaRouter": lambda router, output: output[0].softmax(-1) + router.balancing_biases,
+}
 
 
 def _index_in(values) -> torch.Tensor:
@@ -71,7 +111,15 @@ def own_ranks(layer: MoELayer, inputs: tuple[tuple, dict[str, Any]], num_tiers: 
     find room there; else the groups are as if they were not.
     """
     router, (args, kwargs) = layer.known_router, inputs
-    holder, k_name = (router, "top_k") if hasattr(router, "top_k") else (router.config, "top_k_experts")
+    if type(router).__name__ in RANKED_BY:
+        with torch.no_grad():
+            scores_TE = RANKED_BY[type(router).__name__](router, router.forward(*args, **kwargs))
+        return scores_TE.argsort(dim=-1, descending=True)
+    holder, k_name, run = router, "top_k", router.forward
+    if type(router).__name__ == "DbrxRouter":  # gives scores alone
+        holder, run = layer.block, lambda hidden: layer.block.route_tokens_to_experts(router.forward(hidden))
+    elif not hasattr(router, "top_k"):
+        holder, k_name = router.config, "top_k_experts"
     top_k = getattr(holder, k_name)
 
     def choose(num: int, **groups: int) -> list[set[int]]:
@@ -79,8 +127,11 @@ def own_ranks(layer: MoELayer, inputs: tuple[tuple, dict[str, Any]], num_tiers: 
             changes.enter_context(patch.object(holder, k_name, num))
             for name, value in groups.items():
                 changes.enter_context(patch.object(router, name, value))
-            output = router.forward(*args, **kwargs)
-        return [set(row) for row in _index_in(output).flatten(0, -2).tolist()]
+            output = run(*args, **kwargs)
+        if type(router).__name__ == "Llama4Router":  # scores of 0 are of those that are not chosen
+            return [set(row.nonzero().flatten().tolist()) for row in output[0]]
+        of_output = GIVEN_BY_ROUTER.get(type(router).__name__, _index_in)
+        return [set(row) for row in of_output(output).flatten(0, -2).tolist()]
 
     last, groups = layer.num_experts, {}
     num_group = getattr(router, "num_group", 1)

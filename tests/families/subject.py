@@ -25,8 +25,13 @@ class Subject:
     def __init__(self, row: Row):
         self.row = row
         config = tiny.tiny_config(row.config_class, row.changes)
-        self.model = tiny.tiny_model(row.model_class, config).requires_grad_(False)
+        self.model = self.mended(tiny.tiny_model(row.model_class, config).requires_grad_(False))
         self.batch = tiny.tiny_batch(self.model, row.media)
+
+    def mended(self, model: nn.Module) -> nn.Module:
+        if self.row.mend is not None:
+            self.row.mend(model)
+        return model
 
     @cached_property
     def plain(self) -> torch.Tensor:
@@ -45,7 +50,8 @@ class Subject:
     def adapted(self, model: nn.Module | None = None, random: bool = True) -> PeftModel:
         """With an adapter whose alpha / r is no power of two, which would make sums exact by luck."""
         torch.manual_seed(3)
-        adapted = get_peft_model(self.copy() if model is None else model, OrdMoEConfig(r=4, lora_alpha=6)).eval()
+        config = OrdMoEConfig(r=4, lora_alpha=6, targets=self.row.targets)
+        adapted = get_peft_model(self.copy() if model is None else model, config).eval()
         if random:
             randomize_adapter(adapted)
         return adapted
@@ -54,6 +60,7 @@ class Subject:
         """The factors' gradients of a random sum of logits with the rows on tiers, by name."""
         model.zero_grad()
         model.train()
+        torch.manual_seed(7)  # for routers that draw
         with tier_routing(model, tier) if tier else nullcontext():
             logits = model(**self.batch, use_cache=False).logits
         (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))).sum().backward()

@@ -14,6 +14,7 @@ from tests.families.tiny import AUDIO_TOKEN, IMAGE_TOKEN
 
 
 ASPECTS = {"tiers": "tiers", "lora": "LoRA", "4 bits": "4 bits"}
+PARTS = {"router": "LoRA on routers", "experts": "LoRA on experts", "merging": "merging"}
 # What a router's source says of how it scores and chooses.
 TRAITS = {
     "softmax": r"softmax",
@@ -34,13 +35,14 @@ and back. `tests/families/rows.py` has a row for each; a class that transformers
 
 
 def expert_names(model: nn.Module) -> list[str]:
-    """Names of the modules of routed experts, found by their classes' names."""
-    return [
-        name
+    """Names of the modules of routed experts, by their classes' names; of JetMoE, of what holds a pair of them."""
+    names = [
+        name.rpartition(".")[0] if type(module).__name__ == "JetMoeParallelExperts" else name
         for name, module in model.named_modules()
         if re.search(r"Experts$", type(module).__name__)
         and (not re.search(r"SharedExperts$", type(module).__name__) or hasattr(module, "num_experts"))
     ]
+    return list(dict.fromkeys(names))
 
 
 def facts(model: nn.Module) -> dict[str, str]:
@@ -97,7 +99,9 @@ def fixed_cells(row: Row) -> str:
     notes = ", ".join([row.variant] * bool(row.variant) + [f"from {row.since}"] * bool(row.since))
     name = f"{row.name} ({notes})" if notes else row.name
     works = ["refused" if aspect in row.refused else "yes" for aspect in ASPECTS]
-    status = "works" if row.works else "refused" if "yes" not in works else "in part"
+    if len(row.targets) == 1:
+        works[1] = f"{row.targets[0]} alone"
+    status = "works" if row.works else "refused" if {*works} == {"refused"} else "in part"
     return f"| {name} | {' | '.join(works)} | {inputs(row)} | {status} |"
 
 
@@ -152,7 +156,7 @@ class Results:
     def _refusals(self, row: Row) -> list[str]:
         """A line for each message, with the aspects that it refuses."""
         by_message: dict[str, list[str]] = defaultdict(list)
-        for aspect, title in ASPECTS.items():
+        for aspect, title in (ASPECTS | PARTS).items():
             if aspect in row.refused:
                 by_message[self.found[row.id][f"refused: {aspect}"]].append(title)
         name = f"{row.name} ({row.variant})" if row.variant else row.name

@@ -164,6 +164,8 @@ def tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
                 tensor.normal_(std=0.5 if is_router else 0.1, generator=generator)
             elif is_bias:
                 tensor.normal_(std=0.1, generator=generator)
+            elif name.endswith("tid2eid"):  # the experts of each token
+                tensor.copy_(torch.rand(len(tensor), EXPERTS, generator=generator).argsort(1)[:, : tensor.shape[1]])
     return model
 
 
