@@ -180,19 +180,18 @@ class _Tree:
             return experts.name.rpartition(".")[0]
         block = experts.name
         for _ in range(MAX_DEPTH + 1):
-            if is_within_list(f"{block}.") and (
-                self.router_of(block, [experts])[0] or self._routes_itself(block, experts)
-            ):
+            routes = self.router_of(block, [experts])[0] or self._routes_itself(block, experts)
+            if routes and is_within_list(f"{block}."):
                 return block
             block = block.rpartition(".")[0]
         return None
 
     def _routes_itself(self, block: str, experts: FoundExperts) -> bool:
-        """Whether a matrix of the block itself has a row or a column for each expert, and fits their matrices."""
-        return any(
+        """Whether a matrix of the block itself, which holds the experts in another module, has a row or a column for
+        each, and fits theirs."""
+        return block != experts.name and any(
             min(shape) == experts.num_experts < max(shape) and max(shape) in experts.widths
-            for name, shape in self.own_shapes(block, 2).items()
-            if name not in experts.stacks
+            for shape in self.own_shapes(block, 2).values()
         )
 
     def layers_in(self, block: str, found: list[FoundExperts]) -> Iterator[FoundLayer]:

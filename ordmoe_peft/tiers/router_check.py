@@ -184,7 +184,7 @@ def _run(
         return _Trial(selection, error=error)
     finally:
         hook.remove()
-    return _Trial(selection, output, calls_matrix=bool(calls))
+    return _Trial(selection, output, calls_matrix=owner is module or bool(calls))
 
 
 def _is_fixed(layer: MoELayer) -> bool:

@@ -1,0 +1,197 @@
+"""What is taken for a MoE layer and what is not, by the names and shapes of what modules hold."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from ordmoe_peft import OrdMoEConfig, tier_routing
+from ordmoe_peft.errors import OrdMoEModelError
+from ordmoe_peft.layer_search import find_layers, stated_top_k
+from ordmoe_peft.moe_model import MoEModel
+from tests import models
+
+
+E, H, F = models.NUM_EXPERTS, models.HIDDEN_SIZE, models.EXPERT_WIDTH
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, H))
+
+    def forward(self, x):
+        return (x @ self.weight.T).softmax(-1)
+
+
+class ListOfExperts(nn.Module):
+    """A linear layer that routes, and a list of experts, all of which run."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, F), nn.SiLU(), nn.Linear(F, H)) for _ in range(E))
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class Stacks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(E, F, H)), nn.Parameter(torch.randn(E, H, F))
+
+    def forward(self, x, weights):
+        return torch.einsum("...e,efh,egf,...h->...g", weights, self.w1, self.w2, x) * 0.01
+
+
+class RouterFurtherDown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Sequential(Router())
+        self.experts = Stacks()
+
+    def forward(self, x):
+        return self.experts(x, self.router(x))
+
+
+class StacksInTheBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E)
+        self.up, self.down = nn.Parameter(torch.randn(E, H, F)), nn.Parameter(torch.randn(E, F, H))
+
+    def forward(self, x):
+        return x * self.gate(x).mean()
+
+
+class PairOfStacks(nn.Module):
+    """As JetMoE has it: a module for each projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.gate = nn.Module(), nn.Module(), Router()
+        self.up.weight, self.down.weight = nn.Parameter(torch.randn(E, F, H)), nn.Parameter(torch.randn(E, H, F))
+        self.up.num_experts = self.down.num_experts = E
+
+    def forward(self, x):
+        return x * self.gate(x).mean()
+
+
+class FlatStacks(nn.Module):
+    """As DBRX has it: all experts of a projection in one matrix, one module further down."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = Router(), nn.Module()
+        self.experts.mlp = nn.Module()
+        self.experts.mlp.moe_num_experts = E
+        self.experts.mlp.w1, self.experts.mlp.w2 = (nn.Parameter(torch.randn(E * F, H)) for _ in range(2))
+
+    def forward(self, x):
+        return x * self.router(x).mean()
+
+
+class RoutesItself(nn.Module):
+    """The router's matrix is a parameter of the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_weight = nn.Parameter(torch.randn(E, H))
+        self.experts = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+
+    def forward(self, x):
+        return x
+
+
+BLOCK = "model.layers.1.mlp"
+FOUND = {
+    ListOfExperts: ("modules", f"{BLOCK}.experts", (), "gate", "weight"),
+    RouterFurtherDown: ("stacks", f"{BLOCK}.experts", ("w1", "w2"), "router", "0.weight"),
+    StacksInTheBlock: ("stacks", BLOCK, ("up", "down"), "gate", "weight"),
+    PairOfStacks: ("stacks", BLOCK, ("up.weight", "down.weight"), "gate", "weight"),
+    FlatStacks: ("flat", f"{BLOCK}.experts", ("mlp.w1", "mlp.w2"), "router", "weight"),
+    RoutesItself: ("modules", f"{BLOCK}.experts", (), "", ""),
+}
+
+
+def with_block(block) -> nn.Module:
+    """The second of three layers has it."""
+    model = models.qwen3_moe()
+    model.model.layers[1].mlp = block()
+    return model
+
+
+@pytest.mark.parametrize("block", FOUND)
+def test_layers_are_found_by_what_they_hold(block):
+    kind, experts, stacks, router, matrix = FOUND[block]
+    found = list(find_layers(with_block(block)))
+    assert [layer.block for layer in found] == [f"model.layers.{index}.mlp" for index in range(3)]
+    assert (found[1].kind, found[1].experts, found[1].stacks) == (kind, experts, stacks)
+    assert (found[1].router.removeprefix(f"{BLOCK}."), found[1].router_matrix) == (router, matrix)
+    assert found[1].num_experts == E
+
+
+@pytest.mark.parametrize("block", FOUND)
+def test_a_layer_without_a_choice_of_k_is_refused_where_it_is_in_scope_alone(block):
+    model = with_block(block)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(OrdMoEModelError, match=r"model\.layers\.1\.mlp"), tier_routing(model, 2):
+        pass
+    with pytest.raises(OrdMoEModelError, match=r"model\.layers\.1\.mlp"):
+        get_peft_model(model, OrdMoEConfig(targets=["attention"]))
+    assert [name for name, _ in model.named_modules()] == names
+    tuned = get_peft_model(model, OrdMoEConfig(targets=["attention"], layer_scope=[0, 2]))
+    plain = tuned(**models.text_batch()).logits
+    with tier_routing(tuned, 3):
+        assert not torch.equal(tuned(**models.text_batch()).logits, plain)
+
+
+def test_wrapped_layers_are_found_as_before():
+    model = models.mixtral()
+    before = list(find_layers(model))
+    tuned = get_peft_model(model, OrdMoEConfig(r=4))
+    assert list(find_layers(tuned.base_model.model)) == before
+    assert MoEModel.of(tuned).layers[0].router_weight is MoEModel.of(model).layers[0].router_weight
+
+
+def lists_that_are_no_experts() -> nn.Module:
+    """As many modules as a matrix has rows, of other widths."""
+    block = nn.Module()
+    block.gate, block.parts = nn.Linear(H, E), nn.ModuleList(nn.Linear(F, F) for _ in range(E))
+    return block
+
+
+def convolution() -> nn.Module:
+    """A kernel of one is a stack of columns."""
+    block = nn.Module()
+    block.first, block.second = nn.Conv1d(H, H, 1), nn.Linear(H, H)
+    return block
+
+
+def block_diagonal_gates() -> nn.Module:
+    """As a recurrent layer has them (RecurrentGemma): a matrix for each head, and a bias for each."""
+    block = nn.Module()
+    block.a, block.b = (nn.Parameter(torch.randn(E, F, F)) for _ in range(2))
+    block.a_bias, block.b_bias = (nn.Parameter(torch.randn(E, F)) for _ in range(2))
+    return block
+
+
+@pytest.mark.parametrize("block", [lists_that_are_no_experts, convolution, block_diagonal_gates])
+def test_what_is_no_layer(block):
+    assert [layer.block for layer in find_layers(with_block(block))] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+
+
+def test_k_is_that_of_the_router_then_of_its_configuration_then_of_the_block():
+    class Named(nn.Module):
+        pass
+
+    router, block = Named(), Named()
+    assert stated_top_k(router, block, None) == 0
+    block.top_k = 4
+    assert stated_top_k(router, block) == 4
+    router.config = type("Config", (), {"moe_topk": [3, 3], "top_k_experts": 3})()
+    assert stated_top_k(router, block) == 3
+    router.top_k = 2
+    assert stated_top_k(router, block) == 2
