@@ -186,6 +186,15 @@ class MoEModel:
         lists = dict.fromkeys(layer.decoder_layers_name for layer in self.layers)
         return [(index, f"{name}.{index}") for name in lists for index in range(len(self.model.get_submodule(name)))]
 
+    def check_fused(self, wish: str) -> None:
+        """Raise [`OrdMoEModelError`] if `wish` meets experts that are not of transformers' experts interface."""
+        other = next((layer for layer in self.layers if layer.kind != "fused"), None)
+        if other is not None:
+            raise OrdMoEModelError(
+                f"{wish} knows fused experts of transformers' experts interface alone, and {other.experts_name} "
+                f"({type(other.experts).__name__}) holds its experts in another way."
+            )
+
 
 # Views that were built; an entry goes with its model.
 _views: "weakref.WeakKeyDictionary[nn.Module, MoEModel]" = weakref.WeakKeyDictionary()

@@ -106,7 +106,8 @@ def recorded_router_outputs(model: nn.Module, enabled: bool = True) -> Iterator[
         if found.logits_TE is None or found.index_TK is None:
             raise OrdMoEModelError(
                 f"{call.layer.router_name} ({type(call.layer.router).__name__}) gives no logits of shape (tokens, "
-                "experts) with the indices of the chosen experts, which the balance loss needs: set balance_coef=0."
+                "experts) with the indices of the chosen experts, so what it routes cannot be recorded, which the "
+                "balance loss needs: set balance_coef=0."
             )
         outputs.append(found)
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..adapter.config import OrdMoEConfig
-from ..errors import OrdMoEConfigError
-from ..moe_model import MoELayer
+from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..moe_model import MoELayer, unwrapped
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 
 
@@ -49,6 +50,17 @@ def check_settings(
         logger.warning(
             "ntp_coef=0: no supervised loss holds tier 1 in place. In experiments with easy-VQA accuracy collapsed "
             "to 0-10 % without it."
+        )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise [`OrdMoEModelError`] for a model that does not predict each token from those before it alone."""
+    config = model.config
+    if config.is_encoder_decoder or getattr(config, "canvas_length", None):
+        raise OrdMoEModelError(
+            f"{type(unwrapped(model)).__name__} is no causal language model (model_type={config.model_type!r}), so a "
+            "response has no likelihood of its tokens one after another. Its adapter works with tier_routing, and with "
+            "a training loop of yours."
         )
 
 

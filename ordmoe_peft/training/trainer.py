@@ -52,7 +52,7 @@ from .router_health import RouterHealth
 from .row_groups import generated_rows, row_groups
 from .row_layout.prompt_sharing import PromptSharing
 from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
-from .settings_checks import check_settings
+from .settings_checks import check_causal, check_settings
 from .step_guard import StepGuard
 from .tier_passes import TierForward, TierPass
 from .tier_scores import TierScores
@@ -123,6 +123,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.num_tiers, self.objective = config.num_tiers, OBJECTIVES[args.objective]
         self.advantages = tier_advantages(config.rewards, config.num_tiers, config.advantages)
         has_loss_func = self.compute_loss_func is not None
+        check_causal(self.model)
         layers = MoEModel.of(self.model).layers
         check_settings(config, args, layers, self.advantages, self.padding_free, has_loss_func)
         if self._is_generated:

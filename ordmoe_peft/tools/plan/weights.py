@@ -38,11 +38,11 @@ def build_meta_model(
         quantization ([`MoeBitsAndBytesConfig`], *optional*): how it is quantised while it is loaded.
 
     Raises:
-        [`OrdMoEModelError`]: it has no MoE layers, or they cannot be quantised.
+        [`OrdMoEModelError`]: it has no MoE layers, or they cannot be counted or quantised.
     """
     with torch.device("meta"), local_torch_dtype(dtype):
         model = model_class(config)(copy.deepcopy(config))  # loading writes into it
-    MoEModel.of(model)
+    MoEModel.of(model).check_fused("`ordmoe plan`")
     for name, kept in dtypes_kept(model, dtype).items():
         tensor = model.get_parameter_or_buffer(name)
         tensor.data = tensor.data.to(kept)
