@@ -136,7 +136,7 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty((self.n_routed_experts, config.hidden_size)))
 
     def forward(self, hidden_states):
-        bsz, seq_len, h = hidden_states.shape
+        _, _, h = hidden_states.shape
         hidden_states = hidden_states.view(-1, h)
         logits = F.linear(hidden_states, self.weight, None)
         scores = logits.softmax(dim=-1)
