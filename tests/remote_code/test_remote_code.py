@@ -27,7 +27,7 @@ from ordmoe_peft.adapter.export import export_plain_lora
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
-from ordmoe_peft.tiers.routing import check_router
+from ordmoe_peft.tiers.router_check import check_router
 from tests import models, reference, text
 from tests.families.subject import relative_error
 
@@ -144,7 +144,7 @@ def test_layers_experts_and_k_are_found(model, layout):
         assert layer.projections == (("gate_up_proj", "down_proj") if layout == "stacks" else ())
         sizes = check_router(layer)
         assert (layer.num_experts, sizes.num_experts, sizes.top_k) == (E, E, K)
-        assert sizes.in_block == (layout in ("mixtral", "rows"))
+        assert sizes.router_in_block == ("gate" if layout in ("mixtral", "rows") else "")
 
 
 def test_tier_1_is_the_model(model):
@@ -282,7 +282,7 @@ def test_gradients_are_the_same_with_checkpointing(model):
     wanted = gradients(peft_model, TIERS)
     peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     runs = []
-    handle = next(iter(blocks(model).values())).register_forward_hook(lambda *_: runs.append(1))
+    handle = next(iter(blocks(model).values())).register_forward_pre_hook(lambda *_: runs.append(1))
     got = gradients(peft_model, TIERS)
     handle.remove()
     assert len(runs) == 2  # again in backward
