@@ -6,7 +6,6 @@ its layout, and by none of the package's code.
 
 import copy
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,12 +22,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, tier_routing
+from ordmoe_peft.adapter import model as model_module
 from ordmoe_peft.adapter.export import export_plain_lora
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.router_check import check_router
+from ordmoe_peft.training import router_health
 from tests import models, reference, text
+from tests.cli.test_main import error_of, save_base, save_data, train_arguments
 from tests.families.subject import relative_error
 
 
@@ -291,17 +293,33 @@ def test_gradients_are_the_same_with_checkpointing(model):
         assert relative_error(got[name], gradient) < 1e-3, name
 
 
+def test_a_router_is_judged_alike_with_lora_on_it(model):
+    """Also when another adapter comes, on the router or in it."""
+    wanted = [check_router(layer) for layer in MoEModel.of(model).layers]
+    peft_model = adapted(model)
+    assert [check_router(layer) for layer in MoEModel.of(model).layers] == wanted
+    before = logits(peft_model)
+    peft_model.add_adapter("second", OrdMoEConfig(r=2, num_tiers=2))
+    assert torch.equal(logits(peft_model), before)
+    peft_model.set_adapter("second")
+    with peft_model.disable_adapter():
+        base = logits(peft_model)
+    assert relative_error(logits(peft_model), base) < 1e-5
+
+
 def test_merged_logits_are_the_adapters(model):
     peft_model = adapted(model)
     wanted = logits(peft_model)
     assert relative_error(logits(peft_model.merge_and_unload()), wanted) < 1e-4
 
 
-def test_stacks_outside_the_interface_are_slower_and_say_so_once(load, caplog):
-    with caplog.at_level(logging.WARNING):
-        adapted(load("stacks"))
-    said = [record.getMessage() for record in caplog.records if "StackedExperts" in record.getMessage()]
-    assert len(said) == 1
+def test_stacks_outside_the_interface_are_slower_and_say_so_once(load, monkeypatch):
+    said = []
+    monkeypatch.setattr(model_module.logger, "warning_once", said.append)
+    for layout in LAYOUTS:
+        adapted(load(layout))
+    (message,) = said
+    assert message.startswith("StackedExperts: not of transformers' experts interface")
 
 
 def test_a_new_process_reads_what_was_saved(load, folder_of, code_cache, tmp_path):
@@ -372,40 +390,38 @@ def test_an_adapter_trains_in_4_bits(load, layout):
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
-@pytest.mark.parametrize("layout", ["mixtral"], indirect=True)
-def test_commands_run_on_remote_code(layout, folder_of, tmp_path, capfd):
-    base, data, adapter = tmp_path / "base", tmp_path / "data", tmp_path / "adapter"
-    base.mkdir()
-    for file in folder_of(layout).iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    text.tokenizer().save_pretrained(base)
-    data.mkdir()
-    for split in ("train", "test"):
-        text.conversations().to_parquet(data / f"{split}.parquet")
-
-    def run(command: str, **options) -> str:
-        shared = {"model_name_or_path": base, "dataset_name": data, "trust_remote_code": True} | options
-        arguments = [str(part) for name, value in shared.items() for part in (f"--{name}", value)]
-        code = main([command, *arguments])
-        captured = capfd.readouterr()
-        assert code == 0, captured.err
-        return captured.out + captured.err
-
-    training = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-    plain = {"lora_r": 4, "balance_coef": 0, "bf16": False, "use_cpu": True, "report_to": "none"}
-    printed = run("train", output_dir=adapter, **training, **plain)
+def test_commands_run_on_remote_code(load, tmp_path, capsys, monkeypatch):
+    """Also where a router gives scores alone, so that its health cannot be read, nor a balance loss made of it."""
+    base, data, adapter = save_base(load("mixtral"), tmp_path / "base"), tmp_path / "data", tmp_path / "adapter"
+    save_data(text.conversations(), data)
+    training = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.01, "log_router_health": True}
+    training["trust_remote_code"] = True
+    assert "set balance_coef=0" in error_of(capsys, train_arguments(base, data, adapter, **training))
+    said = []
+    monkeypatch.setattr(router_health.logger, "warning", said.append)
+    assert main(train_arguments(base, data, adapter, balance_coef=0, overwrite_output_dir=True, **training)) == 0
+    (message,) = said
+    assert message.startswith("The health of 3 of 3 routers is not logged") and "mlp.gate (Linear)" in message
     history = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
-    assert "router" in printed
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert not any(name.startswith("router/") for entry in history for name in entry)
 
-    results = tmp_path / "results.json"
-    run("evaluate", adapter=adapter, tiers=3, max_new_tokens=2, output=results)
-    assert json.loads(results.read_text())[0]["log_likelihood"] < 0
-    printed = run("tiers", adapter=adapter, max_new_tokens=1, limit=4, output=results)
-    quality = json.loads(results.read_text())
-    assert (quality["num_samples"], len(quality["tiers"])) == (4, C)
+    def run(command: str, **options) -> list | dict:
+        shared = {"model_name_or_path": base, "dataset_name": data, "adapter": adapter, "trust_remote_code": True}
+        options = shared | options | {"output": tmp_path / "results.json"}
+        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        assert main([command, *arguments]) == 0
+        return json.loads((tmp_path / "results.json").read_text())
+
+    of_tiers = run("evaluate", tiers=3, max_new_tokens=2)
+    assert of_tiers[0]["log_likelihood"] < 0
+    capsys.readouterr()
+    quality = run("tiers", max_new_tokens=1, limit=4, report=tmp_path / "report")
+    assert (quality["num_samples"], len(quality["tiers"]), quality["diversity"]) == (4, C, [])
+    printed = capsys.readouterr().out
     assert "all tiers in order" in printed
+    assert "not measured" in printed and "does not return (logits, weights, experts)" in " ".join(printed.split())
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -421,9 +437,23 @@ def test_routers_without_one_choice_are_refused_by_name(model, router, aspect):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("layout", ["heads", "mixed"], indirect=True)
+@pytest.mark.parametrize("layout", ["heads"], indirect=True)
 def test_modules_that_all_run_are_no_experts(model):
     with pytest.raises(OrdMoEModelError, match="has no MoE layers"):
         get_peft_model(model, OrdMoEConfig(r=4))
     with pytest.raises(OrdMoEModelError, match="has no MoE layers"), tier_routing(model, 2):
         pass
+
+
+@pytest.mark.parametrize("layout", ["mixed"], indirect=True)
+@pytest.mark.parametrize("aspect", ["tiers", "lora"])
+def test_a_mixture_of_all_its_experts_is_refused_by_name(model, aspect):
+    """It has what a MoE has, but for a choice."""
+    plain, modules = logits(model), list(model.named_modules())
+    with pytest.raises(OrdMoEModelError, match=r"model\.layers\.0\.mlp\.mix \(Linear\) .* has no tiers"):
+        if aspect == "lora":
+            get_peft_model(model, OrdMoEConfig(r=4))
+        with tier_routing(model, 2):
+            pass
+    assert torch.equal(logits(model), plain)
+    assert list(model.named_modules()) == modules
