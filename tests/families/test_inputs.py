@@ -12,8 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
+from ordmoe_peft.data import images
 from ordmoe_peft.data.images import ENCODED, PIXELS, encode_images
+from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
+from ordmoe_peft.monitoring.router_meter import RouterMeter
 from ordmoe_peft.training.row_layout.separate import separate_rows
 from tests import models, reference
 from tests.families import tiny
@@ -73,13 +76,17 @@ def test_images_and_sounds_are_on_the_tiers_of_their_rows(subject):
     with tier_routing(model, TIERS), observed(model) as seen:
         subject.logits(model)
     for routed in seen:
+        of_images = routed.layer.block_name.endswith("vision_moe")  # ERNIE's, which get no other tokens
+        is_media_T = is_media_BS[is_media_BS] if of_images else is_media_BS.flatten()
         for inputs, index_TK in zip(routed.inputs, routed.index, strict=True):
+            if len(index_TK) != len(is_media_T):  # ERNIE's for text
+                assert len(index_TK) == (~is_media_BS).sum()
+                continue
             layers += 1
             ranked_TE, of_row = own_ranks(routed.layer, inputs, C), len(index_TK) // len(TIERS)
-            for token in is_media_BS.flatten().nonzero().flatten().tolist():
-                ranks = reference.tier_ranks(
-                    TIERS[token // of_row], C, ranked_TE.shape[1], index_TK.shape[1], "uniform"
-                )
+            for token in is_media_T.nonzero().flatten().tolist():
+                tier, (num_ranked, top_k) = TIERS[token // of_row], (ranked_TE.shape[1], index_TK.shape[1])
+                ranks = reference.tier_ranks(tier, C, num_ranked, top_k, "uniform")
                 assert set(index_TK[token].tolist()) == {int(ranked_TE[token, rank - 1]) for rank in ranks}
     assert layers
 
@@ -96,7 +103,7 @@ def test_encoders_run_once_whatever_the_tiers(subject):
 
 
 @with_media
-def test_encoders_run_once_for_the_tiers_of_a_step(subject):
+def test_encoders_run_once_for_the_tiers_of_a_step(subject, monkeypatch):
     """Pixels are encoded before the passes; sounds, which transformers' models take as they are, in each pass."""
     model = subject.adapted()
     labelled = subject.batch | {"labels": subject.batch["input_ids"]}
@@ -108,10 +115,13 @@ def test_encoders_run_once_for_the_tiers_of_a_step(subject):
         with torch.no_grad(), tier_routing(model, rows.tiers):
             return model(**inputs).logits
 
+    said = []
+    monkeypatch.setattr(images.logger, "warning_once", said.append)
     with counted(encoders(model)) as runs:
         with torch.no_grad():
             encoded = encode_images(model, labelled)
         assert (ENCODED in encoded) == has_pixels
+        assert ["audio encoder runs once for each tier" in message for message in said] == [True] * (not has_pixels)
         got = on_tiers(encoded, [1, 3])
     assert set(runs.values()) == {1}
     assert relative_error(got, on_tiers(labelled, [1, 3])) < 1e-4
@@ -169,27 +179,54 @@ def test_a_tower_that_is_passed_is_held_and_adapted(subject):
 
 
 @of("Ernie4_5_VLMoeForConditionalGeneration")
-def test_experts_of_both_kinds_of_tokens_are_held(subject):
-    """ERNIE sends text to text experts and images to others, each with a router."""
-    model = subject.copy()
-    batch = subject.batch | {"moe_mm_token_type_ids": subject.batch["mm_token_type_ids"]}
-    is_image_T = batch["moe_mm_token_type_ids"].flatten().bool()
-    with observed(model) as plainly, torch.no_grad():
-        model(**batch)
-    with tier_routing(model, 3), observed(model) as seen, torch.no_grad():
-        model(**batch)
-    kinds = Counter()
+@pytest.mark.parametrize("tiers", [3, TIERS], ids=["tier_3", "mixed"])
+def test_experts_of_both_kinds_of_tokens_are_held(subject, tiers):
+    """ERNIE sends text to text experts and images to others, each with a router, which gets no other tokens."""
+    model, is_image_T = subject.copy(), subject.batch["moe_mm_token_type_ids"].flatten().bool()
+    with tier_routing(model, tiers), observed(model) as seen:
+        subject.logits(model)
+    kinds = Counter(routed.layer.block_name.rpartition(".")[2] for routed in seen)
+    assert kinds == {"text_moe": 2, "vision_moe": 2}
     for routed in seen:
         (index_TK,) = routed.index
-        kind = routed.layer.block_name.rpartition(".")[2]
-        kinds[kind] += 1
-        assert len(index_TK) == (is_image_T.sum() if kind == "vision_moe" else (~is_image_T).sum())
-    assert kinds == {"text_moe": 2, "vision_moe": 2}
-    check_ranks(plainly, 1)
-    check_ranks(seen, 3)
+        of_images = routed.layer.block_name.endswith("vision_moe")
+        assert len(index_TK) == (is_image_T == of_images).sum()
+    check_ranks(seen, tiers)
     adapted = adapted_parts(subject.adapted(model))
     for kind in kinds:
         assert any(f"{kind}.gate" in name for name in adapted) and any(f"{kind}.experts" in name for name in adapted)
+
+
+@of("Ernie4_5_VLMoeForConditionalGeneration")
+@pytest.mark.parametrize("settings", [{"grouping": "random", "seed": 3}, {"tier_weights": "match"}], ids=str)
+def test_rows_with_both_kinds_of_tokens_are_what_they_are_alone(subject, settings):
+    model = subject.copy()
+    with tier_routing(model, TIERS, **settings):
+        mixed = subject.logits(model)
+    for row, tier in enumerate(TIERS):
+        with tier_routing(model, [tier] * 3, **settings):
+            assert relative_error(mixed[row], subject.logits(model)[row]) < 1e-5
+
+
+@of("Ernie4_5_VLMoeForConditionalGeneration")
+def test_health_is_of_the_tokens_of_each_kind(subject):
+    model = subject.copy()
+    with tier_routing(model, [1, 2, 1]), RouterMeter(model) as meter:
+        subject.logits(model)
+    num_images = int(subject.batch["moe_mm_token_type_ids"][[0, 2]].sum())
+    counted = {layer.name.rpartition(".")[2]: layer.num_tokens for layer in meter.report()}
+    assert counted == {"text_moe": 2 * subject.batch["input_ids"].shape[1] - num_images, "vision_moe": num_images}
+
+
+@of("Ernie4_5_VLMoeForConditionalGeneration")
+def test_tokens_of_other_kinds_are_refused_where_rows_are_on_tiers_of_their_own(subject):
+    """Where which tokens a router gets cannot be known, as with kinds that the text model is not given."""
+    model = subject.copy()
+    block = model.model.language_model.layers[1].mlp
+    block.register_forward_pre_hook(lambda module, args: (args[0], args[1].roll(1, 1) * (args[1].cumsum(1) < 3)))
+    refused = pytest.raises(OrdMoERuntimeError, match=r"layers\.1\.mlp\.text_moe\.gate got \d+ tokens in a forward")
+    with refused, tier_routing(model, TIERS):
+        subject.logits(model)
 
 
 # ---------------------------------------------------------------------------------------------- thinker and talker
