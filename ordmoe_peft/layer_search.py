@@ -178,7 +178,7 @@ class _Tree:
         """The module that holds `experts` and the router, or in place of one what only a router has."""
         if experts.kind == "fused":
             return experts.name.rpartition(".")[0]
-        block = experts.name
+        block = experts.name.rpartition(".")[0] if experts.kind == "modules" else experts.name  # lists hold no router
         for _ in range(MAX_DEPTH + 1):
             routes = self.router_of(block, [experts])[0] or self._routes_itself(block, experts)
             if routes and is_within_list(f"{block}."):

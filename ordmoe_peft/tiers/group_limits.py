@@ -48,6 +48,10 @@ class ScoreHistory:
             self._made_from[id(result)] = result, sources
         return result
 
+    def begin_at(self, scores: Any) -> None:
+        """Forget what `scores` were made from."""
+        self._made_from.pop(id(scores), None)
+
     def _keep_before_write(self, written: torch.Tensor) -> None:
         """Copy what a write changes: the tensor, and others that share its memory, as one that it is a view of."""
         address = written.untyped_storage().data_ptr()

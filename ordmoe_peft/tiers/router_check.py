@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
@@ -176,14 +177,18 @@ def _run(
 ) -> _Trial:
     plan = TierPlan(torch.tensor([tier]), TierSettings(num_tiers=tier), frozenset())
     selection, owner, calls = kind(sizes, layer.index, plan), layer.router_matrix_owner, []
-    hook = owner.register_forward_pre_hook(lambda *_: calls.append(True))
+    hooks = [owner.register_forward_pre_hook(lambda *_: calls.append(True))]
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer):
+            hooks.append(part.register_forward_hook(lambda part, args, output: selection.begin_at(output)))
     try:
         with selection:
             output = module.forward(inputs[0], **inputs[1])  # hooks on it are for the model's own inputs
     except FAILURES as error:
         return _Trial(selection, error=error)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return _Trial(selection, output, calls_matrix=owner is module or bool(calls))
 
 

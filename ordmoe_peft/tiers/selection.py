@@ -105,6 +105,11 @@ class TierSelection(TorchFunctionMode):
         index = index_TK.view_as(result.indices)
         return torch.return_types.topk((scores_TE.gather(1, index_TK).view_as(index), index))
 
+    def begin_at(self, scores: Any) -> None:
+        """Take `scores`, which LoRA has added to, for the first ones: what they were made from is of no account."""
+        if self._history is not None:
+            self._history.begin_at(scores)
+
     def _is_selection(self, index, input, k, dim=-1, largest=True, sorted=True) -> bool:
         # Group-limited routers also rank groups, on tensors of one more dimension; only the choice among all experts is
         # the tier's.
@@ -134,7 +139,7 @@ class TierSelection(TorchFunctionMode):
         num_ranked = ranked_TE.shape[1]
         if plan.only_tier is not None:
             start = first_rank(plan.only_tier, settings.num_tiers, num_ranked, top_k, settings.grouping) - 1
-            return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k]
+            return top_k_index_TK if plan.only_tier == 1 else ranked_TE[:, start : start + top_k].contiguous()
         tier_T = self.running.tier_of_token(ranked_TE.device)
         rank_TK = self.running.once(
             ("ranks", ranked_TE.device, num_ranked, top_k),
