@@ -7,10 +7,13 @@ from typing import Any
 
 from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from ..monitoring.health import LayerHealth
 from ..monitoring.router_meter import RouterMeter
 
+
+logger = logging.get_logger(__name__)
 
 # Logged name → (the figure of a layer, which of the layers' figures is the worst, if either end is bad).
 METRICS: dict[str, tuple[str, Callable[[Sequence[float]], float] | None]] = {
@@ -33,7 +36,8 @@ class RouterHealth(TrainerCallback):
     few tokens finds experts dead that are only rare.
 
     Add it with [`RouterHealth.add_to`]. Given as one of a trainer's `callbacks`, it comes after those that report, so
-    only the trainer's log history and its printed logs have the figures.
+    only the trainer's log history and its printed logs have the figures. Layers whose routers cannot be read are left
+    out, which a warning says as training begins.
 
     Raises:
         [`OrdMoEModelError`]: when training begins, and the model has no MoE layers.
@@ -53,6 +57,9 @@ class RouterHealth(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._open.close()  # a training run that failed left it open
         self.meter = self._open.enter_context(RouterMeter(model, training_only=True))
+        if unread := self.meter.unsupported:
+            count, first = f"{len(unread)} of {len(self.meter.moe_layers)}", next(iter(unread.values()))
+            logger.warning(f"The health of {count} routers is not logged: {first.removesuffix('.')}.")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.meter is None or "loss" not in (logs or {}):  # logs of evaluation, or the last, of the whole run

@@ -3,6 +3,7 @@
 Shape suffixes as in `experts/__init__.py`; n counts samples, L MoE layers.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ...data.samples import ProcessingClass, sample_batches, scoring_inputs
 from ...errors import OrdMoEModelError
 from ...moe_model import MoELayer, MoEModel
 from ...monitoring.recording import Call, record, recorded_router_outputs
+from ...tiers.router_check import check_router
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import IGNORED_LABEL, tiers_of_labels
 from .correlation import routing_score
@@ -58,6 +60,16 @@ class TierObservation:
 def outer_experts(model: nn.Module, layer: MoELayer) -> nn.Module:
     """The experts of `layer` as their block calls them, with whatever LoRA wraps them."""
     return getattr(model.get_submodule(layer.block_name), layer.experts_name.rpartition(".")[2])
+
+
+def reason_not_to_watch(model: nn.Module) -> str | None:
+    """Why [`observe_tier`] cannot read what a layer's router or experts do; `None` where it can read all of them."""
+    for layer in MoEModel.of(model).layers:
+        if not check_router(layer).is_readable:
+            return f"{layer.router_name} ({type(layer.router).__name__}) does not return (logits, weights, experts)"
+        if not {"hidden_states", "top_k_index"} <= inspect.signature(layer.experts.forward).parameters.keys():
+            return f"{layer.experts_name} ({type(layer.experts).__name__}) is not called with all tokens and experts"
+    return None
 
 
 @contextmanager

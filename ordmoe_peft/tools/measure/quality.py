@@ -15,10 +15,10 @@ from ...errors import OrdMoEConfigError
 from ...moe_model import MoEModel
 from ...tiers.plan import RandomDraw
 from ..tables import Table, number, percent, signed
-from .correlation import QualityCorrelation, quality_correlation, sample_ratings
+from .correlation import QualityCorrelation, RankCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
 from .evaluation import TierMeans, TierResult, evaluate_tiers, likelihoods, score_answers, tier_table
-from .observation import TierObservation, observe_tier, outer_experts
+from .observation import TierObservation, observe_tier, outer_experts, reason_not_to_watch
 
 
 # Key in [`TierQuality`]'s `order` → which order of likelihoods it is.
@@ -69,9 +69,10 @@ class TierQuality:
         tiers (`list[TierMeans]`): likelihood and exact match per tier.
         order (`dict[str, OrderShare]`): `"full"` (L̄_1 > … > L̄_C) and `"ends"` (L̄_1 > L̄_C), and both without
             end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`).
-        spearman (`QualityCorrelation`): routing scores against quality.
+        spearman (`QualityCorrelation`): routing scores against quality; of no layers, with a note that says why, where
+            routers or experts cannot be read.
         diversity (list of list of `float` or `None`): per MoE layer and tier, the mean pairwise cosine between the
-            outputs of the tier's experts for the same token; `None` where K = 1.
+            outputs of the tier's experts for the same token; `None` where K = 1. Empty where they cannot be read.
         texts (`list[TierTexts]`): the first samples' answers.
     """
 
@@ -178,8 +179,8 @@ def tier_quality(
     random = None
     if chosen.random_control:
         random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, chosen.seed)
-    routing_scores, cosines_CL = [], []
-    for tier in tiers:
+    routing_scores, cosines_CL, reason = [], [], reason_not_to_watch(model)
+    for tier in tiers if reason is None else ():
         watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=chosen.diversity_tokens, **routing)
         routing_scores.append(watched.routing_scores_nL)
         cosines_CL.append(_cosines(model, watched))
@@ -190,7 +191,7 @@ def tier_quality(
         grouping=grouping,
         tiers=[TierMeans(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos) for r in results],
         order=_order_shares(likelihoods(results), random),
-        spearman=quality_correlation(results, routing_scores, ratings_n),
+        spearman=quality_correlation(results, routing_scores, ratings_n) if reason is None else _unwatched(reason),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
         texts=_texts(dataset, results, chosen.show),
     )
@@ -260,6 +261,11 @@ def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:
             )
             for layer, tokens in zip(layers, watched.expert_tokens, strict=True)
         ]
+
+
+def _unwatched(reason: str) -> QualityCorrelation:
+    nothing = RankCorrelation(None, [], None)
+    return QualityCorrelation(nothing, nothing, "quality", f"Routing scores and cosines are not measured: {reason}.")
 
 
 def _texts(dataset: Any, results: list[TierResult], show: int) -> list[TierTexts]:
