@@ -16,6 +16,7 @@ from ..experts.weight_lora import WeightLora
 from ..merging.in_memory import check_unshared, forget_quantization, has_packed_weights, merge_packed
 from ..moe_model import (
     EXPERTS_IMPLEMENTATION,
+    MoELayer,
     MoEModel,
     is_fused_experts,
     unwrapped,
@@ -27,7 +28,7 @@ from .fitting import check_fits_model, fill_in_targets
 from .lora_fields import changes_base_weights
 from .offloading import bring_offloaded_routers
 from .saved_weights import check_fits, saved_shapes
-from .targets import base_moe, base_quantization, coverage_report
+from .targets import Target, base_moe, base_quantization, coverage_report
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +65,7 @@ class OrdMoEModel(LoraModel):
         if config.num_tiers > 1:
             ranked_layers(moe, plan)
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them
+        _say_what_is_slow(moe.layers, targets)
         if not is_loaded:
             config.base_quantization = base_quantization(model)
         config.base_moe = base_moe(model)
@@ -191,3 +193,13 @@ class OrdMoEModel(LoraModel):
         if merge and is_packed_base and not requantize:
             forget_quantization(model)
         return model
+
+
+def _say_what_is_slow(layers: list[MoELayer], targets: list[Target]) -> None:
+    """Say once that LoRA on stacks outside transformers' experts interface costs more than within."""
+    classes = sorted({type(layer.experts).__name__ for layer in layers if layer.kind == "stacks"})
+    if classes and any(target.role == "experts" for target in targets):
+        logger.warning_once(
+            f"{', '.join(classes)}: not of transformers' experts interface, so LoRA adds its update to whole stacks in "
+            "each forward, which takes time and as much memory as the stacks."
+        )
