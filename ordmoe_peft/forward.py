@@ -10,6 +10,7 @@ A model has one text model, or several (Qwen3-Omni: thinker and talker). Each ha
 """
 
 import inspect
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ logger = logging.get_logger(__name__)
 
 # The cache's name up to transformers 5.23, from 5.24 on, and in models with a recurrent state.
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+# Which positions are of images, as models with other experts for these than for text are given it (ERNIE-4.5-VL).
+KINDS, OF_IMAGES = "moe_mm_token_type_ids", re.compile(r"\bvision_")
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,33 @@ class RunningForward:
     def attention_mask(self) -> Any:
         return self.given.get("attention_mask")
 
-    def check_tokens(self, num_tokens: int, router_name: str, remedy: str) -> None:
-        """See that a router's tokens are the positions of all rows, so that a token's row and position are known.
+    def tokens_of(self, router_name: str, values: torch.Tensor, remedy: str) -> slice | torch.Tensor:
+        """Which of all rows' positions, one row after the other, a router's tokens are: all of them, or in models with
+        other experts for images than for text those of its kind (`torch.Tensor` of shape `(T,)`).
+
+        Args:
+            router_name (`str`): the router.
+            values (`torch.Tensor` of shape `(T, ·)`): what it makes of its tokens.
+            remedy (`str`): what to do where it is unknown.
 
         Raises:
-            [`OrdMoERuntimeError`]: they are not.
+            [`OrdMoERuntimeError`]: it is unknown.
         """
         rows, length = self.shape
-        if num_tokens != rows * length:
-            raise OrdMoERuntimeError(
-                f"{router_name} got {num_tokens} tokens in a forward of {rows} rows of {length} positions, so it is "
-                f"unknown which token is in which row. {remedy}"
+        if len(values) == rows * length:
+            return slice(None)
+        kinds, is_of_images = self.given.get(KINDS), OF_IMAGES.search(router_name) is not None
+        if isinstance(kinds, torch.Tensor) and kinds.shape == (rows, length):
+            is_kind_T = kinds.reshape(-1).bool() == is_of_images
+            tokens_T = self.once_here(
+                ("tokens", values.device, is_of_images), lambda: is_kind_T.nonzero()[:, 0].to(values.device)
             )
+            if len(tokens_T) == len(values):
+                return tokens_T
+        raise OrdMoERuntimeError(
+            f"{router_name} got {len(values)} tokens in a forward of {rows} rows of {length} positions, so it is "
+            f"unknown which token is in which row. {remedy}"
+        )
 
     def tier_of_token(self, device: torch.device) -> torch.Tensor:
         """The tier of each token (`torch.Tensor` of shape `(T,)`), brought to a device once, not by each layer."""

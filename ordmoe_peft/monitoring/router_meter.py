@@ -163,9 +163,9 @@ class RouterMeter:
             base_logits_TE, _, base_index_TK = _read_again(call, None)
             columns |= drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK)
         columns_Tn = torch.cat([columns[name] for name in meter.widths], dim=1)
-        forward.check_tokens(len(columns_Tn), call.layer.router_name, "Its health cannot be measured.")
+        tokens = forward.tokens_of(call.layer.router_name, columns_Tn, "Its health cannot be measured.")
         # Padding may be NaN, so it is masked rather than multiplied by 0.
-        columns_Tn = columns_Tn.masked_fill(~counted_tokens(forward, columns_Tn.device).unsqueeze(1), 0)
+        columns_Tn = columns_Tn.masked_fill(~counted_tokens(forward, columns_Tn.device)[tokens].unsqueeze(1), 0)
         sums_n = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
         meter.sums = sums_n if meter.sums is None else meter.sums + sums_n
 

@@ -293,6 +293,6 @@ def _matched(output: tuple, top_weights_TK: torch.Tensor, selection: TierSelecti
     scale_T1 = top_weights_TK.sum(-1, keepdim=True) / weights_TK.sum(-1, keepdim=True).clamp(min=tiny)
     matched_TK = weights_TK * scale_T1
     if only_tier is None:
-        is_top_T = selection.running.tier_of_token(weights_TK.device) == 1
+        is_top_T = selection.running.tier_of_token(weights_TK.device)[selection.tokens] == 1
         matched_TK = torch.where(is_top_T.unsqueeze(1), weights_TK, matched_TK)
     return (*output[:WEIGHTS], matched_TK, *output[WEIGHTS + 1 :])

@@ -77,6 +77,7 @@ class TierSelection(TorchFunctionMode):
 
     Attributes:
         selections (`int`): how many choices were answered.
+        tokens (`slice` or `torch.Tensor` of shape `(T,)`): which of all rows' positions the router's tokens are.
         limit ([`~ordmoe_peft.tiers.group_limits.Limit`], *optional*): the limit on what the last was made from.
         hides_ranks (`bool`): whether ranks below the K chosen cannot be read from it. Known where limits are watched.
     """
@@ -87,6 +88,7 @@ class TierSelection(TorchFunctionMode):
         self.selections = 0
         self.hides_ranks = False
         self.limit: Limit | None = None
+        self.tokens: slice | torch.Tensor = slice(None)
         self._history = ScoreHistory() if router.may_limit else None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -131,10 +133,10 @@ class TierSelection(TorchFunctionMode):
         """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them."""
         plan, settings, top_k = self.plan, self.plan.settings, self.router.top_k
         if plan.needs_rows:
-            self.running.check_tokens(len(scores_TE), self.router.name, ONE_TIER)
+            self.tokens = self.running.tokens_of(self.router.name, scores_TE, ONE_TIER)
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, settings.num_tiers * top_k)
         if plan.is_random:
-            row_T, position_T = self._rows_and_positions(scores_TE.device)
+            row_T, position_T = (values_T[self.tokens] for values_T in self._rows_and_positions(scores_TE.device))
             ranked_TE = random_order(ranked_TE, top_k, row_T, position_T, settings.seed, plan.draw.step, self.index)
         num_ranked = ranked_TE.shape[1]
         if plan.only_tier is not None:
@@ -145,7 +147,8 @@ class TierSelection(TorchFunctionMode):
             ("ranks", ranked_TE.device, num_ranked, top_k),
             lambda: ranks_of_tiers(tier_T, settings.num_tiers, num_ranked, top_k, settings.grouping),
         )
-        return torch.where((tier_T == 1).unsqueeze(1), top_k_index_TK, ranked_TE.gather(1, rank_TK))
+        is_top_T1 = (tier_T[self.tokens] == 1).unsqueeze(1)
+        return torch.where(is_top_T1, top_k_index_TK, ranked_TE.gather(1, rank_TK[self.tokens]))
 
     def _rows_and_positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample and position of each token, counted over the whole sequence, cached part included."""
@@ -198,4 +201,4 @@ class RoundSelection(TierSelection):
         hidden_TE = torch.ones_like(scores_TE, dtype=torch.bool).scatter(1, index_TK, False)
         if self.plan.only_tier is not None:
             return hidden_TE & (self.plan.only_tier != 1)
-        return hidden_TE & (self.running.tier_of_token(scores_TE.device) != 1).unsqueeze(1)
+        return hidden_TE & (self.running.tier_of_token(scores_TE.device)[self.tokens] != 1).unsqueeze(1)

@@ -220,7 +220,7 @@ ROWS = [
         "Ernie4_5_VLMoeForConditionalGeneration",
         under("text_config", DENSE_FIRST | {"moe_num_experts": EXPERTS, "moe_intermediate_size": [32, 24]})
         | {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
-        media=PATCHES,
+        media=PATCHES | {"moe_mm_token_type_ids": [[0, 1, 1, 1, 1, 0, 0, 0, 0, 0]]},  # as its processor gives them
     ),
     Row("ExaoneMoeForCausalLM"),
     Row("FlexOlmoForCausalLM"),

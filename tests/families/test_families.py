@@ -150,12 +150,13 @@ def test_tiers_are_held_while_decoding(subject):
     check_ranks(seen, [1, 2, 3])
     if "canvas_length" in model.config.to_dict():
         return  # it does not write token after token
-    # The prompt and two tokens after it; an encoder runs once.
-    runs = {3} if not model.config.is_encoder_decoder else {1, 3}
+    # The prompt and two tokens after it; an encoder runs once, and so do experts for images.
+    runs = {1, 3} if model.config.is_encoder_decoder or "moe_mm_token_type_ids" in subject.batch else {3}
     assert {len(routed.index) for routed in seen} - {0} == runs
     is_decoder = model.config.is_encoder_decoder
     longer = subject.batch | {"decoder_input_ids" if is_decoder else "input_ids": out.sequences[:, :-1]}
-    for name, value in () if is_decoder else (("mm_token_type_ids", 0), ("attention_mask", 1)):
+    padded = (("mm_token_type_ids", 0), ("moe_mm_token_type_ids", 0), ("attention_mask", 1))
+    for name, value in () if is_decoder else padded:
         if name in longer:
             longer[name] = torch.nn.functional.pad(longer[name], (0, 2), value=value)
     with tier_routing(model, [1, 2, 3]), torch.no_grad():
