@@ -22,6 +22,8 @@ ENCODED = "mm_encoder_outputs"
 MODALITIES = ("image", "video")
 # What transformers' encoders are given pixels as.
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+# What models are given sounds as; none of these with experts takes them encoded (transformers 5.24).
+SOUNDS = ("input_features", "input_values")
 # What models read of encoded images: lists of tensors, one per image, or tensors whose first dimension is images.
 POOLED, DEEPSTACK = "pooler_output", "deepstack_features"
 
@@ -30,8 +32,12 @@ def encode_images(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Model inputs with their images encoded, without gradient: `mm_encoder_outputs` in place of pixel values.
 
     Inputs without pixel values come back as they are. So do those of models that take no encoded images, whose
-    encoder is trained, or whose weights are split over processes; a warning says so once.
+    encoder is trained, or whose weights are split over processes, and sounds; a warning says so once.
     """
+    if any(name in inputs for name in SOUNDS):
+        logger.warning_once(
+            "The audio encoder runs once for each tier, not once for each sound: no model takes these encoded."
+        )
     if not any(name in inputs for name in PIXELS):
         return inputs
     model = _base_of(model)
