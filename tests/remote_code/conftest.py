@@ -1,0 +1,37 @@
+"""Models that bring their own code, each in a folder of its own, as `trust_remote_code=True` loads them."""
+
+from pathlib import Path
+
+import pytest
+import transformers.dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.families.tiny import tiny_model
+
+
+CODE = Path(__file__).parent / "tiny_moe"
+
+
+@pytest.fixture(scope="session")
+def code_cache(tmp_path_factory):
+    """Where transformers copies code to before it runs it: not the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("modules")
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def folder_of(code_cache, tmp_path_factory):
+    """The folder of a layout's model: its code, configuration and random weights, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder(layout: str) -> Path:
+        if layout not in folders:
+            config = AutoConfig.from_pretrained(CODE, trust_remote_code=True, layout=layout)
+            model = tiny_model(lambda config: AutoModelForCausalLM.from_config(config, trust_remote_code=True), config)
+            folders[layout] = tmp_path_factory.mktemp("remote") / layout
+            model.save_pretrained(folders[layout])  # with its code
+        return folders[layout]
+
+    return folder
