@@ -428,6 +428,10 @@ def test_commands_run_on_remote_code(load, tmp_path, capsys, monkeypatch):
     of_tiers = run("evaluate", tiers=3, max_new_tokens=2)
     assert of_tiers[0]["log_likelihood"] < 0
     capsys.readouterr()
+    assert run("inspect", report=tmp_path / "inspection")["is_fit"] is False
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Whether 3 tiers (uniform) can be cut is not known: - Layer 0: " in printed
+    assert "mlp.gate (Linear) does not return (logits, weights, experts)" in printed
     quality = run("tiers", max_new_tokens=1, limit=4, report=tmp_path / "report")
     assert (quality["num_samples"], len(quality["tiers"]), quality["diversity"]) == (4, C, [])
     printed = capsys.readouterr().out
