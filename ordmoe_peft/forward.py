@@ -85,24 +85,31 @@ class RunningForward:
     def attention_mask(self) -> Any:
         return self.given.get("attention_mask")
 
-    def tokens_of(self, router_name: str, num_tokens: int, remedy: str) -> slice | torch.Tensor:
+    def tokens_of(self, router_name: str, values: torch.Tensor, remedy: str) -> slice | torch.Tensor:
         """Which of all rows' positions, one row after the other, a router's tokens are: all of them, or in models with
         other experts for images than for text those of its kind (`torch.Tensor` of shape `(T,)`).
+
+        Args:
+            router_name (`str`): the router.
+            values (`torch.Tensor` of shape `(T, ·)`): what it makes of its tokens.
+            remedy (`str`): what to do where it is unknown.
 
         Raises:
             [`OrdMoERuntimeError`]: it is unknown.
         """
         rows, length = self.shape
-        if num_tokens == rows * length:
+        if len(values) == rows * length:
             return slice(None)
         kinds, is_of_images = self.given.get(KINDS), OF_IMAGES.search(router_name) is not None
         if isinstance(kinds, torch.Tensor) and kinds.shape == (rows, length):
-            key = ("tokens", is_of_images)
-            tokens_T = self.once_here(key, lambda: (kinds.reshape(-1).bool() == is_of_images).nonzero()[:, 0])
-            if len(tokens_T) == num_tokens:
+            is_kind_T = kinds.reshape(-1).bool() == is_of_images
+            tokens_T = self.once_here(
+                ("tokens", values.device, is_of_images), lambda: is_kind_T.nonzero()[:, 0].to(values.device)
+            )
+            if len(tokens_T) == len(values):
                 return tokens_T
         raise OrdMoERuntimeError(
-            f"{router_name} got {num_tokens} tokens in a forward of {rows} rows of {length} positions, so it is "
+            f"{router_name} got {len(values)} tokens in a forward of {rows} rows of {length} positions, so it is "
             f"unknown which token is in which row. {remedy}"
         )
 

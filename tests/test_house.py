@@ -17,13 +17,13 @@ MODULES = {
 
 # The core, in the paper's order. Tools and commands stand on top of it.
 CORE = {
-    *("errors", "files", "registration", "_compat", "moe_model", "router_output", "forward"),
+    *("errors", "files", "registration", "_compat", "layer_search", "moe_model", "router_output", "forward"),
     *("adapter", "tiers", "experts", "quantization", "objectives", "data", "training", "merging", "monitoring"),
 }
 # Each row imports itself and the rows before it. What is in none serves all.
 ROWS = (
     ("objectives", "tiers.ranking", "experts.layout", "experts.grouped", "experts.frozen", "experts.tuning"),
-    ("moe_model", "router_output", "quantization"),
+    ("layer_search", "moe_model", "router_output", "quantization"),
     ("forward", "tiers", "experts", "adapter", "monitoring", "merging"),
     ("data", "training"),
 )

@@ -163,6 +163,13 @@ def lists_that_are_no_experts() -> nn.Module:
     return block
 
 
+def heads_that_all_run() -> nn.Module:
+    """With as many outputs each as there are of them, so that the first has the shape of a router."""
+    block = nn.Module()
+    block.heads, block.out = nn.ModuleList(nn.Linear(H, E) for _ in range(E)), nn.Linear(E * E, H)
+    return block
+
+
 def convolution() -> nn.Module:
     """A kernel of one is a stack of columns."""
     block = nn.Module()
@@ -178,7 +185,7 @@ def block_diagonal_gates() -> nn.Module:
     return block
 
 
-@pytest.mark.parametrize("block", [lists_that_are_no_experts, convolution, block_diagonal_gates])
+@pytest.mark.parametrize("block", [lists_that_are_no_experts, heads_that_all_run, convolution, block_diagonal_gates])
 def test_what_is_no_layer(block):
     assert [layer.block for layer in find_layers(with_block(block))] == ["model.layers.0.mlp", "model.layers.2.mlp"]
 

@@ -64,8 +64,9 @@ def print_verdict(report: HealthReport) -> None:
     if report.is_fit:
         print(f"Tiers can be cut: {report.num_tiers} ({report.grouping}). {NEXT_STEP}")
         return
-    print(f"Not fit to be cut into {report.num_tiers} tiers ({report.grouping}):")
-    for reason in report.reasons[:MAX_PRINTED_REASONS]:
+    tiers, reasons = f"{report.num_tiers} tiers ({report.grouping})", [*report.reasons, *report.unread]
+    print(f"Not fit to be cut into {tiers}:" if report.reasons else f"Whether {tiers} can be cut is not known:")
+    for reason in reasons[:MAX_PRINTED_REASONS]:
         print(f"- {reason}")
-    if len(report.reasons) > MAX_PRINTED_REASONS:
-        print(f"- … and {len(report.reasons) - MAX_PRINTED_REASONS} more; --output FILE has all of them.")
+    if len(reasons) > MAX_PRINTED_REASONS:
+        print(f"- … and {len(reasons) - MAX_PRINTED_REASONS} more; --output FILE has all of them.")

@@ -61,6 +61,7 @@ class RouterMeter:
 
     Attributes:
         unsupported (`dict[str, str]`): layer name → why tiers cannot be imposed on its router; not measured.
+        unread (`dict[str, str]`): layer name → why its router, which tiers can be imposed on, cannot be read; likewise.
 
     Raises:
         [`OrdMoEModelError`]: the model has no MoE layers, or a router's output is not (logits, weights, experts).
@@ -79,12 +80,12 @@ class RouterMeter:
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.num_tiers, self.grouping, self.seed, self.training_only = num_tiers, grouping, seed, training_only
         self.moe_layers = MoEModel.of(self.model).layers
-        self.unsupported = _unsupported(self.model, self.moe_layers)
+        self.unsupported, self.unread = _not_measured(self.model, self.moe_layers)
         # By the layer's index.
         self.meters = {
             layer.index: self._layer_meter(layer)
             for layer in self.moe_layers
-            if layer.block_name not in self.unsupported
+            if layer.block_name not in self.unsupported | self.unread
         }
         self._listening = ExitStack()
 
@@ -163,7 +164,7 @@ class RouterMeter:
             base_logits_TE, _, base_index_TK = _read_again(call, None)
             columns |= drift_columns(logits_TE, index_TK, base_logits_TE, base_index_TK)
         columns_Tn = torch.cat([columns[name] for name in meter.widths], dim=1)
-        tokens = forward.tokens_of(call.layer.router_name, len(columns_Tn), "Its health cannot be measured.")
+        tokens = forward.tokens_of(call.layer.router_name, columns_Tn, "Its health cannot be measured.")
         # Padding may be NaN, so it is masked rather than multiplied by 0.
         columns_Tn = columns_Tn.masked_fill(~counted_tokens(forward, columns_Tn.device)[tokens].unsqueeze(1), 0)
         sums_n = columns_Tn.sum(0, dtype=_sum_dtype(columns_Tn.device))
@@ -212,19 +213,19 @@ def counted_tokens(forward: RunningForward, device: torch.device) -> torch.Tenso
     return forward.once_here(("counted", device), counted)
 
 
-def _unsupported(model: nn.Module, layers: list[MoELayer]) -> dict[str, str]:
-    """Layers whose routers cannot be held to tiers or read, and why. The others have their tier hooks on."""
-    reasons = {}
+def _not_measured(model: nn.Module, layers: list[MoELayer]) -> tuple[dict[str, str], dict[str, str]]:
+    """Layers whose routers cannot be held to tiers, and those that cannot be read, and why. The others have their tier
+    hooks on."""
+    unsupported, unread = {}, {}
     for layer in layers:
         try:
             if not check_router(layer).is_readable:
-                reasons[layer.block_name] = (
-                    f"{layer.router_name} ({type(layer.router).__name__}) does not return (logits, weights, experts)"
-                )
+                named = f"{layer.router_name} ({type(layer.router).__name__})"
+                unread[layer.block_name] = f"{named} does not return (logits, weights, experts)"
         except OrdMoEModelError as error:
-            reasons[layer.block_name] = str(error)
-    install_tier_hooks(model, [layer.index for layer in layers if layer.block_name not in reasons])
-    return reasons
+            unsupported[layer.block_name] = str(error)
+    install_tier_hooks(model, [layer.index for layer in layers if layer.block_name not in unsupported | unread])
+    return unsupported, unread
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -133,7 +133,7 @@ class TierSelection(TorchFunctionMode):
         """The experts of each token's tier (`torch.Tensor` of shape `(T, K)`), on tier 1 as the router gave them."""
         plan, settings, top_k = self.plan, self.plan.settings, self.router.top_k
         if plan.needs_rows:
-            self.tokens = self.running.tokens_of(self.router.name, len(scores_TE), ONE_TIER)
+            self.tokens = self.running.tokens_of(self.router.name, scores_TE, ONE_TIER)
         ranked_TE = rank_experts(scores_TE.detach(), top_k_index_TK, left_out_TE, settings.num_tiers * top_k)
         if plan.is_random:
             row_T, position_T = (values_T[self.tokens] for values_T in self._rows_and_positions(scores_TE.device))

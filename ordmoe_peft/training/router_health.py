@@ -57,7 +57,7 @@ class RouterHealth(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._open.close()  # a training run that failed left it open
         self.meter = self._open.enter_context(RouterMeter(model, training_only=True))
-        if unread := self.meter.unsupported:
+        if unread := self.meter.unsupported | self.meter.unread:
             count, first = f"{len(unread)} of {len(self.meter.moe_layers)}", next(iter(unread.values()))
             logger.warning(f"The health of {count} routers is not logged: {first.removesuffix('.')}.")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,6 +75,13 @@ class OneByOne(Router):
         first = scores.max(dim=-1, keepdim=True).indices
         rest = scores.scatter(-1, first, -torch.inf)
         return torch.cat([first, rest.max(dim=-1, keepdim=True).indices], dim=-1)
+
+
+class ViewsItsChoice(Router):
+    """As DeepSeek's own code does, of what topk gives, which is contiguous."""
+
+    def choose(self, scores):
+        return scores.topk(self.top_k, dim=-1).indices.view(-1).view(-1, K)
 
 
 class ByToken(Router):
@@ -192,6 +200,15 @@ def test_whether_a_matrix_is_read_past_the_module_that_has_it():
     assert not check_router(layer_with(ReadsPastItsLinear())).calls_matrix
 
 
+def test_lora_within_a_router_hides_no_ranks():
+    layer = layer_with(CallsItsLinear())
+    wanted = check_router(layer)
+    tuned = get_peft_model(layer.router, LoraConfig(target_modules=["classifier"], init_lora_weights=False))
+    assert check_router(layer) == wanted
+    tuned.unload()
+    assert check_router(layer) == wanted
+
+
 def test_a_trial_leaves_random_numbers_and_hooks_alone():
     router, calls = Router(), []
     router.choose = lambda scores: (scores + torch.rand(1)).topk(K, dim=-1).indices
@@ -202,7 +219,7 @@ def test_a_trial_leaves_random_numbers_and_hooks_alone():
     assert not calls
 
 
-@pytest.mark.parametrize("router", [OfRowsAlone, InTheShapeGiven, OfRowsInTheirShape, OneByOne])
+@pytest.mark.parametrize("router", [OfRowsAlone, InTheShapeGiven, OfRowsInTheirShape, OneByOne, ViewsItsChoice])
 @pytest.mark.parametrize("tier", [2, 3, [3, 1]])
 def test_tiers_are_ranks_of_the_scores(router, tier):
     """In a block that gives its router rows of tokens."""

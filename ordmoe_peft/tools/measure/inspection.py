@@ -1,6 +1,6 @@
 """Can a model's routing be cut into tiers? Run it on data and see."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -46,11 +46,12 @@ class HealthReport:
         num_tokens (`int`): tokens that were counted, padding apart.
         num_tiers (`int`): C that was asked for.
         grouping (`str`): how tiers were cut.
-        is_fit (`bool`): whether the routing can be cut into C tiers that differ, as far as was measured. It does not
-            say that ranks carry a signal: see [`~ordmoe_peft.tools.measure.quality.tier_quality`].
+        is_fit (`bool`): whether the routing of all layers was measured and can be cut into C tiers that differ. It does
+            not say that ranks carry a signal: see [`~ordmoe_peft.tools.measure.quality.tier_quality`].
         reasons (`list[str]`): what speaks against it, a sentence each.
         layers (list of [`~ordmoe_peft.monitoring.health.LayerHealth`]): the layers that were measured. Where C does not
             fit a layer, its tiers are those of the largest C that does.
+        unread (`list[str]`): layers that can be held to tiers and not be measured, and why, a sentence each.
     """
 
     model: str
@@ -60,6 +61,7 @@ class HealthReport:
     is_fit: bool
     reasons: list[str]
     layers: list[LayerHealth]
+    unread: list[str] = field(default_factory=list)
 
     to_dict = asdict
 
@@ -118,15 +120,17 @@ def inspect_model(
         _run(model, processing_class, dataset, batch_size)
     layers = meter.report()
     tier_weights = adapter_config(model).tier_weights
-    reasons = reasons_against(layers, meter.moe_layers, meter.unsupported, num_tiers, tier_weights)
+    read = [layer for layer in meter.moe_layers if layer.block_name not in meter.unread]
+    reasons = reasons_against(layers, read, meter.unsupported, num_tiers, tier_weights)
     return HealthReport(
         model=model.name_or_path,
         num_tokens=max((layer.num_tokens for layer in layers), default=0),
         num_tiers=num_tiers,
         grouping=grouping,
-        is_fit=not reasons,
+        is_fit=not reasons and not meter.unread,
         reasons=reasons,
         layers=layers,
+        unread=[f"Layer {moe.index}: {meter.unread[moe.block_name]}." for moe in meter.moe_layers if moe not in read],
     )
 
 

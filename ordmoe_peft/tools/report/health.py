@@ -35,6 +35,8 @@ def inspect_report(health: HealthReport, directory: str | Path, findings: Findin
         directory, findings: as [`write_page`] takes them.
     """
     verdict = ("Not fit to be cut into tiers as it is.", "The reasons:", "bad")
+    if not health.reasons:
+        verdict = ("Whether tiers can be cut is not known.", "The reasons:", "bad")
     if health.is_fit:
         verdict = ("Tiers can be cut.", NEXT_STEP, "good")
     return write_page(
@@ -47,7 +49,7 @@ def inspect_report(health: HealthReport, directory: str | Path, findings: Findin
             Section("By layer", _plots(health.layers)),
             Section("Numbers", tables=health.tables()),
         ],
-        [verdict, *(("", reason, "") for reason in health.reasons)],
+        [verdict, *(("", reason, "") for reason in (*health.reasons, *health.unread))],
         findings,
     )
 

@@ -13,7 +13,7 @@ class TinyMoeConfig(PretrainedConfig):
         vocab_size=96,
         hidden_size=64,
         intermediate_size=40,
-        moe_intermediate_size=24,
+        moe_intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

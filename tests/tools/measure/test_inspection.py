@@ -50,7 +50,7 @@ def test_a_verdict_claims_what_it_measured():
 def test_the_report_is_plain_json_with_the_promised_keys():
     report = inspected(models.olmoe()).to_dict()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert set(report) == {"model", "num_tokens", "num_tiers", "grouping", "is_fit", "reasons", "layers"}
+    assert set(report) == {"model", "num_tokens", "num_tiers", "grouping", "is_fit", "reasons", "layers", "unread"}
     layer = report["layers"][1]
     lists = {"utilisation": models.NUM_EXPERTS, "gate_mass": 3, "tier_probability": 3}
     assert {name: len(layer[name]) for name in lists} == lists
