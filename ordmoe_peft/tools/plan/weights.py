@@ -78,7 +78,8 @@ def _quantise(model: PreTrainedModel, dtype: torch.dtype, config: MoeBitsAndByte
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
     for name, weight in dense.items():
         if quantizer.is_stack(name):
-            replace_tensor(model, name, quantizer.pack(_FirstOf(weight), name))
+            stack = _FirstOf(weight) if weight.dim() == 3 else weight
+            replace_tensor(model, name, quantizer.pack(stack, name))
         elif quantizer.param_needs_quantization(model, name):
             settings = model.get_parameter(name).__dict__
             replace_tensor(model, name, quantize_linear_weight_(Params4bit(weight, **settings)))
