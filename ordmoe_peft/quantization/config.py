@@ -19,9 +19,9 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
 
     With the stock class, `load_in_4bit` silently leaves stacks of experts in bf16. With this one, they and the linear
     layers of the decoder, those of experts too, are packed in 4 bits, while routers, embeddings, heads, norms and the
-    vision tower keep their dtype. `llm_int8_skip_modules` names what else does, by transformers' rules: a module or one of its
-    parents (`"model.layers.0"`), an ending (`"experts"`), a single stack (`"model.layers.0.mlp.experts.down_proj"`) or
-    a regular expression.
+    vision tower keep their dtype. `llm_int8_skip_modules` names what else does, by transformers' rules: a module or one
+    of its parents (`"model.layers.0"`), an ending (`"experts"`), a single stack
+    (`"model.layers.0.mlp.experts.down_proj"`) or a regular expression.
 
     transformers refuses it for a checkpoint that is quantised already, such as gpt-oss, which ships in MXFP4: load that
     with its own dequantisation (`Mxfp4Config(dequantize=True)`) and pack its experts in memory.

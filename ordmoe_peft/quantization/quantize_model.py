@@ -1,6 +1,6 @@
 """4-bit experts for a model that is in memory already."""
 
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -68,7 +68,7 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
 def _linears_to_keep(model: PreTrainedModel, config: MoeBitsAndBytesConfig) -> set[str]:
     """All linear layers but those of experts that are modules, by their last two names where those are not an expert's,
     too: a list of all would take transformers long to go through at every loading."""
-    packed = expert_linears(model, MoEModel.of(model).all_layers, config.llm_int8_skip_modules)
+    packed = expert_linears(MoEModel.of(model).all_layers, config.llm_int8_skip_modules)
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
     endings = {name: ".".join(name.split(".")[-2:]) for name in kept}
     return {name if any(linear.endswith(ending) for linear in packed) else ending for name, ending in endings.items()}
@@ -79,6 +79,8 @@ def _pack_linears_(model: PreTrainedModel, dense: dict[str, nn.Linear]) -> None:
     packed: Params4bit | None = None
     for name, predecessor in dense.items():
         linear, weight = model.get_submodule(name), predecessor.weight.data
+        if not isinstance(linear, Linear4bit):  # transformers keeps it in float32
+            continue
         if packed is None:
             packed = Params4bit(weight, **vars(linear.weight)).to(weight.device)
         linear.weight, linear.bias = packed, predecessor.bias

@@ -134,7 +134,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         readers = stack_readers(layers)
         fused = {layer.experts_name for layer in layers if layer.kind == "fused"}
         self.expert_stacks = expert_stacks(model, readers, config.llm_int8_skip_modules)
-        self.expert_linears = expert_linears(model, layers, config.llm_int8_skip_modules)
+        self.expert_linears = expert_linears(layers, config.llm_int8_skip_modules)
         self.readers = sorted({readers[name] for name in self.expert_stacks} - fused)
         for name in self.readers:
             check_own_forward(name, model.get_submodule(name))

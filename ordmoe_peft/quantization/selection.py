@@ -7,7 +7,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, MoEModel, is_fused_experts
+from ..moe_model import MoELayer, MoEModel, is_fused_experts, without_wrappers
 from .storage import BLOCK_SIZE, logical_shape
 
 
@@ -37,11 +37,11 @@ def stack_readers(layers: list[MoELayer]) -> dict[str, str]:
 def _shared_stacks(layer: MoELayer) -> list[str]:
     """The stacks of a block's shared experts, which every token goes through (inkling)."""
     return [
-        f"{layer.block_name}.{name}.{stack}"
+        f"{layer.block_name}.{without_wrappers(name)}.{stack}"
         for name, module in layer.block.named_modules()
         if "Expert" in type(module).__name__ and "shared" in name and not is_fused_experts(module)
         for stack, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3
+        if len(logical_shape(weight)) == 3
     ]
 
 
@@ -61,7 +61,7 @@ def has_whole_blocks(shape: Sequence[int]) -> bool:
     return len(shape) == 3 or bool(linear_block_size(shape[-1], BLOCK_SIZE))
 
 
-def expert_linears(model: nn.Module, layers: list[MoELayer], skip_modules: list[str] | None) -> set[str]:
+def expert_linears(layers: list[MoELayer], skip_modules: list[str] | None) -> set[str]:
     """Names of the linear layers to pack of experts that are modules of their own: all but those that `skip_modules`
     names, by themselves or by a module of theirs, and those whose rows are not whole blocks."""
     return {
@@ -106,7 +106,7 @@ def packable_layers(model: nn.Module, skip_modules: list[str] | None) -> list[Mo
             for own, parameter in module.named_parameters(recurse=False)
         )
         is_of_experts = name.startswith(held) or "Expert" in type(module).__name__
-        is_read = isinstance(module, nn.Linear) or is_fused_experts(module)
+        is_read = type(module) is nn.Linear or is_fused_experts(module)
         if has_matrix and is_of_experts and not is_read and should_convert_module(name, skip_modules):
             raise OrdMoEModelError(
                 f"{name} ({type(module).__name__}) cannot be packed in 4 bits: its experts' weights are neither stacks "
@@ -131,7 +131,7 @@ def unquantised_linears(model: nn.Module, layers: list[MoELayer], skip_modules: 
     vision towers, projectors), routers, gates with one output, and layers whose rows are not whole blocks; of experts,
     all but [`expert_linears`]."""
     of_experts = {name for layer in layers for name, _ in _linears_of(layer)}
-    kept_experts = of_experts - expert_linears(model, layers, skip_modules)
+    kept_experts = of_experts - expert_linears(layers, skip_modules)
     decoders = tuple(f"{layer.decoder_layers_name}." for layer in layers)
     return [
         name

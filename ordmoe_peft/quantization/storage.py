@@ -220,7 +220,7 @@ def dense_stack(packed: Params4bit, dtype: torch.dtype, experts: slice = slice(N
         dtype (`torch.dtype`): of the result. About `UNPACKED_AT_A_TIME` numbers are unpacked at a time and cast.
         experts (`slice`): which of the first dimension, all by default.
     """
-    unpack, shape = stack_unpacker(packed), logical_shape(packed)
+    unpack, shape = stack_unpacker(packed, all_scales=experts == slice(None)), logical_shape(packed)
     first, last, _ = experts.indices(shape[0])
     dense = torch.empty(last - first, *shape[1:], dtype=dtype, device=packed.device)
     step = max(1, UNPACKED_AT_A_TIME // shape[1:].numel())

@@ -91,7 +91,7 @@ def unpacked_stack(packed: Params4bit, dtype: torch.dtype, experts: slice = slic
 def _with_dense_stacks(module: nn.Module, dtype: torch.dtype, stacks: dict[int, DenseStack]) -> nn.Module:
     """A copy of `module` whose packed stacks are dense; they are added to `stacks`, by their storage."""
     copied = copy.copy(module)
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         if is_packed(parameter):
             dense = unpacked_stack(parameter, dtype)
             stacks[storage_id(dense.untyped_storage())] = DenseStack(parameter, dense)

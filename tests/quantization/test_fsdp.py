@@ -30,7 +30,7 @@ def test_what_was_gathered_finds_its_scales_before_each_forward():
         assert torch.equal(model(**models.text_batch()).logits, wanted)
 
 
-@pytest.mark.parametrize("name", ["Dbrx", "JetMoe"])
+@pytest.mark.parametrize("name", ["Dbrx", "JetMoe", "InklingForCausalLM"])
 def test_experts_outside_transformers_interface_find_theirs(name):
     subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
     model = quantize_experts_(subject.copy())

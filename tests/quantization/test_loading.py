@@ -185,11 +185,16 @@ class ExpertsWithoutRouter(nn.Module):
         self.weight = nn.Parameter(torch.randn(5, 64, 64))
 
 
-def test_experts_that_are_not_understood_are_refused_by_name():
+class ExpertLinear(nn.Linear):
+    """A linear layer that transformers does not replace, since what it computes is unknown."""
+
+
+@pytest.mark.parametrize("kind", [ExpertsWithoutRouter, lambda: ExpertLinear(64, 64)], ids=["stack", "linear layer"])
+def test_experts_that_are_not_understood_are_refused_by_name(kind):
     model = models.qwen3_moe()
-    model.model.layers[1].more = ExpertsWithoutRouter()
+    model.model.layers[1].more = kind()
     before = [id(weight) for weight in model.parameters()]
-    with pytest.raises(OrdMoEModelError, match=r"layers\.1\.more \(ExpertsWithoutRouter\) cannot be packed"):
+    with pytest.raises(OrdMoEModelError, match=r"layers\.1\.more \(Expert\w+\) cannot be packed"):
         quantize_experts_(model)
     assert [id(weight) for weight in model.parameters()] == before
     quantize_experts_(model, MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layers.1.more"]))

@@ -88,16 +88,14 @@ def test_shared_stacks_can_be_skipped():
 
 def test_linear_layers_of_experts_are_chosen_by_name_and_rows():
     model, layers = layers_of("Switch")
-    chosen = expert_linears(model, layers, ["encoder", "expert_1", r".*expert_[2-7]"])
+    chosen = expert_linears(layers, ["encoder", "expert_1", r".*expert_[2-7]"])
     kept = unquantised_linears(model, layers, ["encoder", "expert_1", r".*expert_[2-7]"])
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear and ".experts." in name}
     assert {name for name in kept if ".experts." in name} == linears - chosen
     assert {".".join(name.split(".")[-2:]) for name in chosen} == {"expert_0.wi", "expert_0.wo"}
     expert = layers[0].experts["expert_0"]
     expert.wi = nn.Linear(40, 64)
-    assert expert_linears(model, layers[:1], ["expert_1", r".*expert_[2-7]"]) == {
-        f"{layers[0].experts_name}.expert_0.wo"
-    }
+    assert expert_linears(layers[:1], ["expert_1", r".*expert_[2-7]"]) == {f"{layers[0].experts_name}.expert_0.wo"}
 
 
 def test_names_to_skip_that_name_nothing_are_found():
