@@ -117,6 +117,16 @@ def test_linear_layers_that_experts_share_their_names_with_are_left_alone(tmp_pa
     assert packed == {name for name in names if ".experts." in name and "expert_3" not in name}
 
 
+def test_experts_that_transformers_keeps_in_float32_stay_dense(monkeypatch):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
+    model = subject.copy()
+    monkeypatch.setattr(model, "_keep_in_fp32_modules", ["wo"])
+    quantize_experts_(model)
+    experts = {name: type(module) for name, module in model.named_modules() if ".experts." in name}
+    assert {kind for name, kind in experts.items() if name.endswith(".wo")} == {nn.Linear}
+    assert {kind for name, kind in experts.items() if name.endswith(".wi")} == {Linear4bit}
+
+
 def test_weights_that_experts_share_are_packed_once():
     subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
     model = subject.copy()

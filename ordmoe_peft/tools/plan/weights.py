@@ -76,10 +76,15 @@ def _quantise(model: PreTrainedModel, dtype: torch.dtype, config: MoeBitsAndByte
     bnb_functional.quantize_blockwise(torch.zeros(1))
     with local_torch_dtype(dtype):  # that of the biases of the layers that it puts in
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    if quantizer.readers:
+        raise OrdMoEModelError(
+            f"What {quantizer.readers[0]} ({type(model.get_submodule(quantizer.readers[0])).__name__}) takes in 4 bits "
+            "is not known to `ordmoe plan`: its experts are outside transformers' experts interface, and dense while "
+            "they run. Plan without `load_in_4bit`."
+        )
     for name, weight in dense.items():
         if quantizer.is_stack(name):
-            stack = _FirstOf(weight) if weight.dim() == 3 else weight
-            replace_tensor(model, name, quantizer.pack(stack, name))
+            replace_tensor(model, name, quantizer.pack(_FirstOf(weight), name))
         elif quantizer.param_needs_quantization(model, name):
             settings = model.get_parameter(name).__dict__
             replace_tensor(model, name, quantize_linear_weight_(Params4bit(weight, **settings)))
