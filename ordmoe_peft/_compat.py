@@ -129,6 +129,22 @@ def accelerate_hook(module: nn.Module) -> ModelHook | None:
     return getattr(module, "_hf_hook", None)
 
 
+def own_forward_name(module: nn.Module) -> str:
+    """The attribute that holds a replacement for the forward of `module`'s class.
+
+    accelerate's hook is one itself, and keeps what it calls under a private name (1.15).
+    """
+    return "forward" if accelerate_hook(module) is None else "_old_forward"
+
+
+def saved_tensors_hooks_in_use() -> tuple[Callable, Callable] | None:
+    """The innermost `saved_tensors_hooks`, by which checkpointing works, too; there is no public getter (torch 2.13).
+
+    torch applies the innermost alone, so who adds some has to call these.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The parameters and buffers that `from_pretrained(dtype=dtype)` holds in another dtype, by name.
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 from .._compat import as_parameter_wrapper
-from ..quantization.storage import dense_stack, is_packed, logical_shape
+from ..quantization.storage import is_packed, logical_shape
+from ..quantization.unpacked_forward import unpacked_stack
 
 
 # While a module runs, its weight is replaced, and no other thread's forward may find the replacement. One lock serves
@@ -49,7 +50,7 @@ class WeightLora(lora_layer.ParamWrapper):
             if not active:
                 return self.base_layer(x, *args, **kwargs)
             weight = self.get_param()
-            weight = dense_stack(weight, weight.quant_state.dtype) if is_packed(weight) else weight
+            weight = unpacked_stack(weight, x.dtype) if is_packed(weight) else weight
             for name in active:
                 weight = weight + self.get_delta_weight(name).to(weight.dtype)
             adapted = {f"{self._path_to_module()}{self.parameter_name}": weight}

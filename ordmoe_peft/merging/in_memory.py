@@ -20,10 +20,12 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from .._compat import is_repacked, keep_linear4bit_layout, save_in_original_format
 from ..errors import OrdMoEModelError
 from ..experts.expert_lora import ExpertLora, check_finite
+from ..experts.weight_lora import WeightLora
 from ..moe_model import without_wrappers
 from ..quantization.dequantization import join_experts_in_ram_, packed_names, put_dense_
 from ..quantization.offloaded import OffloadedParams4bit, offload
 from ..quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
+from ..quantization.unpacked_forward import stop_unpacking_
 from .delta_retention import DeltaRetention, RequantizationReport
 
 
@@ -60,14 +62,24 @@ class BaseWeight:
 
     def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The matrices of a packed weight, one for each expert: before and after merging, both in float32."""
+        delta_EOI = self._delta_of_stack()
         for index, matrix_OI in enumerate(unpacked(self.value)):
             base_OI = merged_OI = matrix_OI.float()
             if self.layer is not None and self.adapters:
                 if isinstance(self.layer, ExpertLora):
                     merged_OI = base_OI + self.layer.delta(self.adapters, index)
+                elif delta_EOI is not None:
+                    merged_OI = base_OI + delta_EOI[index]
                 else:
                     merged_OI = _merged_linear(self.layer, self.adapters, base_OI)
             yield base_OI, merged_OI
+
+    def _delta_of_stack(self) -> torch.Tensor | None:
+        """What LoRA on a stack outside transformers' experts interface adds to it: for all experts in one product."""
+        if not isinstance(self.layer, WeightLora) or not self.adapters:
+            return None
+        first, *others = (self.layer.get_delta_weight(name) for name in self.adapters)
+        return sum(others, first)
 
     def merged(self, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight that a packed one becomes, with the adapters in it."""
@@ -236,7 +248,7 @@ def _repack(weight: BaseWeight, dtype: torch.dtype) -> DeltaRetention:
 def packed_like(old: Params4bit, dense: torch.Tensor, name: str) -> Params4bit:
     """`dense` packed by the recipe of `old`."""
     recipe = {"quant_type": old.quant_type, "quant_storage": old.quant_storage, "blocksize": old.blocksize}
-    if dense.dim() == 3:
+    if dense.dim() == 3 or isinstance(old, OffloadedParams4bit):
         nested, dtype = old.compress_statistics, old.quant_state.dtype
         new = pack_experts(dense, name, use_double_quant=nested, compute_dtype=dtype, **recipe)
         return offload(new, old.ring) if isinstance(old, OffloadedParams4bit) else new
@@ -251,4 +263,5 @@ def forget_quantization(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
         save_in_original_format(model)
+    stop_unpacking_(model)
     model.is_loaded_in_4bit = False

@@ -1,4 +1,4 @@
-"""4-bit storage of fused expert stacks, and how a checkpoint is loaded into it."""
+"""4-bit storage of experts, and how a checkpoint is loaded into it."""
 
 from .config import MoeBitsAndBytesConfig
 from .quantize_model import quantize_experts_

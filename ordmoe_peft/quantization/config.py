@@ -15,23 +15,29 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class MoeBitsAndBytesConfig(BitsAndBytesConfig):
-    """[`~transformers.BitsAndBytesConfig`] that also quantises fused experts, where most of a MoE's weights are.
+    """[`~transformers.BitsAndBytesConfig`] that also quantises stacks of experts, where most of a MoE's weights are.
 
-    With the stock class, `load_in_4bit` silently leaves fused experts in bf16. With this one, expert stacks and the
-    linear layers of the decoder are packed in 4 bits, while routers, embeddings, heads, norms and the vision tower
-    keep their dtype. `llm_int8_skip_modules` names what else does, by transformers' rules: a module or one of its
-    parents (`"model.layers.0"`), an ending (`"experts"`), a single stack (`"model.layers.0.mlp.experts.down_proj"`) or
-    a regular expression.
+    With the stock class, `load_in_4bit` silently leaves stacks of experts in bf16. With this one, they and the linear
+    layers of the decoder, those of experts too, are packed in 4 bits, while routers, embeddings, heads, norms and the
+    vision tower keep their dtype. `llm_int8_skip_modules` names what else does, by transformers' rules: a module or one
+    of its parents (`"model.layers.0"`), an ending (`"experts"`), a single stack
+    (`"model.layers.0.mlp.experts.down_proj"`) or a regular expression.
 
     transformers refuses it for a checkpoint that is quantised already, such as gpt-oss, which ships in MXFP4: load that
     with its own dequantisation (`Mxfp4Config(dequantize=True)`) and pack its experts in memory.
+
+    Experts of transformers' experts interface are computed from packed weights. Stacks of other classes (Llama 4, DBRX,
+    JetMoE, LongCat-Flash, Step 3.7, inkling's shared experts) are unpacked for each forward and again for backward,
+    which is slower and needs memory for those of a layer. Where experts are modules of linear layers (Switch, NLLB),
+    `bnb_4bit_quant_storage` is the model's dtype unless another floating one is given, since such experts may cast
+    their input to the dtype of their weights.
 
     Args:
         load_in_4bit (`bool`, defaults to `True`): must be `True`; 8-bit experts are not supported.
         bnb_4bit_quant_type (`str`, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
         bnb_4bit_blocksize (`int`, defaults to 64): weights that share a scale, from 64 to 4096 by powers of two. It is
-            that of expert stacks, which are filled up to whole blocks; a linear layer takes the largest block up to it
-            that divides its rows.
+            that of expert stacks, which are filled up to whole blocks; a linear layer, and a matrix of all experts
+            (DBRX), takes the largest block up to it that divides its rows, and is not packed if 64 does not.
         offload_experts (`bool`, defaults to `False`): keep packed expert stacks in RAM, pinned where CUDA exists, and
             copy each layer's to the device while the one before it is computed. The device holds two layers' experts
             at a time. It changes no result. A setting of the session, which is not saved with the model: a checkpoint

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .._compat import accelerate_hook
 from .offloaded import is_in_ram
 from .storage import dense_stack, is_packed, logical_shape
+from .unpacked_forward import stop_unpacking_
 
 
 logger = logging.get_logger(__name__)
@@ -32,11 +33,18 @@ def put_dense_(model: nn.Module, name: str, weight: nn.Parameter) -> None:
     with torch.device("meta"):
         linear = nn.Linear(owner.in_features, owner.out_features, bias=False)
     linear.weight, linear.bias = weight, owner.bias
-    linear.train(owner.training)
-    hook = accelerate_hook(owner)
+    if linear.bias is not None:  # which bitsandbytes casts to the dtype that it computes in (0.50.2)
+        linear.bias.data = linear.bias.data.to(weight.dtype)
+    succeed_(linear, owner)
+    model.set_submodule(owner_name, linear)
+
+
+def succeed_(linear: nn.Linear, predecessor: nn.Linear) -> None:
+    """Give `linear` the mode and the hook of accelerate's of the layer whose place it takes."""
+    linear.train(predecessor.training)
+    hook = accelerate_hook(predecessor)
     if hook is not None:
         add_hook_to_module(linear, hook)
-    model.set_submodule(owner_name, linear)
 
 
 def packed_names(model: nn.Module) -> list[list[str]]:
@@ -64,6 +72,7 @@ def unpack_(model: nn.Module, dtype: torch.dtype) -> None:
         dense = nn.Parameter(dense_weight(model.get_parameter(names[0]), dtype))
         for name in names:
             put_dense_(model, name, dense)
+    stop_unpacking_(model)
 
 
 def cast_rest_(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -10,29 +10,34 @@ from typing import Any
 
 from torch import nn
 
-from ..moe_model import MoEModel
+from ..moe_model import MoEModel, module_of, parameter_of
+from .selection import stack_readers
 from .storage import is_packed
 
 
 def keep_packed_when_sharded(model: nn.Module) -> None:
-    """Put the quantisation states of packed stacks back on what FSDP2 gathers, before each forward of the experts.
+    """Put the quantisation states of packed stacks back on what FSDP2 gathers, before each forward of what reads
+    them.
 
     Call it before the model is sharded.
     """
-    for layer in MoEModel.of(model).layers:
-        states = {name: weight.quant_state for name, weight in layer.stacks.items() if is_packed(weight)}
-        if states:
-            layer.experts.register_forward_pre_hook(_RestoreStates(states))
+    states: dict[str, dict[str, Any]] = {}
+    for name, reader in stack_readers(MoEModel.of(model).all_layers).items():
+        weight = parameter_of(model, name)
+        if is_packed(weight):
+            states.setdefault(reader, {})[name.removeprefix(f"{reader}.")] = weight.quant_state
+    for reader, of_stacks in states.items():
+        module_of(model, reader).register_forward_pre_hook(_RestoreStates(of_stacks))
 
 
 class _RestoreStates:
-    """Forward pre-hook of fused experts, of a class of its own so that models can be pickled."""
+    """Forward pre-hook of what reads packed stacks, of a class of its own so that models can be pickled."""
 
     def __init__(self, states: dict[str, Any]):
         self.states = states
 
-    def __call__(self, experts: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
         for name, state in self.states.items():
-            weight = getattr(experts, name)
+            weight = parameter_of(reader, name)
             if not is_packed(weight):
                 weight.quant_state, weight.quant_storage = state, weight.dtype

@@ -75,7 +75,7 @@ class QuantizationCensus:
     def summary(self) -> str:
         """One line: the total, and the experts' bytes by dtype."""
         experts = ", ".join(f"{in_units(count)} of experts in {dtype}" for dtype, count in self.of("experts").items())
-        return f"{in_units(self.bytes)} in all, {experts or 'no fused experts'}."
+        return f"{in_units(self.bytes)} in all, {experts or 'no experts'}."
 
     def __str__(self) -> str:
         tensors, weights = sum(row.tensors for row in self.rows), sum(row.weights for row in self.rows)
@@ -117,7 +117,7 @@ def in_units(count: int) -> str:
 def role_finder(model: nn.Module) -> Callable[[str], str]:
     """A function from the full name of a parameter, without PEFT's wrappers, to its role."""
     try:
-        layers = MoEModel.of(model).layers
+        layers = MoEModel.of(model).all_layers
     except OrdMoEModelError:
         layers = []
     modules = {without_wrappers(name): module for name, module in model.named_modules()}
@@ -145,14 +145,18 @@ def role_finder(model: nn.Module) -> Callable[[str], str]:
 
 
 def _role_in_decoder(parameter_name: str, module: nn.Module, layers: list[MoELayer], attention: tuple[str, ...]) -> str:
-    name = parameter_name.rpartition(".")[0]
-    for layer in layers:
-        if f"{name}.".startswith(f"{layer.experts_name}.") and not _is_norm(module):
-            return "experts" if parameter_name.endswith(layer.projections) else "expert_biases"
+    name, _, own_name = parameter_name.rpartition(".")
     if any(is_of_router(name, module, layer) for layer in layers):
         return "router"
     if _is_norm(module):
         return "norms"
+    for layer in layers:
+        is_stack = parameter_name in {f"{layer.experts_name}.{projection}" for projection in layer.projections}
+        # Where several children of a block hold its experts, it has others, too.
+        holds_others = layer.experts_name == layer.block_name and name != layer.block_name
+        if is_stack or (f"{name}.".startswith(f"{layer.experts_name}.") and not holds_others):
+            is_weight = is_stack or (layer.kind == "modules" and "bias" not in own_name)
+            return "experts" if is_weight else "expert_biases"
     if "shared" in name:
         return "shared_experts"
     return "attention" if f"{name}.".startswith(attention) else "other"

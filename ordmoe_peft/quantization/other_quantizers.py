@@ -1,7 +1,7 @@
 """Whether the experts of a model can be read at all: by us in 4 bits, or as plain numbers.
 
-Other quantisers either leave fused experts alone, which works, or replace their module or their weights by something
-that neither the experts function nor LoRA on it can read.
+Other quantisers either leave stacks of experts alone, which works, or replace their module or their weights by
+something that neither the experts function nor LoRA on it can read.
 """
 
 from torch import nn
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import MoEModel, is_fused_experts, unwrapped, without_wrappers
+from ..moe_model import MoEModel, unwrapped, without_wrappers
 from .config import QUANT_METHOD
 from .memory_by_role import in_units
 from .storage import PACKABLE_DTYPES, is_packed
@@ -41,10 +41,12 @@ def check_expert_storage(model: nn.Module) -> None:
             )
     if method is None or method == QUANT_METHOD:
         return
-    if not any(is_fused_experts(unwrapped(module)) for module in model.modules()):
+    try:
+        MoEModel.of(model)
+    except OrdMoEModelError as error:
         raise OrdMoEModelError(
-            f"{type(model).__name__} is quantised by {method} and has no fused experts that OrdMoE could adapt. {fix}"
-        )
+            f"{type(model).__name__} is quantised by {method} and has no experts that OrdMoE could adapt. {fix}"
+        ) from error
     warn_of_dense_experts(model, method)
 
 
@@ -75,7 +77,7 @@ def unreadable_kind(module: nn.Module) -> str | None:
     if "Expert" not in kind:
         return None
     for name, weight in module.named_parameters(recurse=False):
-        if name.endswith("_bias") or weight.dim() < 2 or (is_packed(weight) and is_fused_experts(module)):
+        if name.endswith("_bias") or weight.dim() < 2 or is_packed(weight):
             continue
         # What a parameter of a subclass holds is unknown, unless it is one that torch has sharded.
         if type(weight) is not nn.Parameter and not hasattr(weight, "device_mesh"):
@@ -87,15 +89,14 @@ def unreadable_kind(module: nn.Module) -> str | None:
 
 def warn_of_dense_experts(model: nn.Module, method: str) -> None:
     """Say how much memory the experts take that the quantiser left alone."""
-    layers = MoEModel.of(model).layers
     # Without repetition: stacks of layers may share them.
-    stacks = list({stack: None for layer in layers for stack in layer.stacks.values()})
+    stacks = list({stack: None for layer in MoEModel.of(model).all_layers for stack in layer.stacks.values()})
     dense = sum(stack.nbytes for stack in stacks if not is_packed(stack))
     if dense:
         total = sum(parameter.nbytes for parameter in model.parameters())
         logger.warning(
-            f"The model was quantised by {method}, which leaves fused experts as they are: {in_units(dense)} of its "
-            f"{in_units(total)} are experts in {str(stacks[0].dtype).removeprefix('torch.')}. Load it with "
+            f"The model was quantised by {method}, which leaves stacks of experts as they are: {in_units(dense)} of "
+            f"its {in_units(total)} are experts in {str(stacks[0].dtype).removeprefix('torch.')}. Load it with "
             "`quantization_config=MoeBitsAndBytesConfig()` to have them in 4 bits, "
             f"about {in_units(sum(stack.numel() for stack in stacks) * 9 // 16)}."
         )

@@ -1,4 +1,4 @@
-"""Loads a checkpoint with its fused experts and decoder linears in 4 bits.
+"""Loads a checkpoint with its experts and decoder linears in 4 bits.
 
 Source of the seam: `transformers/quantizers/quantizer_bnb_4bit.py`, whose linear-layer half is inherited.
 """
@@ -23,19 +23,30 @@ from .dequantization import cast_rest_, join_experts_in_ram_, unpack_
 from .memory_by_role import quantization_census
 from .offloaded import offload
 from .ring import Ring
-from .selection import expert_stacks, linear_block_size, packable_layers, skips_nothing, unquantised_linears
+from .selection import (
+    expert_linears,
+    expert_stacks,
+    linear_block_size,
+    packable_layers,
+    skips_nothing,
+    stack_readers,
+    unquantised_linears,
+)
 from .serialization import packed_weight_conversions, state_dict_with_quant_states
 from .storage import Matrices, check_packable, is_packed, pack_experts
 from .streaming import PackWhileMerging, packs_by_expert
+from .unpacked_forward import check_own_forward, unpack_in_forward_
 
 
 logger = logging.get_logger(__name__)
 
 
 class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
-    """[`~transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer`] that also packs fused expert stacks."""
+    """[`~transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer`] that also packs expert stacks."""
 
     expert_stacks: set[str]
+    expert_linears: set[str]  # those of experts that are modules of their own
+    readers: list[str]  # modules outside transformers' experts interface whose forward reads stacks to pack
 
     def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any):
         # A copy: the modules to skip are written into it, and the caller may load another model with the original.
@@ -86,7 +97,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         return state_dict_with_quant_states(model), {}
 
     def is_stack(self, param_name: str) -> bool:
-        """Whether the parameter is a fused stack that is to be in 4 bits."""
+        """Whether the parameter is an expert stack that is to be in 4 bits."""
         return param_name in self.expert_stacks
 
     def packed_names(self, model: nn.Module) -> list[str]:
@@ -96,7 +107,10 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
 
     def pack(self, matrices: Matrices, name: str) -> Params4bit:
         """The packed stack `name`, in RAM if that is where it is to stay."""
-        packed = pack_experts(matrices, name, **self.quantization_config.packing())
+        packing = self.quantization_config.packing()
+        if isinstance(matrices, torch.Tensor) and matrices.dim() == 2:  # all experts in one matrix
+            packing["blocksize"] = linear_block_size(matrices.shape[1], packing["blocksize"])
+        packed = pack_experts(matrices, name, **packing)
         return offload(packed, self.ring) if self.quantization_config.offload_experts else packed
 
     def select(self, model: nn.Module, also_skipped: Iterable[str]) -> None:
@@ -117,9 +131,18 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                 "keep its dtype may be packed."
             )
         config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or []), *also_skipped})
-        self.expert_stacks = expert_stacks(layers, config.llm_int8_skip_modules)
+        readers = stack_readers(layers)
+        fused = {layer.experts_name for layer in layers if layer.kind == "fused"}
+        self.expert_stacks = expert_stacks(model, readers, config.llm_int8_skip_modules)
+        self.expert_linears = expert_linears(layers, config.llm_int8_skip_modules)
+        self.readers = sorted({readers[name] for name in self.expert_stacks} - fused)
+        for name in self.readers:
+            check_own_forward(name, model.get_submodule(name))
         if not self.pre_quantized:
-            for name in sorted(self.expert_stacks):
+            if self.expert_linears and not config.bnb_4bit_quant_storage.is_floating_point:
+                # Such experts may cast their inputs to the dtype of their weights, as Switch's do.
+                config.bnb_4bit_quant_storage = model.dtype
+            for name in sorted({*self.expert_stacks, *(f"{name}.weight" for name in self.expert_linears)}):
                 check_packable(name, model.get_parameter(name).dtype)
 
     def adopt(self, model: nn.Module) -> None:
@@ -136,9 +159,15 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
             skipped = [] if hasattr(model, model.base_model_prefix) else config.llm_int8_skip_modules or []
             also_skipped = [name.removeprefix(f"{model.base_model_prefix}.") for name in skipped]
         else:
-            also_skipped = unquantised_linears(model, packable_layers(model, config.llm_int8_skip_modules))
+            layers = packable_layers(model, config.llm_int8_skip_modules)
+            also_skipped = unquantised_linears(model, layers, config.llm_int8_skip_modules)
         # Now, on the names alone: an error during loading would be buried in transformers' load report.
         self.select(model, also_skipped)
+        self.replace_linears_(model, device_map, **kwargs)
+
+    def replace_linears_(self, model: nn.Module, device_map: Any = None, **kwargs: Any) -> None:
+        """Put 4-bit layers, without weights yet, in the place of all linear layers that are to be packed."""
+        config = self.quantization_config
         linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         if any(should_convert_module(name, config.llm_int8_skip_modules) for name in linears):
             super()._process_model_before_weight_loading(model, device_map, **kwargs)  # which warns where there is none
@@ -156,6 +185,7 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
         for name in self.expert_stacks:
             experts, _ = get_module_from_name(model, name)
             experts.requires_grad_(False)  # biases, too: no gradient is computed of packed experts
+        unpack_in_forward_(model, self.readers)
         keep_linear4bit_layout(model)
         save_in_own_names(model)
         # No other experts function can read packed stacks.

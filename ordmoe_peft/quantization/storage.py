@@ -1,9 +1,10 @@
-"""A fused expert stack packed in 4 bits by bitsandbytes: one `Params4bit` for all experts of a projection.
+"""An expert stack packed in 4 bits by bitsandbytes: one `Params4bit` for all experts of a projection.
 
 bitsandbytes packs numbers in blocks of 64 or more, in memory order. Each expert's matrix is packed by itself, filled up
 with zeros to whole blocks, so no block straddles two experts and one expert can be unpacked without the others. The
-`quant_state` keeps the logical shape `(E, O, I)`. Stacks are read through [`stack_unpacker`] alone: bitsandbytes' own
-`dequantize_4bit` knows nothing of the filling, and on CPU it mixes the scales of rows shorter than a block up (0.50.2).
+`quant_state` keeps the logical shape: `(E, O, I)`, or `(E · F, H)` of a matrix of all experts, which is packed whole.
+Stacks are read through [`stack_unpacker`] alone: bitsandbytes' own `dequantize_4bit` knows nothing of the filling, and
+on CPU it mixes the scales of rows shorter than a block up (0.50.2).
 """
 
 from collections.abc import Callable, Iterable, Sized
@@ -22,6 +23,8 @@ from ..experts.layout import Experts
 BLOCK_SIZE = 64
 # Scales that share a scale of their own under double quantisation (`quantize_4bit` in `bitsandbytes/functional.py`).
 NESTED_BLOCK_SIZE = 256
+# Numbers that are unpacked, and then cast, at a time.
+UNPACKED_AT_A_TIME = 2**24
 Unpacker: TypeAlias = Callable[[Experts], torch.Tensor]
 # What bitsandbytes packs and unpacks to (`bitsandbytes/functional.py`).
 PACKABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,7 +75,8 @@ def pack_experts(
 
     Args:
         matrices (`torch.Tensor` of shape `(E, O, I)`, or a sized iterable of E of shape `(O, I)`): the stack in its own
-            layout. An iterable that reads its matrices when asked keeps memory at one of them.
+            layout. An iterable that reads its matrices when asked keeps memory at one of them. A tensor of shape
+            `(E · F, H)`, all experts in one matrix, is packed as such; its rows must be whole blocks.
         name (`str`): the parameter's name, for the error.
         quant_type (`str`, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
         use_double_quant (`bool`, defaults to `False`): also store the blocks' scales in 8 bits.
@@ -84,16 +88,18 @@ def pack_experts(
     Raises:
         [`OrdMoEModelError`]: the stack is in a dtype that bitsandbytes does not pack.
     """
+    parts: Matrices = (matrices,) if isinstance(matrices, torch.Tensor) and matrices.dim() == 2 else matrices
     stored: list[torch.Tensor] = []  # bytes and scales of all experts
-    for expert, matrix_OI in enumerate(matrices):
+    for expert, matrix_OI in enumerate(parts):
         check_packable(name, matrix_OI.dtype)
         weights = F.pad(matrix_OI.reshape(-1), (0, -matrix_OI.numel() % blocksize))
         packed, state = bnb_functional.quantize_4bit(weights, blocksize=blocksize, quant_type=quant_type)
-        stored = stored or [part.new_empty(len(matrices), part.numel()) for part in (packed, state.absmax)]
+        stored = stored or [part.new_empty(len(parts), part.numel()) for part in (packed, state.absmax)]
         for rows_E, part in zip(stored, (packed, state.absmax), strict=True):
             rows_E[expert] = part.view(-1)
     bytes_EP, absmax_EN = stored
-    state.shape, state.dtype = torch.Size([len(matrices), *matrix_OI.shape]), compute_dtype or state.dtype
+    state.shape = torch.Size([len(parts), *matrix_OI.shape]) if parts is matrices else matrix_OI.shape
+    state.dtype = compute_dtype or state.dtype
     state.absmax, state.nested = absmax_EN.view(-1), use_double_quant
     if use_double_quant:  # the scales in 8 bits, as bitsandbytes' `quantize_4bit` has them
         state.offset = state.absmax.mean()
@@ -114,6 +120,8 @@ def pack_experts(
 
 def stack_unpacker(packed: Params4bit, piece_size: int | None = None, all_scales: bool = True) -> Unpacker:
     """A function from experts to their dense matrices (`torch.Tensor` of shape `(C, O, I)`, in `compute_dtype`).
+
+    Where all experts are in one matrix, each of its rows counts as an expert, with a matrix of shape `(1, I)`.
 
     It takes a `slice`, whose bytes are read where they are, or a `torch.Tensor` of shape `(C,)` on the stack's device,
     whose bytes are gathered; they are unpacked in one call.
@@ -136,7 +144,8 @@ def stack_unpacker(packed: Params4bit, piece_size: int | None = None, all_scales
             "dtype of everything else as `dtype` of `from_pretrained`."
         )
     state = packed.quant_state
-    num_experts, out_features, in_features = state.shape
+    num_experts, *rows, in_features = state.shape
+    (out_features,) = rows or [1]
     bytes_EP = packed.data.reshape(-1).view(torch.uint8).view(num_experts, -1)
     scales_of = _scales(state, all_scales)
     # bitsandbytes' CPU kernel shares rows out among threads, but mixes up the scales of rows that are not whole blocks
@@ -203,10 +212,19 @@ def expert_unpacker(packed: Params4bit, piece_size: int | None = None) -> Callab
     return lambda expert: unpack(slice(expert, expert + 1))[0]
 
 
-def dense_stack(packed: Params4bit, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that the packed stack stands for (`torch.Tensor` of shape `(E, O, I)`), one expert at a time."""
-    unpack = expert_unpacker(packed)
-    weight_EOI = torch.empty(logical_shape(packed), dtype=dtype, device=packed.device)
-    for expert, matrix_OI in enumerate(weight_EOI):
-        matrix_OI.copy_(unpack(expert))
-    return weight_EOI
+def dense_stack(packed: Params4bit, dtype: torch.dtype, experts: slice = slice(None)) -> torch.Tensor:
+    """The numbers that the packed stack stands for, in its own shape: `(E, O, I)` or, in one matrix, `(E · F, H)`.
+
+    Args:
+        packed (`Params4bit`): the stack.
+        dtype (`torch.dtype`): of the result. About `UNPACKED_AT_A_TIME` numbers are unpacked at a time and cast.
+        experts (`slice`): which of the first dimension, all by default.
+    """
+    unpack, shape = stack_unpacker(packed, all_scales=experts == slice(None)), logical_shape(packed)
+    first, last, _ = experts.indices(shape[0])
+    dense = torch.empty(last - first, *shape[1:], dtype=dtype, device=packed.device)
+    step = max(1, UNPACKED_AT_A_TIME // shape[1:].numel())
+    for start in range(first, last, step):
+        part = dense[start - first : start - first + step]
+        part.copy_(unpack(slice(start, start + len(part))).view_as(part))
+    return dense

@@ -13,6 +13,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.peft_types import PeftType
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from transformers import BitsAndBytesConfig, Trainer, modeling_layers
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,7 +21,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from transformers.quantizers import auto
 
 import ordmoe_peft  # noqa: F401
-from ordmoe_peft._compat import accelerate_hook, activation_of, is_expert_parallel
+from ordmoe_peft._compat import (
+    accelerate_hook,
+    activation_of,
+    is_expert_parallel,
+    own_forward_name,
+    saved_tensors_hooks_in_use,
+)
 from ordmoe_peft.experts.expert_lora import ExpertLora
 from ordmoe_peft.experts.weight_lora import WeightLora
 from ordmoe_peft.moe_model import is_fused_experts
@@ -103,6 +110,26 @@ def test_accelerate_keeps_its_hook_on_the_module():
     assert accelerate_hook(linear) is None
     add_hook_to_module(linear, hook)
     assert accelerate_hook(linear) is hook
+
+
+def test_accelerate_keeps_the_forward_that_its_hook_calls_on_the_module():
+    module = torch.nn.Linear(2, 2)
+    assert own_forward_name(module) == "forward"
+    add_hook_to_module(module, ModelHook())
+    assert own_forward_name(module) in vars(module)
+    assert vars(module)[own_forward_name(module)].__func__ is torch.nn.Linear.forward
+
+
+def test_the_hooks_on_saved_tensors_are_the_innermost():
+    def outer(saved):
+        return saved
+
+    def inner(saved):
+        return saved
+
+    assert saved_tensors_hooks_in_use() is None
+    with saved_tensors_hooks(outer, outer), saved_tensors_hooks(inner, outer):
+        assert saved_tensors_hooks_in_use() == (inner, outer)
 
 
 def test_accelerate_takes_an_overflow_of_fused_optimizers_for_a_step():

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from tests import models
 from tests.experts.test_expert_lora import logits
+from tests.quantization.families import llama4
 
 
 @pytest.fixture
@@ -46,3 +47,16 @@ def test_the_weight_is_that_of_the_base_again_after_an_error(tuned):
     with pytest.raises(RuntimeError):
         router(torch.zeros(3, models.HIDDEN_SIZE + 1))
     assert router.get_base_layer().weight is weight
+
+
+@pytest.mark.parametrize("offload_experts", [False, True])
+def test_a_packed_stack_is_unpacked_to_the_dtype_of_the_inputs(offload_experts):
+    """Whatever dtype 4-bit weights are computed in: here float32, by default."""
+    base = quantize_experts_(llama4().bfloat16(), MoeBitsAndBytesConfig(offload_experts=offload_experts))
+    plain = logits(base)
+    tuned = get_peft_model(base, OrdMoEConfig(r=4, targets=["experts"])).eval()
+    assert torch.equal(logits(tuned), plain)
+    models.randomize_adapter(tuned)
+    adapted = logits(tuned)
+    assert adapted.dtype == torch.bfloat16
+    assert not torch.equal(adapted, plain)

@@ -78,15 +78,13 @@ class Row:
         return [role for role in ("router", "experts") if role not in self.refused]
 
 
-NOT_INTERFACE = "cannot be loaded in 4 bits: its class does not use transformers' experts interface"
-NOT_FUSED = "cannot be packed in 4 bits: they are not of transformers' experts interface"
 PRODUCT_KEYS = r"\(DogeCDMoE\) chooses experts by the product of two halves of a key"
 READS_PAST = r"reads classifier.weight itself, past the module that has it, so LoRA there would do nothing"
 FLAT = "holds the matrices of all experts in one, as mlp.w1, mlp.v1, mlp.w2, where LoRA would be one for all experts"
 WITHOUT_EFFECT = "its choice is not what its block runs: NllbMoeExperts reads the router's mask as indices"
 
 SHARED = "are one and the same weight, and merging into one would change the other"
-NLLB = {"tiers": WITHOUT_EFFECT, "lora": WITHOUT_EFFECT, "4 bits": NOT_FUSED}
+NLLB = {"tiers": WITHOUT_EFFECT, "lora": WITHOUT_EFFECT}
 NOTHING = dict.fromkeys(["tiers", "lora", "4 bits"], PRODUCT_KEYS)
 
 LOST_IN_PEFT = {
@@ -181,7 +179,7 @@ ROWS = [
             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
         },
-        refused={"experts": FLAT, "4 bits": NOT_FUSED},
+        refused={"experts": FLAT},
     ),
     Row(
         "DeepseekOcr2ForConditionalGeneration",
@@ -208,7 +206,7 @@ ROWS = [
     Row(
         "DiffusionGemmaForBlockDiffusion",
         under("text_config", GEMMA) | {"canvas_length": 4},
-        refused={"merging": SHARED, "4 bits": "are one and the same stack, which packing would part"},
+        refused={"merging": SHARED},
         media=GEMMA_PATCHES | {"decoder_input_ids": [[5, 6, 7, 8]]},
     ),
     Row("DogeForCausalLM", {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4}, refused=NOTHING),
@@ -263,12 +261,11 @@ ROWS = [
         since="5.24",
         media=PATCHES | {"tokens": [IMAGE_TOKEN] * 6},
     ),
-    Row("InklingForCausalLM", refused={"4 bits": NOT_INTERFACE}),
+    Row("InklingForCausalLM"),
     Row(
         "InklingForConditionalGeneration",
         under("vision_config", {"n_layers": 4, "patch_size": 2, "temporal_patch_size": 2, "num_channels": 1})
         | {"vision_config.text_hidden_size": HIDDEN},
-        refused={"4 bits": NOT_INTERFACE},
         media=image(4, 4, 2, 2, 2, 1),
     ),
     Row("Inkling2ForCausalLM"),
@@ -276,7 +273,7 @@ ROWS = [
     Row("Inkling2LoopForCausalLM", since="5.24"),
     Row("Inkling2LoopForConditionalGeneration", since="5.24", media=MERGED_PATCHES),
     Row("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4}),
-    Row("JetMoeForCausalLM", refused={"4 bits": NOT_INTERFACE}),
+    Row("JetMoeForCausalLM"),
     Row("Kimi_K25ForConditionalGeneration", {"projection_hidden_size": 32}, media=SQUARE_PATCHES),
     Row("KimiLinearForCausalLM"),
     Row("Kolibri1ForCausalLM"),
@@ -286,15 +283,14 @@ ROWS = [
         "Lfm2MoeForCausalLM",
         {"layer_types": ["conv", "full_attention", "conv"]},
     ),
-    Row("Llama4ForCausalLM", {"num_experts_per_tok": 1}, refused={"4 bits": NOT_INTERFACE}),
+    Row("Llama4ForCausalLM", {"num_experts_per_tok": 1}),
     Row(
         "Llama4ForConditionalGeneration",
         {"text_config.num_experts_per_tok": 1, "vision_config.intermediate_size": 128},
-        refused={"4 bits": NOT_INTERFACE},
         media=image(4),
         mend=lambda model: model.language_model.register_forward_hook(without_images),
     ),
-    Row("LongcatFlashForCausalLM", refused={"router": READS_PAST, "4 bits": NOT_INTERFACE}),
+    Row("LongcatFlashForCausalLM", refused={"router": READS_PAST}),
     Row("MellumForCausalLM"),
     Row("MiMoV2FlashForCausalLM"),
     Row("MiniMaxForCausalLM"),
@@ -359,13 +355,11 @@ ROWS = [
         "Step3p7ForConditionalGeneration",
         under("text_config", DENSE_FIRST | {"n_routed_experts": EXPERTS, "sliding_window": 16, "rope_parameters": ...})
         | {"text_config.layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        refused={"4 bits": NOT_INTERFACE},
         media=image(1),
     ),
     Row(
         "SwitchTransformersForConditionalGeneration",
         {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2},
-        refused={"4 bits": NOT_FUSED},
     ),
     Row(
         "UnlimitedOcrForConditionalGeneration",

@@ -1,5 +1,6 @@
 """Adapters merged into 4-bit bases in memory: dense by default, in 4 bits on request."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,10 +9,13 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from ordmoe_peft.quantization.offloaded import is_in_ram
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed
 from tests import models, reference
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 
 
 EVERYTHING = ["router", "experts", "attention"]
@@ -267,3 +271,41 @@ class TestRequantising:
             merged = tuned.merge_and_unload(requantize=True)
         assert max(weight.survived for weight in merged.requantization_report.weights) < 0.5
         assert "norm of delta" in str(merged.requantization_report)
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "JetMoe", "LongcatFlash", "Step3p7"])
+def test_stacks_outside_transformers_experts_interface(name):
+    """Against the dequantised model with the same two adapters, merged by PEFT."""
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
+    packed = quantize_experts_(subject.copy())
+    dense = copy.deepcopy(packed).dequantize()
+    merged = []
+    for model in (packed, dense):
+        torch.manual_seed(2)
+        tuned = adapted(model, targets=["experts"])
+        tuned.add_adapter("second", OrdMoEConfig(r=2, targets=["experts"]))
+        models.randomize_adapter(tuned)
+        merged.append(tuned.merge_and_unload(adapter_names=["default", "second"]))
+    assert {name for name, _ in merged[0].named_parameters()} == {name for name, _ in subject.model.named_parameters()}
+    for name, weight in merged[0].named_parameters():
+        assert not is_packed(weight)
+        torch.testing.assert_close(weight, merged[1].get_parameter(name), rtol=1e-5, atol=1e-5)
+    assert not any("forward" in vars(module) for module in merged[0].modules())
+    assert subject.logits(merged[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("offload_experts", [False, True])
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "Dbrx"])
+def test_stacks_outside_the_interface_are_packed_again(name, offload_experts):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
+    model = quantize_experts_(subject.copy(), MoeBitsAndBytesConfig(offload_experts=offload_experts))
+    names, before = packed_names(model), {name: weight.clone() for name, weight in model.named_parameters()}
+    targets = ["attention"] if name == "Dbrx" else ["experts"]
+    tuned = adapted(model, targets=targets)
+    wanted = subject.logits(tuned)
+    merged = tuned.merge_and_unload(requantize=True)
+    assert packed_names(merged) == names
+    changed = {name for name in names if not torch.equal(merged.get_parameter(name), before[name])}
+    assert changed == (set() if name == "Dbrx" else set(names))
+    assert all(is_in_ram(merged.get_parameter(name)) == offload_experts for name in names)
+    assert (subject.logits(merged) - wanted).norm() < 0.5 * wanted.norm()

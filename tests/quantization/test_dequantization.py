@@ -37,6 +37,22 @@ def test_the_dense_model_runs_on_stock_experts_with_the_same_logits(model, batch
         torch.testing.assert_close(dense(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_have_the_dtype_of_their_weights_again(tmp_path):
+    """bitsandbytes casts the bias of a layer that has run to the dtype that it computes in."""
+    model = models.qwen2_moe().bfloat16()
+    model.save_pretrained(tmp_path)
+    packed = (
+        type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=MoeBitsAndBytesConfig()).eval()
+    )
+    batch = models.text_batch()
+    with torch.no_grad():
+        packed(**batch)
+        assert packed.model.layers[0].self_attn.q_proj.bias.dtype == torch.float32
+        dense = packed.dequantize()
+        assert dense(**batch).logits.isfinite().all()
+    assert dense.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+
+
 def test_nothing_says_any_longer_that_it_is_quantised(tmp_path):
     dense = quantised(models.qwen3_moe(), tmp_path).dequantize()
     assert not dense.is_quantized

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,8 @@ from ordmoe_peft import quantize_experts_
 from ordmoe_peft.quantization.fsdp import keep_packed_when_sharded
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 
 
 def test_what_was_gathered_finds_its_scales_before_each_forward():
@@ -25,3 +28,18 @@ def test_what_was_gathered_finds_its_scales_before_each_forward():
     assert not any(is_packed(module.down_proj) for module in experts)
     with torch.no_grad():
         assert torch.equal(model(**models.text_batch()).logits, wanted)
+
+
+@pytest.mark.parametrize("name", ["Dbrx", "JetMoe", "InklingForCausalLM"])
+def test_experts_outside_transformers_interface_find_theirs(name):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
+    model = quantize_experts_(subject.copy())
+    wanted = subject.logits(model)
+    keep_packed_when_sharded(model)
+    for name, packed in [*model.named_parameters()]:
+        if is_packed(packed):
+            owner, _, attribute = name.rpartition(".")
+            gathered = nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, gathered)
+    assert not any(map(is_packed, model.parameters()))
+    assert torch.equal(subject.logits(model), wanted)

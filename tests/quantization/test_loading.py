@@ -6,11 +6,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, pack_experts
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject, relative_error
 from tests.quantization import families
 from tests.quantization.test_quantizer import dense_twin
 
@@ -158,11 +161,43 @@ def test_routers_that_are_linear_layers_stay_as_they_are(family, tmp_path):
         assert loaded(**models.text_batch()).logits.isfinite().all()
 
 
-def test_experts_that_nothing_can_run_packed_are_refused_by_name(tmp_path):
-    model = families.llama4()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(OrdMoEModelError, match=r"layers\.0\.feed_forward\.experts \(Llama4TextExperts\).*interface"):
-        load(model, tmp_path)
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "Dbrx", "Inkling", "Switch"])
+def test_experts_outside_transformers_interface(name, tmp_path):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
+    subject.model.save_pretrained(tmp_path / "dense")
+    model = load(subject.model, tmp_path / "dense").eval()
+    in_memory = quantize_experts_(subject.copy())
+    packed = {name for name, weight in in_memory.named_parameters() if is_packed(weight)}
+    assert packed
+    for name in packed:
+        loaded, wanted = (each.get_parameter(name).data.view(torch.uint8) for each in (model, in_memory))
+        assert torch.equal(loaded, wanted), name
+    wanted = subject.logits(model)
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(subject.logits(again), wanted)
+    assert relative_error(subject.logits(again.dequantize()), wanted) < 1e-4
+
+
+class ExpertsWithoutRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 64, 64))
+
+
+class ExpertLinear(nn.Linear):
+    """A linear layer that transformers does not replace, since what it computes is unknown."""
+
+
+@pytest.mark.parametrize("kind", [ExpertsWithoutRouter, lambda: ExpertLinear(64, 64)], ids=["stack", "linear layer"])
+def test_experts_that_are_not_understood_are_refused_by_name(kind):
+    model = models.qwen3_moe()
+    model.model.layers[1].more = kind()
+    before = [id(weight) for weight in model.parameters()]
+    with pytest.raises(OrdMoEModelError, match=r"layers\.1\.more \(Expert\w+\) cannot be packed"):
+        quantize_experts_(model)
+    assert [id(weight) for weight in model.parameters()] == before
+    quantize_experts_(model, MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.layers.1.more"]))
 
 
 def test_a_checkpoint_without_a_stack_is_an_error_that_names_it(tmp_path):

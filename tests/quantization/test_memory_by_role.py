@@ -2,8 +2,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantization_census
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantization_census, quantize_experts_
+from ordmoe_peft.moe_model import MoEModel
+from ordmoe_peft.quantization.memory_by_role import role_finder
+from ordmoe_peft.quantization.storage import is_packed
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 from tests.quantization import families
 
 
@@ -58,6 +63,20 @@ def test_4_bit_tensors_count_with_their_scales(tmp_path, use_double_quant):
     assert (row.tensors, row.weights) == (6, 3 * 8 * 4608)
     assert census.of("router") == {"float32": 3 * 8 * 64 * 4}
     assert set(census.of("attention")) == {"nf4"}
+
+
+@pytest.mark.parametrize("name", ["Dbrx", "JetMoe", "Switch", "Nllb", "InklingForCausalLM"])
+def test_experts_outside_transformers_interface(name):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith(name)))
+    model = quantize_experts_(subject.copy(), MoeBitsAndBytesConfig())
+    packed = {name for name, weight in model.named_parameters() if is_packed(weight)}
+    role_of = role_finder(model)
+    roles = {name: role_of(name) for name, _ in model.named_parameters()}
+    assert {name for name, role in roles.items() if role in ("experts", "shared_experts")} == packed
+    assert {role for name, role in roles.items() if "shared" in name and name in packed} <= {"shared_experts"}
+    routers = {name for name, role in roles.items() if role == "router"}
+    assert len(routers) >= len(MoEModel.of(model).all_layers)
+    assert set(quantization_census(model).of("experts")) == {"nf4"}
 
 
 def test_every_role_of_a_vision_language_model_has_a_row(tmp_path):

@@ -87,10 +87,10 @@ def test_experts_in_a_tensor_subclass_are_refused_by_name():
     assert_refused_untouched(model, r"gate_up_proj is a Int4Tensor.*quantised by torchao.*MoeBitsAndBytesConfig")
 
 
-def test_a_quantiser_that_leaves_no_fused_experts_is_named():
+def test_a_quantiser_that_leaves_no_experts_is_named():
     model = models.qwen3_dense()
     model.config.quantization_config = GPTQConfig(bits=4)
-    assert_refused_untouched(model, r"quantised by gptq and has no fused experts")
+    assert_refused_untouched(model, r"quantised by gptq and has no experts")
 
 
 @pytest.mark.parametrize("arguments", [{"load_in_4bit": True}, {"load_in_8bit": True}])
@@ -102,7 +102,7 @@ def test_stock_bitsandbytes_works_and_warns_that_experts_are_dense(tmp_path, cap
     )
     with caplog.at_level(logging.WARNING, logger="ordmoe_peft"):
         tuned = get_peft_model(stock, OrdMoEConfig(r=2))
-    (message,) = [record.message for record in caplog.records if "fused experts" in record.message]
+    (message,) = [record.message for record in caplog.records if "stacks of experts" in record.message]
     # 8 experts of 48 x 64 and 64 x 24 in 3 layers, 2 bytes each; then half a byte, and 4 for 64.
     assert "0.22 MB of its" in message
     assert "experts in bfloat16" in message

@@ -1,5 +1,7 @@
 """`quantize_experts_`: what it packs, what it says it did, and what it refuses without touching the model."""
 
+import copy
+import dataclasses
 import gc
 import logging
 import weakref
@@ -8,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
@@ -15,6 +18,8 @@ from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.quantization import quantizer
 from ordmoe_peft.quantization.storage import is_packed
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 
 
 def packed_parameters(model) -> dict[str, torch.Tensor]:
@@ -85,6 +90,65 @@ def test_a_name_to_skip_that_skips_nothing_is_mentioned(caplog):
     assert set(packed_parameters(model)) == {"model.layers.1.mlp.experts.gate_up_proj"}
 
 
+def test_experts_that_are_modules_of_linear_layers_are_packed_and_nothing_else(tmp_path):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
+    dense = {name: type(module) for name, module in subject.model.named_modules()}
+    model = quantize_experts_(subject.copy())
+    packed = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert packed == {name for name, kind in dense.items() if kind is nn.Linear and ".experts." in name}
+    # Its layers cast their input to the dtype of their weights.
+    assert {model.get_parameter(f"{name}.weight").dtype for name in packed} == {torch.float32}
+    wanted = subject.logits(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert {name for name, module in again.named_modules() if isinstance(module, Linear4bit)} == packed
+    assert torch.equal(subject.logits(again), wanted)
+    assert {name: type(module) for name, module in model.dequantize().named_modules()} == dense
+    torch.testing.assert_close(subject.logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_layers_that_experts_share_their_names_with_are_left_alone(tmp_path):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
+    model = subject.copy()
+    model.encoder.also = nn.ModuleDict({"expert_0": nn.ModuleDict({"wi": nn.Linear(64, 64)})})
+    quantize_experts_(model, MoeBitsAndBytesConfig(llm_int8_skip_modules=["expert_3"]))
+    packed = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    names = {name for name, module in subject.model.named_modules() if type(module) is nn.Linear}
+    assert packed == {name for name in names if ".experts." in name and "expert_3" not in name}
+
+
+def test_experts_that_transformers_keeps_in_float32_stay_dense(monkeypatch):
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
+    model = subject.copy()
+    monkeypatch.setattr(model, "_keep_in_fp32_modules", ["wo"])
+    quantize_experts_(model)
+    experts = {name: type(module) for name, module in model.named_modules() if ".experts." in name}
+    assert {kind for name, kind in experts.items() if name.endswith(".wo")} == {nn.Linear}
+    assert {kind for name, kind in experts.items() if name.endswith(".wi")} == {Linear4bit}
+
+
+def test_weights_that_experts_share_are_packed_once():
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Switch")))
+    model = subject.copy()
+    experts = model.encoder.block[1].layer[1].mlp.experts
+    experts["expert_2"].wi.weight = experts["expert_5"].wi.weight
+    quantize_experts_(model)
+    assert experts["expert_2"].wi.weight is experts["expert_5"].wi.weight
+    assert is_packed(experts["expert_2"].wi.weight)
+    model.dequantize()
+    assert experts["expert_2"].wi.weight is experts["expert_5"].wi.weight
+
+
+def test_rows_of_one_matrix_that_are_no_whole_blocks_cannot_be_packed():
+    row = next(row for row in installed_rows() if row.name.startswith("Dbrx"))
+    changes = copy.deepcopy(row.changes) | {"d_model": 48}
+    changes["ffn_config"]["hidden_size"] = 48
+    model = Subject(dataclasses.replace(row, changes=changes)).model
+    with pytest.raises(OrdMoEModelError, match="rows of their matrices are not whole blocks of 64"):
+        quantize_experts_(model)
+    assert not packed_parameters(model)
+
+
 def test_an_adapter_goes_on_top(model, batch):
     tuned = get_peft_model(quantize_experts_(model), OrdMoEConfig(r=4))
     tuned(**batch).logits.square().mean().backward()
@@ -100,24 +164,17 @@ def with_wrapped_attention(model):
     return model
 
 
-def with_a_shared_stack(model):
-    first, second = model.model.layers[0].mlp.experts, model.model.layers[1].mlp.experts
-    second.down_proj = first.down_proj
-    return model
-
-
 @pytest.mark.parametrize(
     ("prepare", "config", "error"),
     [
         (quantize_experts_, None, r"quantised already, by 'ordmoe_peft'.*dequantize\(\)"),
         (adapted, None, "PeftModel.*Quantise the base first"),
         (with_wrapped_attention, None, r"has an adapter, on model\.layers\.0\.self_attn\.q_proj.*unload\(\)"),
-        (with_a_shared_stack, None, r"layers\.0\.mlp\.experts\.down_proj and .*layers\.1.* one and the same"),
         (lambda model: model.to("meta"), None, r"gate_up_proj is not in memory"),
         (lambda model: model.double(), None, r"down_proj is torch\.float64"),
-        (lambda model: model, {"llm_int8_skip_modules": ["experts"]}, "names all experts"),
+        (lambda model: model, {"llm_int8_skip_modules": ["experts"]}, "names all experts of the model, or the rows"),
     ],
-    ids=["quantised", "PeftModel", "adapter", "shared", "meta", "float64", "all skipped"],
+    ids=["quantised", "PeftModel", "adapter", "meta", "float64", "all skipped"],
 )
 def test_refuses(prepare, config, error):
     model = prepare(models.qwen3_moe())

@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.quantization.storage import expert_unpacker, is_packed, logical_shape, pack_experts
+from ordmoe_peft.quantization.storage import (
+    UNPACKED_AT_A_TIME,
+    dense_stack,
+    expert_unpacker,
+    is_packed,
+    logical_shape,
+    pack_experts,
+)
 
 
 @pytest.mark.parametrize("use_double_quant", [False, True])
@@ -78,3 +85,28 @@ def test_a_dense_stack_is_not_packed():
     stack = torch.nn.Parameter(torch.randn(2, 9, 7))
     assert not is_packed(stack)
     assert logical_shape(stack) == (2, 9, 7)
+
+
+@pytest.mark.parametrize("use_double_quant", [False, True])
+def test_experts_in_one_matrix_are_packed_as_bitsandbytes_packs_it(use_double_quant):
+    flat = torch.randn(24, 128)
+    packed = pack_experts(flat, "experts.mlp.w1", use_double_quant=use_double_quant, compute_dtype=torch.float32)
+    bytes_, state = bnb.quantize_4bit(flat, blocksize=64, compress_statistics=use_double_quant, quant_type="nf4")
+    assert torch.equal(packed.data, bytes_)
+    assert packed.quant_state == state
+    whole = bnb.dequantize_4bit(bytes_, state)
+    assert torch.equal(dense_stack(packed, torch.float32), whole)
+    assert torch.equal(dense_stack(packed, torch.bfloat16, slice(5, 17)), whole[5:17].bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 7), (5, 4, 64)])
+@pytest.mark.parametrize("numbers", [1, 3 * 256, UNPACKED_AT_A_TIME])
+def test_stacks_are_unpacked_some_experts_at_a_time(monkeypatch, shape, numbers):
+    monkeypatch.setattr("ordmoe_peft.quantization.storage.UNPACKED_AT_A_TIME", numbers)
+    packed = pack_experts(torch.randn(shape), "stack", use_double_quant=True)
+    unpack = expert_unpacker(packed)
+    whole = torch.stack([unpack(expert) for expert in range(5)])
+    for experts in (slice(None), slice(1, 4), slice(4, None)):
+        dense = dense_stack(packed, torch.float32, experts)
+        assert dense.is_contiguous()
+        assert torch.equal(dense, whole[experts])

@@ -1,5 +1,7 @@
 """Two stacks of layers that share their weights: an encoder and a decoder of DiffusionGemma, or two layers by hand."""
 
+import copy
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -90,9 +92,33 @@ def test_shared_stacks_that_stay_in_ram(packed_folder, folder):
         assert torch.equal(logits(in_ram), logits(on_device))
 
 
-def test_packing_a_shared_stack_in_memory_is_refused():
-    with pytest.raises(OrdMoEModelError, match="one and the same stack"):
-        quantize_experts_(diffusion_gemma())
+def test_a_shared_stack_is_packed_once_in_memory_and_stays_shared(tmp_path):
+    model = diffusion_gemma()
+    tied = shared(model)
+    quantize_experts_(model)
+    wanted = logits(model)
+    assert shared(model) == tied
+    assert is_packed(model.model.encoder.language_model.layers[0].experts.down_proj)
+    model.save_pretrained(tmp_path)
+    again = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path)
+    copied = copy.deepcopy(model)
+    for each in (again, copied):
+        assert shared(each) == tied
+        assert torch.equal(logits(each), wanted)
+        assert quantization_census(each).bytes == quantization_census(model).bytes
+    dense = copied.dequantize()
+    assert shared(dense) == tied
+    torch.testing.assert_close(logits(dense), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_one_of_the_owners_of_a_shared_stack_is_refused():
+    model = diffusion_gemma()
+    before = {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)}
+    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["model.decoder.layers.1"])
+    match = r"encoder.*layers\.1\.experts\.\w+_proj and model\.decoder\.layers\.1\.experts\.\w+ are one and the same"
+    with pytest.raises(OrdMoEModelError, match=match):
+        quantize_experts_(model, config)
+    assert {name: id(weight) for name, weight in model.named_parameters(remove_duplicate=False)} == before
 
 
 def tied_by_hand(of_attention=True):

@@ -76,6 +76,12 @@ def _quantise(model: PreTrainedModel, dtype: torch.dtype, config: MoeBitsAndByte
     bnb_functional.quantize_blockwise(torch.zeros(1))
     with local_torch_dtype(dtype):  # that of the biases of the layers that it puts in
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
+    if quantizer.readers:
+        raise OrdMoEModelError(
+            f"What {quantizer.readers[0]} ({type(model.get_submodule(quantizer.readers[0])).__name__}) takes in 4 bits "
+            "is not known to `ordmoe plan`: its experts are outside transformers' experts interface, and dense while "
+            "they run. Plan without `load_in_4bit`."
+        )
     for name, weight in dense.items():
         if quantizer.is_stack(name):
             replace_tensor(model, name, quantizer.pack(_FirstOf(weight), name))

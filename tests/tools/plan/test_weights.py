@@ -13,6 +13,8 @@ from ordmoe_peft.quantization.storage import is_packed
 from ordmoe_peft.tools.plan.known_models import load_config
 from ordmoe_peft.tools.plan.weights import build_meta_model
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 
 
 FORMS = {
@@ -102,3 +104,13 @@ def test_loading_a_model_after_a_plan_still_quantises(tmp_path):
 def test_a_model_without_experts_is_refused():
     with pytest.raises(OrdMoEModelError, match="no MoE layers"):
         build_meta_model(models.qwen3_dense().config, torch.bfloat16)
+
+
+def test_packed_stacks_that_are_dense_while_they_run_are_refused_by_name():
+    """Inkling's shared experts; its routed ones are of the interface."""
+    subject = Subject(next(row for row in installed_rows() if row.name == "InklingForCausalLM"))
+    config = subject.model.config
+    config.architectures = ["InklingForCausalLM"]
+    assert build_meta_model(config, torch.bfloat16) is not None
+    with pytest.raises(OrdMoEModelError, match=r"shared_experts \(InklingSharedExperts\) takes in 4 bits is not known"):
+        build_meta_model(config, torch.bfloat16, MoeBitsAndBytesConfig())
