@@ -13,6 +13,7 @@ from ..errors import OrdMoEError
 
 # Command → what it does. The module of its name is imported only when it runs.
 COMMANDS = {
+    "families": "say what of a model is covered and what is not, from its configuration alone",
     "plan": "say what training takes of a card's memory, from the configuration alone",
     "train": "train an OrdMoE adapter on a MoE model",
     "inspect": "say whether a model's routing can be cut into tiers, and why not",

@@ -38,7 +38,7 @@ class WeightlessModel:
         self.model = model
         for module in model.modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                setattr(module, name, _weightless(tensor))
+                setattr(module, name, weightless(tensor))
         # The factors stay pages of the adapter's file where they are in float32.
         PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         layers = lora_layers(model)
@@ -66,11 +66,11 @@ class WeightlessModel:
         """The parameter or buffer `name`, which has no content afterwards."""
         weight = self.weights[name]
         value = weight.value
-        setattr(weight.owner, weight.attribute, _weightless(value))
+        setattr(weight.owner, weight.attribute, weightless(value))
         return value if is_packed(value) else value.data
 
 
-def _weightless(tensor: torch.Tensor) -> torch.Tensor:
+def weightless(tensor: torch.Tensor) -> torch.Tensor:
     """One number in the shape of many."""
     zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
     return nn.Parameter(zeros, requires_grad=False) if isinstance(tensor, nn.Parameter) else zeros

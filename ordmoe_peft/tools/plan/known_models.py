@@ -5,6 +5,7 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from ...errors import OrdMoEModelError
@@ -17,23 +18,12 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = yaml.safe_load((files(__package__) / "
 
 
 def load_config(name: str, revision: str = "main") -> PretrainedConfig:
-    """The configuration of a folder, of a key of [`KNOWN_MODELS`] or one of their hub ids, or of another hub id.
+    """As [`find_config`], for a model whose weights are dense or in 4 bits of ours.
 
     Raises:
         [`OrdMoEModelError`]: there is none, or its weights are quantised by something else.
     """
-    if not os.path.isdir(name):
-        for short_name, known in KNOWN_MODELS.items():
-            if name in (short_name, *known["hub_ids"]):
-                return AutoConfig.for_model(**known["config"])
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OrdMoEModelError(
-            f"No configuration of {name!r}: it is no folder with a config.json, not among the models that are known "
-            f"without the hub ({', '.join(KNOWN_MODELS)}), and the hub did not give one: {first_line}"
-        ) from error
+    config = find_config(name, revision)
     method = quant_method(config)
     if method not in (None, QUANT_METHOD):
         raise OrdMoEModelError(
@@ -41,6 +31,30 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
             "it."
         )
     return config
+
+
+def find_config(name: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a folder, of a key of [`KNOWN_MODELS`] or one of their hub ids, or of another hub id.
+
+    Args:
+        name (`str`), revision (`str`): which.
+        trust_remote_code (`bool`, defaults to `False`): run code that comes with it.
+
+    Raises:
+        [`OrdMoEModelError`]: there is none.
+    """
+    if not os.path.isdir(name):
+        for short_name, known in KNOWN_MODELS.items():
+            if name in (short_name, *known["hub_ids"]):
+                return AutoConfig.for_model(**known["config"])
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OrdMoEModelError(
+            f"No configuration of {name!r}: {reason.rstrip('.')}. Give a folder with a config.json, a hub id, or one "
+            f"that is known without the hub ({', '.join(KNOWN_MODELS)})."
+        ) from error
 
 
 def stored_quantization(config: PretrainedConfig) -> MoeBitsAndBytesConfig | None:
