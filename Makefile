@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check
-# Contracts, tiers, life cycle, trainer.
+# Contracts, tiers, life cycle, trainer, every family.
 ON_RANGES := tests/contract tests/tiers tests/experts tests/adapter tests/data tests/training tests/test_forward.py
+ON_RANGES += tests/families tests/remote_code
 
 .PHONY: demo test test-newest test-oldest clean
 

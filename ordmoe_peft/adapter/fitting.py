@@ -45,9 +45,10 @@ def check_routers_are_reached(layers: list[MoELayer], targets: list[Target]) -> 
     """
     if not any(target.role == "router" for target in targets):
         return
-    for layer in layers:
-        is_part = layer.router_matrix_owner is not layer.router
-        if is_part and not check_router(layer).calls_matrix:
+    # It is a matter of code: one router of each class is run.
+    of_classes = {type(layer.router): layer for layer in layers if layer.router_matrix_owner is not layer.router}
+    for layer in of_classes.values():
+        if not check_router(layer).calls_matrix:
             raise OrdMoEModelError(
                 f"{layer.router_name} ({type(layer.router).__name__}) reads {layer.router_matrix} itself, past the "
                 "module that has it, so LoRA there would do nothing until it is merged. Leave 'router' out of targets."

@@ -31,6 +31,7 @@ HEADER = """# Mixture-of-Experts families of transformers
 Made by `pytest tests/families --table docs/FAMILIES.md`, which builds a tiny random model of each class and checks what
 the table says: tiers are the router's own ranks, tier 1 is the model to the bit, LoRA is PEFT's, experts pack to 4 bits
 and back. `tests/families/rows.py` has a row for each; a class that transformers adds fails the tests until it has one.
+`ordmoe families MODEL` says the same of a model of your own, from its `config.json`.
 """
 
 
