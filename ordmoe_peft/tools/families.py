@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..adapter.config import ROLES, OrdMoEConfig
 from ..adapter.fitting import check_fits_model
-from ..adapter.targets import resolve_targets
+from ..adapter.targets import find_targets, resolve_targets
 from ..errors import OrdMoEError, OrdMoEModelError
 from ..moe_model import MoELayer, MoEModel
 from ..quantization.config import MoeBitsAndBytesConfig
@@ -155,7 +155,10 @@ def describe_family(model: PreTrainedModel, name: str = "") -> FamilyReport:
     num_tiers = max(1, min(OrdMoEConfig.num_tiers, fitting))
     refused["lora"] = refused["tiers"]  # which adapters impose
     targets: Counter[tuple[str, str]] = Counter()
+    there = {"router", "experts", *(target.role for target in find_targets(model))}
     for role in ROLES if not refused["lora"] else ():
+        if role not in there:
+            continue
         refused[role] = _refusal(check_fits_model, OrdMoEConfig(targets=[role], num_tiers=num_tiers), model)
         if not refused[role]:
             targets.update((role, _pattern(target.name)) for target in resolve_targets(model, [role]))
