@@ -92,7 +92,7 @@ def tier_routing(
         config, num_tiers=num_tiers, grouping=grouping, layer_scope=layer_scope, tier_weights=tier_weights, seed=seed
     )
     plan = make_plan(moe.layers, tier, settings, _draw_of(draw, renamed))
-    install_tier_hooks(model, plan.layers)
+    _install(moe, [moe.layers[index] for index in sorted(plan.layers)])
     plan = replace(plan, layers=ranked_layers(moe, plan))
     if settings.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
@@ -204,7 +204,11 @@ def install_tier_hooks(model: nn.Module, layers: Collection[int] | None = None) 
         [`OrdMoEModelError`]: one of them has no router of a known kind, or one whose choice cannot be intercepted.
     """
     moe = MoEModel.of(model)
-    wanted = moe.layers if layers is None else [moe.layers[index] for index in sorted(layers)]
+    _install(moe, moe.layers if layers is None else [moe.layers[index] for index in sorted(layers)])
+    return moe
+
+
+def _install(moe: MoEModel, wanted: Sequence[MoELayer]) -> None:
     missing = [layer for layer in wanted if not hasattr(layer.known_router, SIZES)]
     sizes = [check_router(layer) for layer in missing]
     for layer, size in zip(missing, sizes, strict=True):
@@ -217,7 +221,6 @@ def install_tier_hooks(model: nn.Module, layers: Collection[int] | None = None) 
             ]
     for owner in moe.text_models:
         install_forward_hooks(owner)
-    return moe
 
 
 def remove_tier_hooks(model: nn.Module) -> None:

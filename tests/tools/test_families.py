@@ -32,7 +32,7 @@ def test_verdicts_are_those_of_models_with_weights(row):
     except OrdMoEError as error:
         refused = dict.fromkeys(["tiers", "lora", "4 bits"], str(error))
     expected = {what: message for what, message in row.refused.items() if what != "merging"}
-    assert refused.keys() - {"shared_experts", "attention"} == expected.keys()
+    assert refused.keys() - {"attention"} == expected.keys()
     for what, message in expected.items():
         assert re.search(message, refused[what])
 
@@ -51,7 +51,7 @@ def test_layers_that_are_alike_are_one_group():
     assert ("experts", "model.layers.*.mlp.experts.down_proj", 2) in report.targets
     assert ("router", "model.layers.*.mlp.gate.weight", 2) in report.targets
     assert ("attention", "model.layers.*.self_attn.q_proj", 3) in report.targets
-    assert report.refused.keys() == {"shared_experts"}
+    assert report.refused == {}
 
 
 def test_a_layer_can_be_in_several_groups():
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_something_else_has_quantised():
     report = describe_family(build_model(config), "a/checkpoint")
     assert report.refused["4 bits"].startswith("a/checkpoint is quantised by fp8")
     assert report.refused["4 bits"].endswith("is said of the dense model.")
-    assert report.refused.keys() == {"4 bits", "shared_experts"}
+    assert report.refused.keys() == {"4 bits"}
 
 
 @pytest.mark.parametrize(
