@@ -36,8 +36,7 @@ class RouterOutput(NamedTuple):
 def read_router_output(layer: MoELayer, output: Any) -> RouterOutput:
     """The parts of what the router of `layer` returned."""
     parts = output if isinstance(output, tuple) else (output,)
-    is_scores = any(_has_width(parts[0], width, is_index=False) for width in (layer.num_experts, layer.num_scores))
-    logits_TE = parts[0] if is_scores else None
+    logits_TE = parts[0] if _has_width(parts[0], layer.num_experts, is_index=False) else None
     has_weights = len(parts) > WEIGHTS and _has_width(parts[WEIGHTS], layer.top_k, is_index=False)
     indices = [part for part in parts if _has_width(part, layer.top_k, is_index=True)]
     return RouterOutput(logits_TE, parts[WEIGHTS] if has_weights else None, indices[0] if len(indices) == 1 else None)
