@@ -64,10 +64,20 @@ class WeightLora(lora_layer.ParamWrapper):
         return path
 
 
+class _Forward(nn.Module):
+    """A module's forward without its hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
 def run_without_lora(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`module.forward(*args, **kwargs)` without the updates of LoRA layers that it holds."""
-    nothing = {name: torch.zeros_like(weight) for name, weight in module.named_parameters() if ".lora_B." in name}
-    if not nothing:
-        return module.forward(*args, **kwargs)
+    """`module.forward(*args, **kwargs)` without the updates of LoRA layers that it holds. Its hooks do not run."""
+    plain = _Forward(module)
+    nothing = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters() if ".lora_B." in name}
     with _one_at_a_time:
-        return functional_call(module, nothing, args, kwargs, tie_weights=False)
+        return functional_call(plain, nothing, args, kwargs, tie_weights=False)

@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoEError, quantize_experts_, tier_routing
 from ordmoe_peft.adapter.export import export_plain_lora
+from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
+from ordmoe_peft.monitoring.router_meter import RouterMeter
 from tests import reference
 from tests.families import table, tiny
 from tests.families.observed import observed, own_ranks
@@ -239,6 +241,27 @@ def test_every_factor_that_tokens_reach_has_a_gradient(subject):
         of_expert = gradient.view(num, -1) if "lora_A" in name else gradient.view(len(weight), -1, num).permute(2, 0, 1)
         reached[min(map(len, layer.stacks.values())) :] = False  # experts without weights, as longcat has
         assert torch.equal(of_expert.flatten(1).any(1), reached[:num]), name
+
+
+@works("lora", "tiers")
+def test_routers_are_measured_or_named(subject):
+    """Tokens by expert, and what the adapter changed: 0 without its update of the router, more with it."""
+    model = subject.adapted(random=False)
+    if subject.row.name in ("Gemma4ForConditionalGeneration", "InklingForConditionalGeneration"):
+        with pytest.raises(OrdMoERuntimeError, match="got dict"), RouterMeter(model):
+            subject.logits(model)  # which makes masks of all kinds of attention before its text model
+        return
+    for changed in (False, True):
+        with RouterMeter(model, num_tiers=C) as meter:
+            subject.logits(model)
+        layers = meter.report()
+        ran = len(layers) + len(meter.unsupported) + len(meter.unread)
+        assert ran == len(MoEModel.of(model).layers) or subject.row.folder == "ernie4_5_vl_moe"  # without images
+        for layer in layers:
+            assert sum(layer.utilisation) == pytest.approx(layer.num_experts)
+            if "router" in subject.row.targets:
+                assert (layer.drift_kl > 1e-9) == changed
+        randomize_adapter(model)
 
 
 @works("lora", "tiers")
