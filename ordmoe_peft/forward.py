@@ -13,7 +13,7 @@ import inspect
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -176,6 +176,11 @@ _open_blocks_lock = threading.Lock()
 def running_forward() -> RunningForward | None:
     """The forward of a text model that runs in this thread."""
     return _running.forward
+
+
+def requested_plans() -> Iterable[TierPlan]:
+    """What the `with` blocks of this thread hold text models to."""
+    return _requested.get().values()
 
 
 @contextmanager

@@ -119,7 +119,8 @@ class _Tree:
     """Modules and matrices of a model by the names that they have without PEFT's wrappers."""
 
     def __init__(self, model: nn.Module):
-        self.modules = {without_wrappers(name): part for name, part in model.named_modules() if "lora_" not in name}
+        named = model.named_modules(remove_duplicate=False)  # what layers share has a name in each
+        self.modules = {without_wrappers(name): part for name, part in named if "lora_" not in name}
         self.shapes = {
             without_wrappers(name): _shape(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)
@@ -147,11 +148,8 @@ class _Tree:
         if is_fused_experts(module):
             fused = tuple(f"{name}.{stack}" for stack in projections_of(module))
             return FoundExperts(name, "fused", module.num_experts, fused)
-        is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        children = [child for child in self.children.get(name, ()) if self.shapes_in(child, 2)] if is_list else []
-        if len(children) > 1 and len({type(self.modules[child]) for child in children}) == 1:
-            widths = frozenset(side for shape in self.shapes_in(children[0], 2).values() for side in shape)
-            return FoundExperts(name, "modules", len(children), widths=widths)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and (found := self._list_of_experts(name)):
+            return found
         if stacks := self.own_shapes(name, 3):
             num_experts = max(shape[0] for shape in stacks.values())
             widths = frozenset(side for shape in stacks.values() for side in shape[1:])
@@ -159,6 +157,15 @@ class _Tree:
             if is_several or num_experts in self._stated_sizes(name):
                 return FoundExperts(name, "stacks", num_experts, tuple(stacks), widths)
         return self._flat_experts_in(name)
+
+    def _list_of_experts(self, name: str) -> FoundExperts | None:
+        """Modules of one class with matrices, perhaps with some that compute nothing (identities)."""
+        members = [child for child in self.children.get(name, ()) if not isinstance(self.modules[child], nn.Dropout)]
+        experts = [child for child in members if self.shapes_in(child, 2)]
+        if len(experts) < 2 or len({type(self.modules[child]) for child in experts}) > 1:
+            return None
+        widths = frozenset(side for shape in self.shapes_in(experts[0], 2).values() for side in shape)
+        return FoundExperts(name, "modules", len(members), widths=widths)
 
     def _flat_experts_in(self, name: str) -> FoundExperts | None:
         flat, sizes = self.own_shapes(name, 2), self._stated_sizes(name)
@@ -201,38 +208,47 @@ class _Tree:
         for group in fused or [found]:
             children = {_child_of(block, experts.name) for experts in group}
             holder = children.pop() if len(children) == 1 else block
-            router, matrix = self.router_of(block, group)
+            is_in_lists = len(group) > 1 and group[0].kind == "modules"  # a list for each projection
+            router, matrix = ("", "") if is_in_lists else self.router_of(block, group)
             stacks = tuple(stack.removeprefix(f"{holder}.") for experts in group for stack in experts.stacks)
             yield FoundLayer(block, holder, group[0].kind, group[0].num_experts, stacks, router, matrix)
 
     def router_of(self, block: str, group: list[FoundExperts]) -> tuple[str, str]:
-        """The router in `block` and the name of its matrix within it; empty where there is none.
+        """The router in `block` and the name of its matrix within it; empty where there is none, or several alike.
 
         It is the child with a matrix of E rows, or of more if it says its K: inkling's rank shared experts, too, ZAYA's
         have one for skipping the layer.
         """
         held, found = {_child_of(block, experts.name) for experts in group}, []
-        for place, child in enumerate(self.children.get(block, ())):
-            if child in held or is_fused_experts(self.modules[child]):
-                continue
-            matrix = self._matrix_of(child, group[0])
+        for child in self.children.get(block, ()):
+            matrix = "" if child in held or self._holds_experts(child, group[0]) else self._matrix_of(child, group[0])
             if matrix:
-                rank = (self.shapes[matrix][0] != group[0].num_experts, matrix.count("."), place)
+                is_other = self.shapes[matrix][0] != group[0].num_experts
+                rank = (is_other, not _states_top_k(self.modules[child]), matrix.count("."))
                 found.append((rank, child, matrix.removeprefix(f"{child}.")))
-        return min(found)[1:] if found else ("", "")
+        if not found or sum(rank == min(found)[0] for rank, _, _ in found) > 1:
+            return "", ""
+        return min(found)[1:]
+
+    def _holds_experts(self, name: str, experts: FoundExperts) -> bool:
+        """Whether the module `name` is or holds as many experts, so that it is a block or a list, and no router."""
+        within = [part for part in self.modules if f"{part}.".startswith(f"{name}.")]
+        return any(
+            found is not None and found.num_experts == experts.num_experts for found in map(self.experts_in, within)
+        )
 
     def _matrix_of(self, child: str, experts: FoundExperts) -> str:
-        """The matrix of a child that routes; `""` if it does not."""
+        """The matrix of a child that routes; `""` if it does not, or if there are several alike (noise on scores)."""
         shapes = self.shapes_in(child, 2)
         rows = {name: shape[0] for name, shape in shapes.items() if shape[0] >= experts.num_experts}
-        if not rows:
+        fewest = [name for name in rows if rows[name] == min(rows.values())]
+        if len(fewest) != 1:
             return ""
-        matrix = min(reversed(rows), key=lambda name: rows[name])  # the last of equal ones: it gives the scores
-        is_exact, (num_rows, width) = rows[matrix] == experts.num_experts, shapes[matrix]
+        is_exact, (num_rows, width) = rows[fewest[0]] == experts.num_experts, shapes[fewest[0]]
         if experts.kind != "fused":  # no flags say that these are experts: the matrix reads what they read, and is flat
-            return matrix if is_exact and num_rows < width and width in experts.widths else ""
-        is_alone = len(shapes) == 1 or matrix in self.own.get(child, ())
-        return matrix if _states_top_k(self.modules[child]) or (is_alone and is_exact) else ""
+            return fewest[0] if is_exact and num_rows < width and width in experts.widths else ""
+        is_alone = len(shapes) == 1 or fewest[0] in self.own.get(child, ())
+        return fewest[0] if _states_top_k(self.modules[child]) or (is_alone and is_exact) else ""
 
 
 def projections_of(experts: nn.Module) -> tuple[str, str]:

@@ -69,8 +69,8 @@ class MoELayer:
         """
         if self.router is None:
             raise OrdMoEModelError(
-                f"{self.block_name} has experts but no router that has one row of weights per expert; its tiers are "
-                "unknown."
+                f"{self.block_name} has experts but no router that has one row of weights per expert, or several that "
+                "might be it; its tiers are unknown."
             )
         return self.router
 
@@ -176,8 +176,10 @@ class MoEModel:
         """
         found: dict[nn.Module, list[MoELayer]] = {}
         for layer in self.layers:
-            owner = self.model.get_submodule(layer.decoder_layers_name.rpartition(".")[0])
-            found.setdefault(owner, []).append(layer)
+            name = layer.decoder_layers_name.rpartition(".")[0]
+            while name and isinstance(self.model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)):
+                name = name.rpartition(".")[0]  # a container, which nobody calls
+            found.setdefault(self.model.get_submodule(name), []).append(layer)
         return found
 
     @cached_property

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import MoELayer, MoEModel, without_wrappers
+from ..moe_model import MoELayer, MoEModel, module_of, without_wrappers
 from ..quantization.other_quantizers import check_expert_storage
 from ..tiers.plan import TierPlan, make_plan
-from ..tiers.router_check import check_router
+from ..tiers.router_check import calls_experts, check_router
 from ..tiers.routing import check_weights, settings_of
 from .config import OrdMoEConfig
 from .lora_fields import check_modules_to_save, check_whole_model, resolve_patterns
 from .offloading import check_offloading
-from .targets import Target, base_moe, resolve_targets
+from .targets import Target, base_moe, matrices_beside_linears, resolve_targets
 
 
 def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Target], TierPlan]:
@@ -29,6 +29,8 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Targe
     plan = make_plan(moe.layers, 1, settings_of(config))
     targets = check_targets(config, model)
     check_routers_are_reached(moe.layers, targets)
+    check_experts_are_reached(moe.layers, targets)
+    check_unshared_targets(model, targets)
     check_offloading(model, targets)
     check_modules_to_save(config, model, [layer.block_name for layer in moe.layers])
     if config.tier_weights == "match":
@@ -46,12 +48,58 @@ def check_routers_are_reached(layers: list[MoELayer], targets: list[Target]) -> 
     if not any(target.role == "router" for target in targets):
         return
     # It is a matter of code: one router of each class is run.
-    of_classes = {type(layer.router): layer for layer in layers if layer.router_matrix_owner is not layer.router}
+    linears = [layer for layer in reversed(layers) if type(layer.router_matrix_owner) is nn.Linear]
+    of_classes = {type(layer.router): layer for layer in linears}
     for layer in of_classes.values():
         if not check_router(layer).calls_matrix:
             raise OrdMoEModelError(
-                f"{layer.router_name} ({type(layer.router).__name__}) reads {layer.router_matrix} itself, past the "
-                "module that has it, so LoRA there would do nothing until it is merged. Leave 'router' out of targets."
+                f"{layer.router_name} ({type(layer.router).__name__}) or its block reads {layer.router_matrix} itself, "
+                "past the module that has it, so LoRA there would do nothing until it is merged. Leave 'router' out of "
+                "targets."
+            )
+
+
+def check_experts_are_reached(layers: list[MoELayer], targets: list[Target]) -> None:
+    """See that experts of the kinds that their block knows alone are called, not read, so that LoRA has an effect.
+
+    Raises:
+        [`OrdMoEModelError`]: they are read, or LoRA has no layer for some of their matrices.
+    """
+    if not any(target.role == "experts" for target in targets):
+        return
+    for layer in {(type(layer.block), layer.kind): layer for layer in reversed(layers)}.values():
+        named = f"the experts in {layer.experts_name} ({type(layer.experts).__name__})"
+        holders = {module_of(layer.experts, name.rpartition(".")[0]) for name in layer.projections}
+        if layer.kind == "stacks" and any(type(holder).forward is nn.Module.forward for holder in holders):
+            raise OrdMoEModelError(
+                f"{layer.block_name} reads {named} itself: they have no forward that LoRA could be put on. Leave "
+                "'experts' out of targets."
+            )
+        if layer.kind != "modules":
+            continue
+        other = matrices_beside_linears(layer.experts)
+        if other:
+            raise OrdMoEModelError(
+                f"{named} have {other[0]}, which is of no nn.Linear, so LoRA would adapt a part of them alone. Leave "
+                "'experts' out of targets."
+            )
+        if not calls_experts(layer):
+            raise OrdMoEModelError(
+                f"{layer.block_name} reads the weights of {named} itself and does not call them, so LoRA there would "
+                "do nothing until it is merged. Leave 'experts' out of targets."
+            )
+
+
+def check_unshared_targets(model: nn.Module, targets: list[Target]) -> None:
+    """Raise [`OrdMoEModelError`] for a module that layers share, which LoRA would wrap for each of them."""
+    first: dict[tuple[int, str], str] = {}
+    for target in targets:
+        owner, _, attribute = target.name.rpartition(".") if target.is_parameter else (target.name, "", "")
+        other = first.setdefault((id(module_of(model, owner)), attribute), target.name)
+        if other != target.name:
+            raise OrdMoEModelError(
+                f"{other} and {target.name} are of one and the same module, which LoRA would wrap twice. Leave "
+                f"{target.role!r} out of targets."
             )
 
 

@@ -61,7 +61,7 @@ class OrdMoEModel(LoraModel):
         targets, plan = check_fits_model(config, model)
         # From here on the model changes. `_detach` undoes it, and `attached_or_unchanged` where something fails.
         bring_offloaded_routers(MoEModel.of(model).layers)
-        moe = install_tier_hooks(model, plan.layers if config.num_tiers > 1 else ())
+        moe = install_tier_hooks(model, plan.layers)
         if config.num_tiers > 1:
             ranked_layers(moe, plan)
         keep_linear4bit_layout(model)  # of bases that others quantised, too: merging reads them

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from ..errors import OrdMoEModelError
@@ -75,6 +76,21 @@ def linears_in(module: nn.Module) -> list[str]:
     ]
 
 
+def matrices_beside_linears(experts: nn.Module) -> list[str]:
+    """Names of the matrices in `experts` that are of no linear layer, or of one with a forward of its own."""
+    plain = (nn.Linear.forward, Linear4bit.forward)
+    linears = {
+        name
+        for name, part in experts.named_modules()
+        if isinstance(part, nn.Linear) and ("lora_" in name or type(part).forward in plain)
+    }
+    return [
+        without_wrappers(name)
+        for name, weight in experts.named_parameters()
+        if len(logical_shape(weight)) > 1 and name.rpartition(".")[0] not in linears
+    ]
+
+
 def _linears(model: nn.Module, parent_name: str, *words: str) -> list[str]:
     """Names of the linear layers with more than one output in the children of `parent_name` named by one of `words`."""
     return [
@@ -97,8 +113,8 @@ def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
     for role in roles:
         covered = {target.layer for target in found if target.role == role}
         if not covered:
-            if role == "experts":
-                layer = moe.layers[0]
+            layer = moe.layers[0]
+            if role == "experts" and layer.kind == "flat":
                 raise OrdMoEModelError(
                     f"targets has 'experts', but {layer.experts_name} ({type(layer.experts).__name__}) holds the "
                     f"matrices of all experts in one, as {', '.join(layer.projections)}, where LoRA would be one for "
@@ -140,8 +156,9 @@ def base_moe(model: nn.Module) -> dict:
 def _sides(layer: MoELayer) -> tuple[int, int]:
     """The hidden size and the width of a layer's experts, from their last matrix, which is the down-projection."""
     if layer.kind == "modules":
-        linear = layer.experts.get_submodule(linears_in(layer.experts)[-1])
-        return linear.out_features, linear.in_features
+        matrices = [logical_shape(weight) for name, weight in layer.experts.named_parameters() if "lora_" not in name]
+        rows, columns = [shape for shape in matrices if len(shape) == 2][-1]
+        return rows, columns
     *_, rows, columns = logical_shape(list(layer.stacks.values())[-1])
     if layer.kind == "flat":
         return columns, rows // layer.num_experts

@@ -40,21 +40,22 @@ class WeightLora(lora_layer.ParamWrapper):
         return sum(self.get_delta_weight(name)[expert] for name in adapter_names)
 
     @torch.compiler.disable(reason="OrdMoE swaps the weight under a lock")
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check_forward_args(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_tensor(*args, **kwargs)
+        self._check_forward_args(x, **kwargs)
         with _one_at_a_time:
             if self.disable_adapters and self.merged:
                 self.unmerge()
             is_off = self.disable_adapters or self.merged
             active = [] if is_off else [name for name in self.active_adapters if name in self.lora_A]
             if not active:
-                return self.base_layer(x, *args, **kwargs)
+                return self.base_layer(*args, **kwargs)
             weight = self.get_param()
             weight = unpacked_stack(weight, x.dtype) if is_packed(weight) else weight
             for name in active:
                 weight = weight + self.get_delta_weight(name).to(weight.dtype)
             adapted = {f"{self._path_to_module()}{self.parameter_name}": weight}
-            return functional_call(self.base_layer, adapted, (x, *args), kwargs, tie_weights=False)
+            return functional_call(self.base_layer, adapted, args, kwargs, tie_weights=False)
 
     def _path_to_module(self) -> str:
         """From what this wraps to the module that has the weight: one step for each wrapper between."""
@@ -62,6 +63,12 @@ class WeightLora(lora_layer.ParamWrapper):
         while isinstance(module, lora_layer.ParamWrapper):
             module, path = module.base_layer, f"base_layer.{path}"
         return path
+
+
+def first_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """The first floating-point tensor among the arguments of a call, by position or by name: the hidden states."""
+    values = (*args, *kwargs.values())
+    return next(value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
 class _Forward(nn.Module):
@@ -75,9 +82,16 @@ class _Forward(nn.Module):
         return self.module.forward(*args, **kwargs)
 
 
-def run_without_lora(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`module.forward(*args, **kwargs)` without the updates of LoRA layers that it holds. Its hooks do not run."""
+def run_again(module: nn.Module, *args: Any, with_lora: bool = True, **kwargs: Any) -> Any:
+    """`module.forward(*args, **kwargs)` beside the run that counts: hooks do not run, random numbers and inputs stay as
+    they are. Without `with_lora`, updates of LoRA layers that the module holds are 0.
+    """
     plain = _Forward(module)
-    nothing = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters() if ".lora_B." in name}
-    with _one_at_a_time:
+    lora = () if with_lora else plain.named_parameters()
+    nothing = {name: torch.zeros_like(weight) for name, weight in lora if ".lora_B." in name}
+    if module.training:  # some routers multiply noise into their inputs in place
+        args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        kwargs = {name: arg.clone() if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
+    devices = {weight.device for weight in module.parameters() if weight.device.type == "cuda"}
+    with torch.random.fork_rng(devices, enabled=module.training), _one_at_a_time:
         return functional_call(plain, nothing, args, kwargs, tie_weights=False)

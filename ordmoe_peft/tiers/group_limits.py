@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compat import tree_leaves
+
 
 # Roundings of scores that do not count, in units of their dtype's last place.
 ROUNDINGS = 8
@@ -38,7 +40,7 @@ class ScoreHistory:
 
     def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`, noted."""
-        given = [value for value in (*args, *kwargs.values()) if _is_floating(value)]
+        given = [value for value in tree_leaves((args, kwargs)) if _is_floating(value)]
         written = kwargs.get("out") if "out" in kwargs else args[0] if _writes_in_place(func) and args else None
         if _is_floating(written):
             self._keep_before_write(written)
@@ -101,9 +103,14 @@ class ScoreHistory:
 
 def hides_experts(scores_TE: torch.Tensor) -> bool:
     """Whether scores (`torch.Tensor` of shape `(T, E)`) look like those of a router that left experts out: some are
-    −inf or the least number, or several of a token are exactly 0 where the others are far from it."""
+    −inf or the least number, several of a token are exactly 0 where the others are far from it, or several of each
+    token are the same least score."""
     scores_TE = scores_TE.detach().float()
     if (scores_TE <= torch.finfo(torch.bfloat16).min / 2).any():
+        return True
+    least_T1 = scores_TE.amin(1, keepdim=True)
+    is_least_TE = (scores_TE == least_T1) & (least_T1 != 0)
+    if ((is_least_TE.sum(1) > 1) & ~is_least_TE.all(1)).all():
         return True
     is_zero_TE = scores_TE == 0
     least_T = scores_TE.abs().masked_fill(is_zero_TE, torch.inf).amin(1)

@@ -78,9 +78,9 @@ class TierPlan:
             rows are each repeated over as many consecutive rows as fit, as generation repeats its prompts.
         settings ([`TierSettings`]): how tiers are cut.
         layers (`frozenset[int]`): indices of the MoE layers in scope; the others route as usual.
-        routers_of_layer (`tuple` of `dict[int, int]`): for each decoder layer with a router in scope, the id of each of
-            its routers → the index of its MoE layer in the model that was asked for, which `random` draws from. A part
-            of a model counts its own layers.
+        routers_of_layer (`tuple` of `dict[int, int]`): for each block in scope, or blocks that share tokens out by
+            their modality, the id of each of its routers → the index of its MoE layer in the model that was asked for,
+            which `random` draws from. A part of a model counts its own layers.
         draw ([`RandomDraw`]): what `random` grouping draws.
         cache (`dict`): what forwards have made of the tiers, for those to come.
     """
@@ -146,22 +146,25 @@ class TierPlan:
 
     def of_layers(self, layers: Sequence[MoELayer]) -> "TierPlan":
         """The plan for a text model that has these of the layers, in scope or not."""
-        by_decoder_layer: dict[tuple[str, int], dict[int, int]] = {}
+        by_module: dict[str, dict[int, int]] = {}
         for layer in layers:
-            routers = by_decoder_layer.setdefault((layer.decoder_layers_name, layer.decoder_layer), {})
-            routers[id(layer.router)] = layer.index
-        in_scope = [routers for routers in by_decoder_layer.values() if self.layers & {*routers.values()}]
+            parent = layer.block_name.rpartition(".")[0]
+            # Blocks in one module of a decoder layer are of one modality each, as of text and of images.
+            is_shared = parent.startswith(f"{layer.decoder_layers_name}.{layer.decoder_layer}.")
+            together = parent if is_shared else layer.block_name
+            by_module.setdefault(together, {})[id(layer.router)] = layer.index
+        in_scope = [routers for routers in by_module.values() if self.layers & {*routers.values()}]
         return replace(self, routers_of_layer=tuple(in_scope))
 
     @cached_property
     def index_of_router(self) -> dict[int, int]:
-        """Id of each router in scope, and of others of the same decoder layers → the index of its MoE layer."""
+        """Id of each router in scope, and of others beside it → the index of its MoE layer."""
         return {router: index for routers in self.routers_of_layer for router, index in routers.items()}
 
     def check_all_ran(self, routed: set[int]) -> None:
-        """See that each decoder layer in scope was held to its tiers, given the ids of the routers that ran.
+        """See that each block in scope was held to its tiers, given the ids of the routers that ran.
 
-        One that has a router for each modality (ERNIE-4.5-VL) runs those that have tokens.
+        Of blocks that have a modality each (ERNIE-4.5-VL), those run that have tokens.
 
         Raises:
             [`OrdMoERuntimeError`]: some did not.

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
+from .._compat import accelerate_hook
 from ..errors import OrdMoEModelError
 from ..moe_model import MoELayer
 from ..router_output import read_router_output
@@ -66,8 +67,8 @@ def check_router(layer: MoELayer) -> RouterSizes:
             "`num_experts_per_tok` and the like), so it has no tiers."
         )
     sizes = RouterSizes.of(layer)
-    with _ready(layer) as is_ready:
-        if not is_ready:  # weights without numbers, as in a plan
+    with _ready(layer):
+        if is_without_numbers(layer):
             return sizes
         trials = list(_trials(layer, router, sizes))
         if all(trial.error is not None for trial in trials):
@@ -88,9 +89,30 @@ def check_router(layer: MoELayer) -> RouterSizes:
             f"{named} leaves experts out of its choice, or changes their ranks, in a way that is not recognised, so "
             "the ranks below those that it chooses are unknown; this router is not supported."
         )
+    if not _returns_its_choice(layer, found[0]):
+        raise OrdMoEModelError(
+            f"{named} returns other experts than it chose by torch.topk, so tiers cannot be imposed by answering that; "
+            "this router is not supported."
+        )
     # Its inputs are of the first shape that it took, and perhaps of another that it takes as well.
     others = [trial for trial in found[1:] if trial.selection.selections == 1 and not trial.selection.hides_ranks]
     return _judged(layer, [found[0], *others])
+
+
+def calls_experts(layer: MoELayer) -> bool:
+    """Whether the layer's block calls experts that are modules, or the linear layers in them, as it is run on noise.
+    `True` where it cannot be run on hidden states alone."""
+    calls: list[bool] = []
+    # What `ordmoe families` runs in place of large experts calls no linear layers.
+    experts = [module for module in layer.experts.children() if "forward" in vars(module)]
+    linears = [module for module in layer.experts.modules() if isinstance(module, nn.Linear)]
+    with ExitStack() as stack, _ready(layer):
+        if is_without_numbers(layer):
+            return True
+        for linear in (*experts, *linears):
+            stack.callback(linear.register_forward_pre_hook(lambda *_: calls.append(True)).remove)
+        trials = list(_trials(layer, layer.block, RouterSizes.of(layer)))
+    return bool(calls) or all(trial.error is not None for trial in trials)
 
 
 def _judged(layer: MoELayer, found: list[_Trial]) -> RouterSizes:
@@ -109,17 +131,30 @@ def _judged(layer: MoELayer, found: list[_Trial]) -> RouterSizes:
     )
 
 
+def is_without_numbers(layer: MoELayer) -> bool:
+    """Whether the router's matrix is on the meta device, as in a plan; one that accelerate offloaded is not."""
+    return layer.router_weight.device.type == "meta" and accelerate_hook(layer.router_matrix_owner) is None
+
+
 @contextmanager
-def _ready(layer: MoELayer) -> Iterator[bool]:
-    """Within the block, the router has the weights that accelerate offloaded, and random numbers are its own. Yields
-    whether there are weights at all."""
+def _ready(layer: MoELayer) -> Iterator[None]:
+    """Within the block, the router has the weights that accelerate offloaded, and random numbers are its own. At its
+    end, buffers of the block are what they were."""
     owner = layer.router_matrix_owner
     with ExitStack() as stack, torch.no_grad():
         for module in {layer.known_router, owner}:
             stack.enter_context(align_module_device(module))
         device = layer.router_weight.device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        yield device.type != "meta"
+        for buffer in layer.block.buffers():
+            if not buffer.is_meta:
+                stack.callback(_put_back, buffer, buffer.clone())
+        yield
+
+
+def _put_back(buffer: torch.Tensor, before: torch.Tensor) -> None:
+    if not torch.equal(buffer, before):
+        buffer.copy_(before)
 
 
 def _noise(layer: MoELayer, width: int) -> torch.Tensor:
@@ -161,7 +196,7 @@ Inputs: TypeAlias = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the first ar
 def _inputs(layer: MoELayer, module: nn.Module, hidden: torch.Tensor, is_given: Callable) -> Inputs:
     """Hidden states, and zeros for other arguments: for ids of tokens, or as a bias for each score."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    _, *others = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in named]
+    others = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in named][1:]
     ids, bias = hidden[..., 0].long() * 0, hidden.new_zeros(layer.num_scores)
     zeros = {p.name: ids if p.name.endswith("ids") else bias for p in others if is_given(p)}
     return hidden.clone(), zeros  # some change their input in place
@@ -222,6 +257,15 @@ def _by_rounds(layer: MoELayer, sizes: RouterSizes) -> list[_Trial]:
     return ran if all(trial.selection.selections and _is_within_tier(layer, trial) for trial in ran) else []
 
 
+def _returns_its_choice(layer: MoELayer, trial: _Trial) -> bool:
+    """Whether the indices that a router returned, if it does, are those that it chose."""
+    index_TK, chosen_TK = read_router_output(layer, trial.output).index_TK, trial.selection.index_TK
+    is_of_experts = layer.num_scores == layer.num_experts and not trial.selection.router.router_in_block
+    if index_TK is None or chosen_TK is None or not is_of_experts or index_TK.shape != chosen_TK.shape:
+        return True  # it does not say
+    return bool((index_TK.sort(1).values == chosen_TK.sort(1).values).all())
+
+
 def _is_within_tier(layer: MoELayer, trial: _Trial) -> bool:
     """Whether the experts that a router returned, as indices or as a mask, are of the tier that it was held to."""
     parts = trial.output if isinstance(trial.output, tuple) else (trial.output,)
@@ -232,7 +276,9 @@ def _is_within_tier(layer: MoELayer, trial: _Trial) -> bool:
             if part.shape[-1] == layer.num_experts:
                 return not (part.reshape(hidden_TE.shape).bool() & hidden_TE).any() and bool(part.any())
             if part.shape[-1] == layer.top_k:
-                return not hidden_TE.gather(1, part.reshape(len(hidden_TE), -1)).any()
+                index_TK = part.reshape(len(hidden_TE), -1)
+                is_distinct = all(len({*chosen}) == layer.top_k for chosen in index_TK.tolist())
+                return is_distinct and not hidden_TE.gather(1, index_TK).any()
     return False
 
 

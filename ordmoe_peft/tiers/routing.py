@@ -20,12 +20,19 @@ from transformers.utils import logging
 
 from ..adapter.config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEModelError, OrdMoERuntimeError
-from ..experts.weight_lora import run_without_lora
-from ..forward import RunningForward, install_forward_hooks, remove_forward_hooks, running_forward, tiers_requested
+from ..experts.weight_lora import run_again
+from ..forward import (
+    RunningForward,
+    install_forward_hooks,
+    remove_forward_hooks,
+    requested_plans,
+    running_forward,
+    tiers_requested,
+)
 from ..moe_model import MoELayer, MoEModel, module_of
 from ..router_output import WEIGHTS
 from .plan import RandomDraw, TierPlan, TierSettings, make_plan
-from .router_check import check_router
+from .router_check import check_router, is_without_numbers
 from .selection import RoundSelection, RouterSizes, TierSelection
 
 
@@ -97,8 +104,14 @@ def tier_routing(
     if settings.tier_weights == "match" != config.tier_weights:  # else it was checked with the adapter
         for index in sorted(plan.layers):
             check_weights(moe.layers[index])
-    with tiers_requested({owner: plan.of_layers(own) for owner, own in moe.text_models.items()}):
-        yield
+    before = _running.selection
+    try:
+        with tiers_requested({owner: plan.of_layers(own) for owner, own in moe.text_models.items()}):
+            yield
+    finally:
+        if _running.selection is not None and _running.selection is not before:
+            _running.selection.__exit__(None, None, None)  # of a router that was interrupted: no hook closed it
+            _running.selection = before
 
 
 def settings_of(config: OrdMoEConfig, **given: Any) -> TierSettings:
@@ -161,7 +174,7 @@ def route(layer: MoELayer, plan: TierPlan | None, *args: Any, with_lora: bool = 
     router = layer.known_router
     selection = None if plan is None else _selection(router_sizes(layer), layer.index, plan, running_forward())
     with nullcontext() if selection is None else selection:
-        return router.forward(*args, **kwargs) if with_lora else run_without_lora(router, *args, **kwargs)
+        return run_again(router, *args, with_lora=with_lora, **kwargs)
 
 
 def router_sizes(layer: MoELayer) -> RouterSizes:
@@ -209,9 +222,14 @@ def install_tier_hooks(model: nn.Module, layers: Collection[int] | None = None) 
 
 
 def _install(moe: MoEModel, wanted: Sequence[MoELayer]) -> None:
-    missing = [layer for layer in wanted if not hasattr(layer.known_router, SIZES)]
-    sizes = [check_router(layer) for layer in missing]
-    for layer, size in zip(missing, sizes, strict=True):
+    # Layers may share a router. One without numbers, as in a plan, cannot run, and is tried when it has some.
+    missing = {
+        id(layer.known_router): layer
+        for layer in wanted
+        if not hasattr(layer.known_router, SIZES) and not is_without_numbers(layer)
+    }
+    sizes = [check_router(layer) for layer in missing.values()]
+    for layer, size in zip(missing.values(), sizes, strict=True):
         setattr(layer.router, SIZES, size)
         chooses = layer.block if size.router_in_block else layer.known_router
         if size.is_ranked:
@@ -261,11 +279,23 @@ class _RouterEntry:
                 self._answer_by_tier(router, plan, forward)
                 return
             forward = forward.outer
+        for plan in requested_plans():
+            if not plan.is_top and plan.index_of_router.get(router) in plan.layers:
+                raise OrdMoERuntimeError(
+                    f"{self.router.name} runs within tier_routing, but not within a forward of its text model, so its "
+                    "tokens are on no tier: call the model itself, not a layer of it, nor its `forward`, and have it "
+                    "checkpoint by transformers' gradient_checkpointing_enable."
+                )
 
     def _answer_by_tier(self, router: int, plan: TierPlan, forward: RunningForward) -> None:
         forward.routed.add(router)
         index = plan.index_of_router[router]
         if index in plan.layers:
+            if _running.selection is not None:
+                raise OrdMoERuntimeError(
+                    f"{self.router.name} begins to choose while {_running.selection.router.name} does: which of them "
+                    "the tiers are for is unknown. Leave one of the layers out of layer_scope."
+                )
             _running.selection = _selection(self.router, index, plan, forward)
             _running.selection.__enter__()
 
@@ -284,7 +314,7 @@ def _leave_router(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         )
     if selection.plan.settings.tier_weights == "router":
         return None
-    return _matched(output, module.forward(*args, **kwargs)[WEIGHTS], selection)
+    return _matched(output, run_again(module, *args, **kwargs)[WEIGHTS], selection)
 
 
 def _matched(output: tuple, top_weights_TK: torch.Tensor, selection: TierSelection) -> tuple:

@@ -77,6 +77,7 @@ class TierSelection(TorchFunctionMode):
 
     Attributes:
         selections (`int`): how many choices were answered.
+        index_TK (`torch.Tensor` of shape `(T, K)`): the last answer.
         tokens (`slice` or `torch.Tensor` of shape `(T,)`): which of all rows' positions the router's tokens are.
         limit ([`~ordmoe_peft.tiers.group_limits.Limit`], *optional*): the limit on what the last was made from.
         hides_ranks (`bool`): whether ranks below the K chosen cannot be read from it. Known where limits are watched.
@@ -89,6 +90,7 @@ class TierSelection(TorchFunctionMode):
         self.hides_ranks = False
         self.limit: Limit | None = None
         self.tokens: slice | torch.Tensor = slice(None)
+        self.index_TK: torch.Tensor | None = None
         self._history = ScoreHistory() if router.may_limit else None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -103,7 +105,7 @@ class TierSelection(TorchFunctionMode):
             self.limit = self._history.limit_on(scores)
             self.hides_ranks = self.limit is None and (hides_experts(scores_TE) or self._history.hides_ranks(scores))
             scores_TE, left_out_TE = self.limit or (scores_TE, None)
-        index_TK = self._choose(scores_TE, left_out_TE, result.indices.reshape(len(scores_TE), -1))
+        index_TK = self.index_TK = self._choose(scores_TE, left_out_TE, result.indices.reshape(len(scores_TE), -1))
         index = index_TK.view_as(result.indices)
         return torch.return_types.topk((scores_TE.gather(1, index_TK).view_as(index), index))
 
@@ -184,7 +186,8 @@ class RoundSelection(TierSelection):
             if self._scores is None:
                 self.selections, self._scores = 1, args[0]
                 self.hidden_TE = self._hidden_from_tiers(args[0].detach().reshape(-1, args[0].shape[-1]))
-                self._seen = self._as_seen(args[0])
+                with torch.enable_grad():  # the first round may be without, and the weights made of this not
+                    self._seen = self._as_seen(args[0])
             args = (self._as_seen(args[0]), *args[1:])
         return func(*(self._seen if arg is not None and arg is self._scores else arg for arg in args), **kwargs)
 

@@ -154,6 +154,8 @@ def describe_family(model: PreTrainedModel, name: str = "") -> FamilyReport:
     fitting = min(group.num_experts // max(group.top_k, 1) for group in groups)
     num_tiers = max(1, min(OrdMoEConfig.num_tiers, fitting))
     refused["lora"] = refused["tiers"]  # which adapters impose
+    if fitting < 2 and not refused["tiers"]:
+        refused["tiers"] = "the experts of a layer are too few for two tiers, 2·K > E."
     targets: Counter[tuple[str, str]] = Counter()
     there = {"router", "experts", *(target.role for target in find_targets(model))}
     for role in ROLES if not refused["lora"] else ():
