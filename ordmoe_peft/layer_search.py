@@ -187,7 +187,7 @@ class _Tree:
             return experts.name.rpartition(".")[0]
         block = experts.name.rpartition(".")[0] if experts.kind == "modules" else experts.name  # lists hold no router
         for _ in range(MAX_DEPTH + 1):
-            routes = self.router_of(block, [experts])[0] or self._routes_itself(block, experts)
+            routes = self.routers_in(block, [experts]) or self._routes_itself(block, experts)
             if routes and is_within_list(f"{block}."):
                 return block
             block = block.rpartition(".")[0]
@@ -214,21 +214,27 @@ class _Tree:
             yield FoundLayer(block, holder, group[0].kind, group[0].num_experts, stacks, router, matrix)
 
     def router_of(self, block: str, group: list[FoundExperts]) -> tuple[str, str]:
-        """The router in `block` and the name of its matrix within it; empty where there is none, or several alike.
+        """The router in `block` and the name of its matrix within it; empty where there is none, or several alike."""
+        found = self.routers_in(block, group)
+        if not found or sum(rank == found[0][0] for rank, _, _ in found) > 1:
+            return "", ""
+        return found[0][1:]
 
-        It is the child with a matrix of E rows, or of more if it says its K: inkling's rank shared experts, too, ZAYA's
+    def routers_in(self, block: str, group: list[FoundExperts]) -> list[tuple[tuple, str, str]]:
+        """What may be the router in `block`: rank, child, name of its matrix within that; the likeliest first.
+
+        It is a child with a matrix of E rows, or of more if it says its K: inkling's rank shared experts, too, ZAYA's
         have one for skipping the layer.
         """
         held, found = {_child_of(block, experts.name) for experts in group}, []
         for child in self.children.get(block, ()):
-            matrix = "" if child in held or self._holds_experts(child, group[0]) else self._matrix_of(child, group[0])
-            if matrix:
+            if child in held or self._holds_experts(child, group[0]):
+                continue
+            for matrix in self._matrices_of(child, group[0]):
                 is_other = self.shapes[matrix][0] != group[0].num_experts
                 rank = (is_other, not _states_top_k(self.modules[child]), matrix.count("."))
                 found.append((rank, child, matrix.removeprefix(f"{child}.")))
-        if not found or sum(rank == min(found)[0] for rank, _, _ in found) > 1:
-            return "", ""
-        return min(found)[1:]
+        return sorted(found)
 
     def _holds_experts(self, name: str, experts: FoundExperts) -> bool:
         """Whether the module `name` is or holds as many experts, so that it is a block or a list, and no router."""
@@ -237,18 +243,18 @@ class _Tree:
             found is not None and found.num_experts == experts.num_experts for found in map(self.experts_in, within)
         )
 
-    def _matrix_of(self, child: str, experts: FoundExperts) -> str:
-        """The matrix of a child that routes; `""` if it does not, or if there are several alike (noise on scores)."""
+    def _matrices_of(self, child: str, experts: FoundExperts) -> list[str]:
+        """The matrices of a child that may route: those with the fewest rows from E on. Several make it unknown which
+        one does (scores, and noise on them)."""
         shapes = self.shapes_in(child, 2)
         rows = {name: shape[0] for name, shape in shapes.items() if shape[0] >= experts.num_experts}
         fewest = [name for name in rows if rows[name] == min(rows.values())]
-        if len(fewest) != 1:
-            return ""
-        is_exact, (num_rows, width) = rows[fewest[0]] == experts.num_experts, shapes[fewest[0]]
+        is_exact = bool(rows) and min(rows.values()) == experts.num_experts
         if experts.kind != "fused":  # no flags say that these are experts: the matrix reads what they read, and is flat
-            return fewest[0] if is_exact and num_rows < width and width in experts.widths else ""
-        is_alone = len(shapes) == 1 or fewest[0] in self.own.get(child, ())
-        return fewest[0] if _states_top_k(self.modules[child]) or (is_alone and is_exact) else ""
+            fits = [name for name in fewest if shapes[name][0] < shapes[name][1] and shapes[name][1] in experts.widths]
+            return fits if is_exact else []
+        is_alone = len(shapes) == 1 or any(name in self.own.get(child, ()) for name in fewest)
+        return fewest if _states_top_k(self.modules[child]) or (is_alone and is_exact) else []
 
 
 def projections_of(experts: nn.Module) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..moe_model import MoEModel, module_of, parameter_of
+from ..moe_model import MoEModel, parameter_of, unwrapped
 from .selection import stack_readers
 from .storage import is_packed
 
@@ -27,7 +27,8 @@ def keep_packed_when_sharded(model: nn.Module) -> None:
         if is_packed(weight):
             states.setdefault(reader, {})[name.removeprefix(f"{reader}.")] = weight.quant_state
     for reader, of_stacks in states.items():
-        module_of(model, reader).register_forward_pre_hook(_RestoreStates(of_stacks))
+        # On LoRA's wrapper, if there is one, which reads the stacks before what it wraps.
+        model.get_submodule(reader).register_forward_pre_hook(_RestoreStates(of_stacks))
 
 
 class _RestoreStates:
@@ -38,6 +39,6 @@ class _RestoreStates:
 
     def __call__(self, reader: nn.Module, args: tuple[Any, ...]) -> None:
         for name, state in self.states.items():
-            weight = parameter_of(reader, name)
+            weight = parameter_of(unwrapped(reader), name)
             if not is_packed(weight):
                 weight.quant_state, weight.quant_storage = state, weight.dtype

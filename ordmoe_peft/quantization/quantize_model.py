@@ -10,7 +10,7 @@ from ..moe_model import MoEModel, check_no_adapter
 from .config import MoeBitsAndBytesConfig
 from .dequantization import succeed_
 from .quantizer import MoeBnb4BitHfQuantizer
-from .selection import expert_linears
+from .selection import expert_linears, stack_readers
 from .storage import BLOCK_SIZE
 
 
@@ -66,12 +66,16 @@ def quantize_experts_(model: PreTrainedModel, config: MoeBitsAndBytesConfig | No
 
 
 def _linears_to_keep(model: PreTrainedModel, config: MoeBitsAndBytesConfig) -> set[str]:
-    """All linear layers but those of experts that are modules, by their last two names where those are not an expert's,
-    too: a list of all would take transformers long to go through at every loading."""
-    packed = expert_linears(MoEModel.of(model).all_layers, config.llm_int8_skip_modules)
+    """All linear layers but those of experts that are modules, by their last two names where those are not what is
+    packed, too: a list of all would take transformers long to go through at every loading."""
+    layers = MoEModel.of(model).all_layers
+    packed = expert_linears(layers, config.llm_int8_skip_modules)
+    stacks = stack_readers(layers)
+    owners = {stack.rpartition(".")[0] for stack in stacks}
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
     endings = {name: ".".join(name.split(".")[-2:]) for name in kept}
-    return {name if any(linear.endswith(ending) for linear in packed) else ending for name, ending in endings.items()}
+    others = {*packed, *stacks, *owners, *stacks.values()}
+    return {name if any(other.endswith(ending) for other in others) else ending for name, ending in endings.items()}
 
 
 def _pack_linears_(model: PreTrainedModel, dense: dict[str, nn.Linear]) -> None:

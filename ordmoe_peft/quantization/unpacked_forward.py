@@ -3,8 +3,8 @@
 Their own class's forward alone knows how to run such experts, and it reads numbers. It is run on a copy of its module
 that holds dense stacks and is dropped afterwards; the module itself never changes. So there is nothing to put back when
 a forward fails, nested and repeated calls and threads do not meet, and a dense weight that
-`torch.func.functional_call` has put in the place of a packed one is read as it is. What a forward assigns to its module
-is dropped with the copy.
+`torch.func.functional_call` has put in the place of a packed one is read as it is. Plain attributes that a forward
+assigns to the module that reads the stacks are its own afterwards, as a loss that it keeps.
 
 A layer's dense stacks live as long as its forward. Where backward needs them, autograd saves what they are unpacked
 from, and an expert that was read by itself is unpacked by itself then.
@@ -12,7 +12,7 @@ from, and an expert that was read by itself is unpacked by itself then.
 
 import copy
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +36,22 @@ logger = logging.get_logger(__name__)
 class UnpackedForward:
     """The forward of a module that reads packed stacks, its own or those of modules in it.
 
-    The stacks are unpacked to the dtype of the first floating-point tensor among its inputs. Linear layers in 4 bits
-    and experts of transformers' interface read packed weights as they are.
+    The stacks are unpacked to autocast's dtype, if that is on, else to that of the first floating-point tensor among
+    its inputs. Linear layers in 4 bits and experts of transformers' interface read packed weights as they are.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
 
+    @property
+    def __wrapped__(self) -> Callable:
+        """What stands for its arguments (`inspect.signature`)."""
+        return types.MethodType(type(self.module).forward, self.module)
+
     @torch.compiler.disable(reason="OrdMoE unpacks experts for each call")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        dtype = next(tensor.dtype for tensor in inputs if tensor.is_floating_point())
+        dtype = _dtype_of_products(next(tensor for tensor in inputs if tensor.is_floating_point()))
         stacks: dict[int, DenseStack] = {}
         module = _with_dense_stacks(self.module, dtype, stacks)
         try:
@@ -54,6 +59,20 @@ class UnpackedForward:
                 return type(module).forward(module, *args, **kwargs)
         finally:
             stacks.clear()  # which autograd keeps with its hooks
+            _keep_attributes(self.module, module)
+
+
+def _dtype_of_products(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _keep_attributes(module: nn.Module, copied: nn.Module) -> None:
+    """Give `module` what the forward has assigned to its copy, as a loss of its own."""
+    own = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_children())}
+    for name, value in vars(copied).items():
+        if name not in own and vars(module).get(name) is not value:
+            vars(module)[name] = value
 
 
 @dataclass(frozen=True)

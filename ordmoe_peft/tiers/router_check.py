@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 
-from .._compat import accelerate_hook
+from .._compat import accelerate_hook, tree_leaves
 from ..errors import OrdMoEModelError
 from ..moe_model import MoELayer
 from ..router_output import read_router_output
@@ -40,12 +41,14 @@ class _Trial:
         selection ([`~ordmoe_peft.tiers.selection.TierSelection`]): what answered its choice.
         output (`Any`): what it returned; `None` where it raised `error`.
         calls_matrix (`bool`): whether it called the module that has the router's matrix.
+        again (`Callable`): runs it again with another kind of selection, for another tier.
     """
 
     selection: TierSelection
     output: Any = None
     error: Exception | None = None
     calls_matrix: bool = True
+    again: "Callable[..., _Trial] | None" = None
 
 
 def check_router(layer: MoELayer) -> RouterSizes:
@@ -78,6 +81,7 @@ def check_router(layer: MoELayer) -> RouterSizes:
         if not found and _is_fixed(layer):
             return replace(sizes, is_ranked=False, may_limit=False)
         found = found or _by_rounds(layer, sizes) or _in_block(layer, sizes)
+        follows = not found or (_returns_its_choice(layer, found[0]) and _uses_its_choice(layer, found[0]))
     count = found[0].selection.selections if found else 0
     if count != 1:
         raise OrdMoEModelError(
@@ -89,10 +93,10 @@ def check_router(layer: MoELayer) -> RouterSizes:
             f"{named} leaves experts out of its choice, or changes their ranks, in a way that is not recognised, so "
             "the ranks below those that it chooses are unknown; this router is not supported."
         )
-    if not _returns_its_choice(layer, found[0]):
+    if not follows:
         raise OrdMoEModelError(
-            f"{named} returns other experts than it chose by torch.topk, so tiers cannot be imposed by answering that; "
-            "this router is not supported."
+            f"{named} gives tokens to other experts than those that it chose by torch.topk, so tiers cannot be imposed "
+            "by answering that; this router is not supported."
         )
     # Its inputs are of the first shape that it took, and perhaps of another that it takes as well.
     others = [trial for trial in found[1:] if trial.selection.selections == 1 and not trial.selection.hides_ranks]
@@ -199,7 +203,7 @@ def _inputs(layer: MoELayer, module: nn.Module, hidden: torch.Tensor, is_given: 
     others = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in named][1:]
     ids, bias = hidden[..., 0].long() * 0, hidden.new_zeros(layer.num_scores)
     zeros = {p.name: ids if p.name.endswith("ids") else bias for p in others if is_given(p)}
-    return hidden.clone(), zeros  # some change their input in place
+    return hidden, zeros
 
 
 def _run(
@@ -218,13 +222,14 @@ def _run(
             hooks.append(part.register_forward_hook(lambda part, args, output: selection.begin_at(output)))
     try:
         with selection:
-            output = module.forward(inputs[0], **inputs[1])  # hooks on it are for the model's own inputs
+            output = module.forward(inputs[0].clone(), **inputs[1])  # hooks on it are for the model's own inputs
     except FAILURES as error:
         return _Trial(selection, error=error)
     finally:
         for hook in hooks:
             hook.remove()
-    return _Trial(selection, output, calls_matrix=owner is module or bool(calls))
+    again = partial(_run, layer, module, inputs, sizes=sizes)
+    return _Trial(selection, output, None, owner is module or bool(calls), again)
 
 
 def _is_fixed(layer: MoELayer) -> bool:
@@ -264,6 +269,28 @@ def _returns_its_choice(layer: MoELayer, trial: _Trial) -> bool:
     if index_TK is None or chosen_TK is None or not is_of_experts or index_TK.shape != chosen_TK.shape:
         return True  # it does not say
     return bool((index_TK.sort(1).values == chosen_TK.sort(1).values).all())
+
+
+class _OtherIndices(TierSelection):
+    """Answers with the indices of a tier and the router's own scores."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        answer = super().__torch_function__(func, types, args, kwargs)
+        if self.selections and isinstance(answer, torch.return_types.topk):
+            return torch.return_types.topk((func(*args, **(kwargs or {})).values, answer.indices))
+        return answer
+
+
+def _uses_its_choice(layer: MoELayer, trial: _Trial) -> bool:
+    """Whether what was returned depends on the indices that were chosen; a threshold depends on their scores alone."""
+    if trial.again is None or trial.selection.router.by_rounds or 2 * layer.top_k > layer.num_experts:
+        return True
+    other = trial.again(kind=_OtherIndices, tier=2)
+    parts = zip(tree_leaves(trial.output), tree_leaves(other.output), strict=False)
+    return other.error is not None or any(
+        isinstance(part, torch.Tensor) and (part.shape != changed.shape or not torch.equal(part, changed))
+        for part, changed in parts
+    )
 
 
 def _is_within_tier(layer: MoELayer, trial: _Trial) -> bool:

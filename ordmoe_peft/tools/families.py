@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -190,13 +191,15 @@ def _give_weights_(model: nn.Module, layers: list[MoELayer]) -> None:
             setattr(module, name, weight)
     # A block that chooses by its router's scores is run as a whole: the products of large experts would take minutes.
     for layer in layers:
-        for part in layer.experts.children() if layer.kind == "modules" else [layer.experts]:
+        for number, part in enumerate(layer.experts.children() if layer.kind == "modules" else [layer.experts]):
             if part is not layer.block:
-                part.forward = _zeros_like_the_first
+                part.forward = partial(_stand_in, number)
 
 
-def _zeros_like_the_first(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.zeros_like(next(iter((*args, *kwargs.values()))))
+def _stand_in(number: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """In place of an expert: what it is given, times a number of its own and what else it is given, as indices."""
+    first, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return first * (number + sum((other.double().square().sum().to(first.dtype) for other in others), start=0.0))
 
 
 def _alike(layers: list[MoELayer]) -> list[list[MoELayer]]:
@@ -256,7 +259,7 @@ def _refusal(check: Callable[..., Any], *args: Any) -> str | None:
 
 def _pattern(name: str) -> str:
     """The name of a module with `*` in place of numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -74,7 +74,7 @@ def _is_greedy(router: nn.Module) -> bool:
 
 
 def _layout(experts: nn.Module) -> str:
-    if any(True for _ in experts.children()) and not list(experts.parameters(recurse=False)):
+    if any(isinstance(module, nn.Linear) for module in experts.modules()):
         return "modules"
     stacks = [
         name.removesuffix("_proj") for name, weight in experts.named_parameters(recurse=False) if weight.dim() > 2

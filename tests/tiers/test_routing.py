@@ -410,7 +410,7 @@ def test_matched_weights_have_a_gradient_through_both_choices():
 
 
 def test_a_router_that_returns_no_weights_is_refused_for_matching():
-    class LogitsOnly(torch.nn.Module):
+    class NoWeights(torch.nn.Module):
         top_k = models.TOP_K
 
         def __init__(self, router):
@@ -419,12 +419,11 @@ def test_a_router_that_returns_no_weights_is_refused_for_matching():
 
         def forward(self, hidden_states):
             scores = hidden_states @ self.weight.T
-            torch.topk(scores, self.top_k)
-            return scores
+            return scores, torch.topk(scores, self.top_k).indices
 
     model = models.qwen3_moe()
     block = model.model.layers[0].mlp
-    block.gate = LogitsOnly(block.gate)
+    block.gate = NoWeights(block.gate)
     with pytest.raises(OrdMoEModelError, match=r"layers\.0\.mlp\.gate.*set tier_weights='router'"):
         get_peft_model(model, OrdMoEConfig(r=4, tier_weights="match"))
     assert not hasattr(block.gate, "tier_hook_handles")
