@@ -202,3 +202,108 @@ def test_k_is_that_of_the_router_then_of_its_configuration_then_of_the_block():
     assert stated_top_k(router, block) == 3
     router.top_k = 2
     assert stated_top_k(router, block) == 2
+
+
+class Experts(nn.Module):
+    """A block of K = 2 of E experts, as remote code has it: the block chooses."""
+
+    def __init__(self, experts: list[nn.Module] | None = None):
+        super().__init__()
+        self.gate, self.top_k = nn.Linear(H, E, bias=False), 2
+        self.experts = nn.ModuleList(experts or [nn.Linear(H, H) for _ in range(E)])
+
+    def scores(self, x):
+        return self.gate(x)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, H)
+        weights, index = self.scores(x).softmax(-1).topk(self.top_k, dim=-1)
+        rows = torch.stack([expert(x) for expert in self.experts], dim=1)
+        chosen = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, H))
+        return (weights.unsqueeze(-1) * chosen).sum(1).view_as(hidden_states)
+
+
+def test_a_list_beside_a_block_does_not_make_the_block_a_router():
+    model = with_block(Experts)
+    model.model.layers[1].heads = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+    found = [layer for layer in find_layers(model) if layer.block.startswith("model.layers.1")]
+    assert [(layer.block, layer.router) for layer in found] == [(BLOCK, f"{BLOCK}.gate")]
+
+
+def test_members_without_matrices_count():
+    block = Experts([*(nn.Linear(H, H) for _ in range(E - 2)), nn.Identity(), nn.Identity()])
+    assert list(find_layers(with_block(lambda: block)))[1].num_experts == E
+
+
+def with_two_gates() -> nn.Module:
+    block = Experts()
+    block.other_gate = nn.Linear(H, E, bias=False)
+    return block
+
+
+def with_noise() -> nn.Module:
+    block = Experts()
+    block.gate = nn.ModuleDict({"scores": nn.Linear(H, E), "noise": nn.Linear(H, E)})
+    return block
+
+
+def with_a_list_for_each_projection() -> nn.Module:
+    block = Experts()
+    block.more_experts = nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+    return block
+
+
+@pytest.mark.parametrize("block", [with_two_gates, with_noise, with_a_list_for_each_projection])
+def test_what_might_be_several_routers_is_refused_by_name(block):
+    model = with_block(block)
+    with pytest.raises(OrdMoEModelError, match=r"mlp has experts but no router .* or several"), tier_routing(model, 2):
+        pass
+
+
+def test_experts_that_layers_share_are_of_both_and_take_no_lora():
+    model = models.qwen3_moe()
+    first, second = Experts(), Experts()
+    second.experts = first.experts
+    model.model.layers[1].mlp, model.model.layers[2].mlp = first, second
+    assert [layer.kind for layer in find_layers(model)] == ["fused", "modules", "modules"]
+    with pytest.raises(OrdMoEModelError, match=r"layers\.1\.mlp\.experts\.0 and .*layers\.2.* one and the same module"):
+        get_peft_model(model, OrdMoEConfig(targets=["experts"]))
+
+
+class ReadsItsGate(Experts):
+    def scores(self, x):
+        return nn.functional.linear(x.float(), self.gate.weight.float())
+
+
+class ReadsItsExperts(Experts):
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, H)
+        weights, index = self.scores(x).softmax(-1).topk(self.top_k, dim=-1)
+        rows = torch.einsum("th,eoh->teo", x, torch.stack([expert.weight for expert in self.experts]))
+        chosen = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, H))
+        return (weights.unsqueeze(-1) * chosen).sum(1).view_as(hidden_states)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("block", "role", "message"),
+    [
+        (ReadsItsGate, "router", r"mlp\.gate \(Linear\) or its block reads weight itself"),
+        (ReadsItsExperts, "experts", r"mlp reads the weights of the experts in .* does not call them"),
+        (lambda: Experts([Scaled(H, H) for _ in range(E)]), "experts", r"have 0\.weight, which is of no nn\.Linear"),
+    ],
+    ids=["gate", "experts", "subclass"],
+)
+def test_lora_that_would_do_nothing_or_other_than_it_says_is_refused(block, role, message):
+    with pytest.raises(OrdMoEModelError, match=message):
+        get_peft_model(with_block(block), OrdMoEConfig(targets=[role]))
+
+
+def test_lora_on_what_is_called_is_not_refused():
+    tuned = get_peft_model(with_block(Experts), OrdMoEConfig(r=4))
+    names = [name for name, _ in tuned.named_parameters() if "lora_A" in name and "layers.1.mlp" in name]
+    assert len(names) == 1 + E

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .._compat import keep_linear4bit_layout, mark_initialized, save_in_original_format, save_in_own_names
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import EXPERTS_IMPLEMENTATION, check_no_adapter
+from ..moe_model import EXPERTS_IMPLEMENTATION, check_no_adapter, is_fused_experts
 from .config import MoeBitsAndBytesConfig
 from .dequantization import cast_rest_, join_experts_in_ram_, unpack_
 from .memory_by_role import quantization_census
@@ -184,7 +184,9 @@ class MoeBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
                 )
         for name in self.expert_stacks:
             experts, _ = get_module_from_name(model, name)
-            experts.requires_grad_(False)  # biases, too: no gradient is computed of packed experts
+            # Biases, too: no gradient is computed of packed experts. A block that holds its own has a router beside.
+            for parameter in experts.parameters(recurse=is_fused_experts(experts)):
+                parameter.requires_grad_(False)
         unpack_in_forward_(model, self.readers)
         keep_linear4bit_layout(model)
         save_in_own_names(model)

@@ -11,16 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..moe_model import MoEModel
 from ..tiers.scope import IGNORED_LABEL
-
-
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The part of `model` below its head. Where it names one that it has not (Llama 4), its text model."""
-    backbone = model.base_model
-    return next(iter(MoEModel.of(model).text_models)) if backbone is model else backbone
 
 
 def score_labelled(model: Callable, backbone: nn.Module, inputs: dict[str, Any]) -> Any:

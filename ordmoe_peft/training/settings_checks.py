@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from ..adapter.config import OrdMoEConfig
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import MoELayer, unwrapped
+from ..moe_model import MoELayer
 from .arguments import OrdMoETrainingArguments, warn_of_idle_settings
 
 
@@ -54,13 +55,20 @@ def check_settings(
 
 
 def check_causal(model: nn.Module) -> None:
-    """Raise [`OrdMoEModelError`] for a model that does not predict each token from those before it alone."""
-    config = model.config
+    """Raise [`OrdMoEModelError`] for a model that does not predict each token from those before it alone, or whose part
+    below the head TRL does not find."""
+    config, base = model.config, model.get_base_model() if isinstance(model, PeftModel) else model
     if config.is_encoder_decoder or getattr(config, "canvas_length", None):
         raise OrdMoEModelError(
-            f"{type(unwrapped(model)).__name__} is no causal language model (model_type={config.model_type!r}), so a "
+            f"{type(base).__name__} is no causal language model (model_type={config.model_type!r}), so a "
             "response has no likelihood of its tokens one after another. Its adapter works with tier_routing, and with "
             "a training loop of yours."
+        )
+    if base.base_model is base:
+        raise OrdMoEModelError(
+            f"{type(base).__name__} names {base.base_model_prefix!r} as its part below the head, which it has not, and "
+            "TRL's SFTTrainer needs that (trl 1.16). Its adapter works with tier_routing, and with a training loop of "
+            "yours."
         )
 
 

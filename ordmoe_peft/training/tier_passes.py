@@ -29,7 +29,7 @@ from .row_groups import RowGroup
 from .row_layout.prompt_sharing import PromptSharing
 from .row_layout.separate import SeparateRows, separate_rows, stack_rows
 from .row_layout.shared_prompt import SharedPromptRows
-from .score_labels import backbone_of, score_labelled
+from .score_labels import score_labelled
 from .tier_scores import Scored, TierScores
 
 
@@ -132,7 +132,7 @@ class TierForward:
         draw = replace(self.draw, num_samples=rows.num_samples, positions=rows.positions)
         held = tier_routing(self.moe_model, rows.tiers, draw=draw)
         with recorded_router_outputs(self.moe_model, enabled=needs_balance) as routing, held:
-            outputs = score_labelled(self.model, backbone_of(self.moe_model.get_base_model()), rows.inputs)
+            outputs = score_labelled(self.model, self.moe_model.get_base_model().base_model, rows.inputs)
         outputs = rows.as_separate_rows(outputs)
         # With a model split over devices the head may be on another one than its inputs.
         log_probs_NS = outputs.log_probs

@@ -1,5 +1,7 @@
 """What is counted, and what is not."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,6 +11,8 @@ from ordmoe_peft.errors import OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.router_meter import RouterMeter
 from tests import models
+from tests.families.rows import installed_rows
+from tests.families.subject import Subject
 
 
 def measured(model, *batches, **settings):
@@ -239,3 +243,13 @@ def test_an_interrupted_training_forward_does_not_count_later_ones():
         with torch.no_grad():
             model.eval()(**batch)
     assert meter.report() == []
+
+
+def test_routers_that_draw_draw_the_same_with_a_meter():
+    subject = Subject(next(row for row in installed_rows() if row.name == "PhimoeForCausalLM"))
+    model, logits = subject.adapted().train(), []
+    for measured in (False, True):
+        torch.manual_seed(4)
+        with RouterMeter(model, training_only=True) if measured else nullcontext():
+            logits.append(model(**subject.batch).logits)
+    assert torch.equal(*logits)

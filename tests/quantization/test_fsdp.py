@@ -43,3 +43,16 @@ def test_experts_outside_transformers_interface_find_theirs(name):
             setattr(model.get_submodule(owner), attribute, gathered)
     assert not any(map(is_packed, model.parameters()))
     assert torch.equal(subject.logits(model), wanted)
+
+
+def test_stacks_with_lora_find_theirs_before_lora_reads_them():
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Step3p7")))
+    model = subject.adapted(quantize_experts_(subject.copy()))
+    wanted = subject.logits(model)
+    keep_packed_when_sharded(model)
+    for name, packed in [*model.named_parameters()]:
+        if is_packed(packed):
+            owner, _, attribute = name.rpartition(".")
+            gathered = nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, gathered)
+    assert torch.equal(subject.logits(model), wanted)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
+from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_, tier_routing
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.quantization import unpacked_forward
 from ordmoe_peft.quantization.storage import dense_stack, is_packed, logical_shape, pack_experts
@@ -285,3 +285,55 @@ def test_stacks_of_modules_within_are_dense_and_linear_layers_as_they_are():
     assert torch.equal(stack, dense_stack(outer.stack, torch.bfloat16))
     assert is_packed(outer.inner.flat)
     assert is_packed(outer.stack)
+
+
+class KeepsALoss(nn.Module):
+    """A block that holds its experts and keeps a loss, as remote code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.top_k, self.aux_loss = nn.Linear(models.HIDDEN_SIZE, models.NUM_EXPERTS), 2, None
+        shape = (models.NUM_EXPERTS, models.HIDDEN_SIZE, models.HIDDEN_SIZE)
+        self.up_proj, self.down_proj = nn.Parameter(torch.randn(shape) * 0.1), nn.Parameter(torch.randn(shape) * 0.1)
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, models.HIDDEN_SIZE)
+        scores = self.gate(x).softmax(-1)
+        self.aux_loss = scores.square().sum()
+        weights, index = scores.topk(self.top_k, dim=-1)
+        rows = torch.einsum("eij,ejk,tk->tei", self.down_proj, self.up_proj, x)
+        chosen = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, models.HIDDEN_SIZE))
+        return (weights.unsqueeze(-1) * chosen).sum(1).view_as(hidden_states)
+
+
+def test_a_loss_that_a_block_keeps_is_kept():
+    model = models.qwen3_moe()
+    block = model.model.layers[1].mlp = KeepsALoss()
+    quantize_experts_(model)
+    assert is_packed(block.up_proj)
+    model(**models.text_batch())
+    block.aux_loss.backward()
+    assert block.gate.weight.grad.any()
+    assert is_packed(block.up_proj) and "up_proj" not in vars(block)
+    with tier_routing(model, 2):
+        model(**models.text_batch())
+
+
+def test_stacks_are_packed_also_where_a_dense_layer_has_a_linear_of_their_name():
+    model = models.qwen3_moe()
+    model.model.layers[0].mlp = nn.Sequential()
+    model.model.layers[0].mlp.down_proj = nn.Linear(models.HIDDEN_SIZE, models.HIDDEN_SIZE)
+    block = model.model.layers[1].mlp = KeepsALoss()
+    quantize_experts_(model)
+    assert is_packed(block.down_proj) and is_packed(block.up_proj)
+
+
+def test_autocast_decides_what_stacks_are_unpacked_to():
+    subject = Subject(next(row for row in installed_rows() if row.name.startswith("Step3p7")))
+    model, seen = quantize_experts_(subject.copy()), []
+    owner = readers(model)[0]
+    act = owner.act_fn
+    owner.act_fn = type("Seen", (nn.Module,), {"forward": lambda self, x: seen.append(x.dtype) or act(x)})()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        subject.logits(model)
+    assert set(seen) == {torch.bfloat16}

@@ -84,6 +84,41 @@ class ViewsItsChoice(Router):
         return scores.topk(self.top_k, dim=-1).indices.view(-1).view(-1, K)
 
 
+class OneByOneInPlace(OneByOne):
+    def choose(self, scores):
+        first = scores.max(dim=-1, keepdim=True).indices
+        scores.scatter_(-1, first, -torch.inf)
+        return torch.cat([first, scores.max(dim=-1, keepdim=True).indices], dim=-1)
+
+
+class WithoutGradient(OneByOne):
+    def choose(self, scores):
+        with torch.no_grad():
+            return super().choose(scores)
+
+
+class ByThreshold(Router):
+    def forward(self, hidden):
+        scores = self.scores(hidden)
+        return scores.masked_fill(scores < scores.topk(K, dim=-1).values[..., -1:], 0)
+
+
+class WithAFixedExpert(Router):
+    def choose(self, scores):
+        return torch.cat([super().choose(scores)[..., 1:], torch.zeros_like(scores[..., :1]).long()], dim=-1)
+
+
+class Counts(Router):
+    def __init__(self):
+        super().__init__()
+        self.load = nn.Buffer(torch.zeros(E))
+
+    def choose(self, scores):
+        index = super().choose(scores)
+        self.load += torch.bincount(index.flatten(), minlength=E)
+        return index
+
+
 class ByToken(Router):
     def __init__(self):
         super().__init__()
@@ -177,6 +212,9 @@ def test_a_choice_by_other_means_is_refused_also_where_all_tokens_get_the_same(w
     ("router", "message"),
     [
         (Twice, r"\(Twice\) chose experts by 2 calls"),
+        (OneByOneInPlace, r"\(OneByOneInPlace\) chose experts by 0 calls"),
+        (ByThreshold, r"\(ByThreshold\) gives tokens to other experts than those that it chose"),
+        (WithAFixedExpert, r"\(WithAFixedExpert\) gives tokens to other experts"),
         (Fails, r"\(Fails\) cannot be run on hidden states alone: a kernel is missing"),
     ],
 )
@@ -207,6 +245,21 @@ def test_lora_within_a_router_hides_no_ranks():
     assert check_router(layer) == wanted
     tuned.unload()
     assert check_router(layer) == wanted
+
+
+def test_a_trial_leaves_buffers_alone():
+    layer = layer_with(Counts())
+    check_router(layer)
+    assert not layer.router.load.any()
+
+
+@pytest.mark.parametrize("tier", [1, 2, [1, 2, 3]])
+def test_rounds_without_gradient_leave_their_weights_one(tier):
+    model = models.qwen3_moe()
+    gate = model.model.layers[0].mlp.gate = WithoutGradient()
+    with tier_routing(model, tier, layer_scope=[0]):
+        model(torch.arange(1, 16).view(3, 5)).logits.square().sum().backward()
+    assert gate.weight.grad is not None and gate.weight.grad.any()
 
 
 def test_a_trial_leaves_random_numbers_and_hooks_alone():

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig, tier_routing
-from ordmoe_peft.errors import OrdMoEModelError
+from ordmoe_peft.errors import OrdMoEModelError, OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.plan import RandomDraw
 from ordmoe_peft.tiers.routing import adapter_config, install_tier_hooks
@@ -407,6 +407,31 @@ def test_matched_weights_have_a_gradient_through_both_choices():
     with tier_routing(model, 3, tier_weights="match", layer_scope=[0]):
         model(torch.arange(5)[None])
     torch.testing.assert_close(gradient[0], wanted[0], rtol=1e-4, atol=1e-7)
+
+
+def test_an_interrupted_forward_leaves_nothing_on(model):
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    batch = models.text_batch()
+    plain = model(**batch).logits
+    with pytest.raises(Interrupted), tier_routing(model, 3):  # which always_call hooks do not see
+        router = MoEModel.of(model).layers[1].router
+        handle = router.register_forward_pre_hook(interrupt)
+        model(**batch)
+    handle.remove()
+    assert torch.equal(model(**batch).logits, plain)
+
+
+def test_a_layer_that_runs_by_itself_is_on_no_tier(model):
+    block = MoEModel.of(model).layers[0].block
+    with tier_routing(model, 2), pytest.raises(OrdMoERuntimeError, match="not within a forward of its text model"):
+        block(torch.randn(1, 4, models.HIDDEN_SIZE))
+    with tier_routing(model, 1):
+        block(torch.randn(1, 4, models.HIDDEN_SIZE))
 
 
 def test_a_router_that_returns_no_weights_is_refused_for_matching():

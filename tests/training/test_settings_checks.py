@@ -2,8 +2,11 @@
 
 import pytest
 
-from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.training import settings_checks
+from ordmoe_peft.training.settings_checks import check_causal
+from tests.families.rows import ROWS
+from tests.families.subject import Subject
 from tests.training.test_trainer import adapted, trainer_for
 
 
@@ -49,3 +52,17 @@ class TestWarnings:
     def test_a_floor_that_no_tier_can_reach(self, tmp_path, warnings):
         trainer_for(tmp_path, adapted(advantages="none"), lower_tier_floor="uniform")
         assert any("lower_tier_floor='uniform' has no effect" in message for message in warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SwitchTransformersForConditionalGeneration", "is no causal language model"),
+        ("DiffusionGemmaForBlockDiffusion", "is no causal language model"),
+        ("Llama4ForCausalLM", "names 'language_model' as its part below the head"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_by_name(name, message):
+    model = Subject(next(row for row in ROWS if row.name == name)).adapted()
+    with pytest.raises(OrdMoEModelError, match=message):
+        check_causal(model)
