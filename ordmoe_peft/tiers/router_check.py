@@ -123,11 +123,13 @@ def _judged(layer: MoELayer, found: list[_Trial]) -> RouterSizes:
     """What a router is by the trials in which it chose once."""
     sizes, chosen = found[0].selection.router, read_router_output(layer, found[0].output)
     is_own = not sizes.router_in_block and all(part is None or len(part) == PROBE_TOKENS for part in chosen)
+    is_broken = not bool(layer.router_weight.isfinite().all())
     sum_T = chosen.weights_TK.float().sum(-1) if is_own and chosen.weights_TK is not None else None
     return replace(
         sizes,
         score_dims=frozenset.union(*(trial.selection.router.score_dims for trial in found)),
-        may_limit=any(trial.selection.limit is not None for trial in found),
+        # What a router without numbers yet does to its scores is seen when it has some.
+        may_limit=is_broken or any(trial.selection.limit is not None for trial in found),
         has_weights=sum_T is not None,
         is_readable=is_own and not any(part is None for part in chosen),
         renormalises=sum_T is not None and torch.allclose(sum_T, sum_T[:1], rtol=0.01),
