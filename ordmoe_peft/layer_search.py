@@ -133,17 +133,27 @@ class _Tree:
         self.own: dict[str, list[str]] = {}
         for name in self.shapes:
             self.own.setdefault(name.rpartition(".")[0], []).append(name)
+        # Both are asked for many times over, where each expert is a module.
+        self._shapes_in: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+        self._experts_in: dict[str, FoundExperts | None] = {}
 
     def shapes_in(self, name: str, dim: int) -> dict[str, tuple[int, ...]]:
         """Parameters of `dim` dimensions in the module `name` and in all that it holds."""
-        inner = [part for child in self.children.get(name, ()) for part in self.shapes_in(child, dim).items()]
-        return {**self.own_shapes(name, dim), **dict(inner)}
+        if (name, dim) not in self._shapes_in:
+            inner = [part for child in self.children.get(name, ()) for part in self.shapes_in(child, dim).items()]
+            self._shapes_in[name, dim] = {**self.own_shapes(name, dim), **dict(inner)}
+        return self._shapes_in[name, dim]
 
     def own_shapes(self, name: str, dim: int) -> dict[str, tuple[int, ...]]:
         return {own: self.shapes[own] for own in self.own.get(name, ()) if len(self.shapes[own]) == dim}
 
     def experts_in(self, name: str) -> FoundExperts | None:
         """The experts that the module `name` itself holds, if it may hold such."""
+        if name not in self._experts_in:
+            self._experts_in[name] = self._look_into(name)
+        return self._experts_in[name]
+
+    def _look_into(self, name: str) -> FoundExperts | None:
         module = self.modules[name]
         if is_fused_experts(module):
             fused = tuple(f"{name}.{stack}" for stack in projections_of(module))
@@ -228,9 +238,10 @@ class _Tree:
         """
         held, found = {_child_of(block, experts.name) for experts in group}, []
         for child in self.children.get(block, ()):
-            if child in held or self._holds_experts(child, group[0]):
+            matrices = [] if child in held else self._matrices_of(child, group[0])
+            if not matrices or self._holds_experts(child, group[0]):
                 continue
-            for matrix in self._matrices_of(child, group[0]):
+            for matrix in matrices:
                 is_other = self.shapes[matrix][0] != group[0].num_experts
                 rank = (is_other, not _states_top_k(self.modules[child]), matrix.count("."))
                 found.append((rank, child, matrix.removeprefix(f"{child}.")))
@@ -238,10 +249,10 @@ class _Tree:
 
     def _holds_experts(self, name: str, experts: FoundExperts) -> bool:
         """Whether the module `name` is or holds as many experts, so that it is a block or a list, and no router."""
-        within = [part for part in self.modules if f"{part}.".startswith(f"{name}.")]
-        return any(
-            found is not None and found.num_experts == experts.num_experts for found in map(self.experts_in, within)
-        )
+        found = self.experts_in(name)
+        if found is not None and found.num_experts == experts.num_experts:
+            return True
+        return any(self._holds_experts(child, experts) for child in self.children.get(name, ()))
 
     def _matrices_of(self, child: str, experts: FoundExperts) -> list[str]:
         """The matrices of a child that may route: those with the fewest rows from E on. Several make it unknown which
@@ -271,6 +282,9 @@ def _child_of(block: str, name: str) -> str:
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the numbers that `weight` stands for, also where they are packed in 4 bits."""
+    """The shape of the numbers that `weight` stands for, also where they are packed in 4 bits.
+
+    [`~ordmoe_peft.quantization.storage.logical_shape`] is the same, in a package that imports this module.
+    """
     state = getattr(weight, "quant_state", None)
     return tuple(weight.shape if state is None else state.shape)

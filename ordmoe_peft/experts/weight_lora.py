@@ -86,12 +86,18 @@ def run_again(module: nn.Module, *args: Any, with_lora: bool = True, **kwargs: A
     """`module.forward(*args, **kwargs)` beside the run that counts: hooks do not run, random numbers and inputs stay as
     they are. Without `with_lora`, updates of LoRA layers that the module holds are 0.
     """
-    plain = _Forward(module)
-    lora = () if with_lora else plain.named_parameters()
+    lora = () if with_lora else module.named_parameters()
     nothing = {name: torch.zeros_like(weight) for name, weight in lora if ".lora_B." in name}
     if module.training:  # some routers multiply noise into their inputs in place
         args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
         kwargs = {name: arg.clone() if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
     devices = {weight.device for weight in module.parameters() if weight.device.type == "cuda"}
-    with torch.random.fork_rng(devices, enabled=module.training), _one_at_a_time:
-        return functional_call(plain, nothing, args, kwargs, tie_weights=False)
+    with torch.random.fork_rng(devices, enabled=module.training):
+        return forward_with(module, nothing, *args, **kwargs)
+
+
+def forward_with(module: nn.Module, weights: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    """`module.forward(*args, **kwargs)` with `weights` in place of its own of these names. Its hooks do not run."""
+    swapped = {f"module.{name}": weight for name, weight in weights.items()}
+    with _one_at_a_time:
+        return functional_call(_Forward(module), swapped, args, kwargs, tie_weights=False)

@@ -12,10 +12,10 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.func import functional_call
 
 from .._compat import accelerate_hook, tree_leaves
 from ..errors import OrdMoEModelError
+from ..experts.weight_lora import forward_with
 from ..moe_model import MoELayer
 from ..router_output import read_router_output
 from .plan import TierPlan, TierSettings
@@ -107,7 +107,7 @@ def calls_experts(layer: MoELayer) -> bool:
     """Whether the layer's block calls experts that are modules, or the linear layers in them, as it is run on noise.
     `True` where it cannot be run on hidden states alone."""
     calls: list[bool] = []
-    # What `ordmoe families` runs in place of large experts calls no linear layers.
+    # An expert whose forward was replaced may call no linear layers, and counts as called itself.
     experts = [module for module in layer.experts.children() if "forward" in vars(module)]
     linears = [module for module in layer.experts.modules() if isinstance(module, nn.Linear)]
     with ExitStack() as stack, _ready(layer):
@@ -244,7 +244,7 @@ def _is_fixed(layer: MoELayer) -> bool:
         for shaped in (hidden, hidden.unsqueeze(0)):
             first, others = _inputs(layer, router, shaped, _is_needed)
             try:
-                output = functional_call(router, {layer.router_matrix: matrix}, (first,), others)
+                output = forward_with(router, {layer.router_matrix: matrix}, first, **others)
             except FAILURES:
                 continue
             chosen.append(read_router_output(layer, output).index_TK)

@@ -14,18 +14,23 @@ from tests.families.rows import installed_rows
 from tests.families.subject import Subject
 
 
+def lose_states(model: nn.Module) -> None:
+    """Put what FSDP2 gathers in the place of each packed stack: a plain tensor of the same bytes."""
+    for name, packed in [*model.named_parameters()]:
+        if is_packed(packed):
+            owner, _, attribute = name.rpartition(".")
+            gathered = nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, gathered)
+    assert not any(map(is_packed, model.parameters()))
+
+
 def test_what_was_gathered_finds_its_scales_before_each_forward():
     model = quantize_experts_(models.qwen3_moe())
     with torch.no_grad():
         wanted = model(**models.text_batch()).logits
     keep_packed_when_sharded(model)
     model = copy.deepcopy(model)
-    experts = [layer.mlp.experts for layer in model.model.layers]
-    for module in experts:
-        for name in ("gate_up_proj", "down_proj"):
-            packed = getattr(module, name)
-            setattr(module, name, nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False))
-    assert not any(is_packed(module.down_proj) for module in experts)
+    lose_states(model)
     with torch.no_grad():
         assert torch.equal(model(**models.text_batch()).logits, wanted)
 
@@ -36,12 +41,7 @@ def test_experts_outside_transformers_interface_find_theirs(name):
     model = quantize_experts_(subject.copy())
     wanted = subject.logits(model)
     keep_packed_when_sharded(model)
-    for name, packed in [*model.named_parameters()]:
-        if is_packed(packed):
-            owner, _, attribute = name.rpartition(".")
-            gathered = nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, gathered)
-    assert not any(map(is_packed, model.parameters()))
+    lose_states(model)
     assert torch.equal(subject.logits(model), wanted)
 
 
@@ -50,9 +50,5 @@ def test_stacks_with_lora_find_theirs_before_lora_reads_them():
     model = subject.adapted(quantize_experts_(subject.copy()))
     wanted = subject.logits(model)
     keep_packed_when_sharded(model)
-    for name, packed in [*model.named_parameters()]:
-        if is_packed(packed):
-            owner, _, attribute = name.rpartition(".")
-            gathered = nn.Parameter(packed.data.as_subclass(torch.Tensor).clone(), requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, gathered)
+    lose_states(model)
     assert torch.equal(subject.logits(model), wanted)

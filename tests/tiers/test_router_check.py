@@ -196,7 +196,10 @@ def test_rounds_are_recognised():
 
 
 def test_a_choice_by_token_is_no_rank():
-    assert not check_router(layer_with(ByToken())).is_ranked
+    router, calls = ByToken(), []
+    router.register_forward_hook(lambda *_: calls.append(1))
+    assert not check_router(layer_with(router)).is_ranked
+    assert not calls, "hooks are for the model's own inputs"
 
 
 @pytest.mark.parametrize("weight", ["random", "zero"])
