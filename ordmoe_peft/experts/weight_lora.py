@@ -35,10 +35,6 @@ class WeightLora(lora_layer.ParamWrapper):
         self._param_ndim = 3
         return in_features, out_features
 
-    def delta(self, adapter_names: list[str], expert: int) -> torch.Tensor:
-        """What the adapters add to one expert's matrix, in the stack's own layout."""
-        return sum(self.get_delta_weight(name)[expert] for name in adapter_names)
-
     @torch.compiler.disable(reason="OrdMoE swaps the weight under a lock")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = first_tensor(*args, **kwargs)

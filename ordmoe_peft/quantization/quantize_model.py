@@ -75,7 +75,8 @@ def _linears_to_keep(model: PreTrainedModel, config: MoeBitsAndBytesConfig) -> s
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
     endings = {name: ".".join(name.split(".")[-2:]) for name in kept}
     others = {*packed, *stacks, *owners, *stacks.values()}
-    return {name if any(other.endswith(ending) for other in others) else ending for name, ending in endings.items()}
+    taken = {ending for ending in {*endings.values()} if any(other.endswith(ending) for other in others)}
+    return {name if ending in taken else ending for name, ending in endings.items()}
 
 
 def _pack_linears_(model: PreTrainedModel, dense: dict[str, nn.Linear]) -> None:
