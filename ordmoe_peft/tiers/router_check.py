@@ -71,17 +71,20 @@ def check_router(layer: MoELayer) -> RouterSizes:
         )
     sizes = RouterSizes.of(layer)
     with _ready(layer):
-        if is_without_numbers(layer):
-            return sizes
-        trials = list(_trials(layer, router, sizes))
-        if all(trial.error is not None for trial in trials):
-            error = trials[0].error
-            raise OrdMoEModelError(f"{named} cannot be run on hidden states alone: {error}") from error
-        found = _chosen(trials)
-        if not found and _is_fixed(layer):
-            return replace(sizes, is_ranked=False, may_limit=False)
-        found = found or _by_rounds(layer, sizes) or _in_block(layer, sizes)
-        follows = not found or (_returns_its_choice(layer, found[0]) and _uses_its_choice(layer, found[0]))
+        return sizes if is_without_numbers(layer) else _tried(layer, named, sizes)
+
+
+def _tried(layer: MoELayer, named: str, sizes: RouterSizes) -> RouterSizes:
+    """What trials of the router tell; `named` is what messages call it."""
+    is_broken = not bool(layer.router_weight.isfinite().all())  # now: accelerate takes the weights away after a run
+    trials = list(_trials(layer, layer.known_router, sizes))
+    if all(trial.error is not None for trial in trials):
+        error = trials[0].error
+        raise OrdMoEModelError(f"{named} cannot be run on hidden states alone: {error}") from error
+    found = _chosen(trials)
+    if not found and _is_fixed(layer):
+        return replace(sizes, is_ranked=False, may_limit=False)
+    found = found or _by_rounds(layer, sizes) or _in_block(layer, sizes)
     count = found[0].selection.selections if found else 0
     if count != 1:
         raise OrdMoEModelError(
@@ -93,14 +96,14 @@ def check_router(layer: MoELayer) -> RouterSizes:
             f"{named} leaves experts out of its choice, or changes their ranks, in a way that is not recognised, so "
             "the ranks below those that it chooses are unknown; this router is not supported."
         )
-    if not follows:
+    if not (_returns_its_choice(layer, found[0]) and _uses_its_choice(layer, found[0])):
         raise OrdMoEModelError(
             f"{named} gives tokens to other experts than those that it chose by torch.topk, so tiers cannot be imposed "
             "by answering that; this router is not supported."
         )
     # Its inputs are of the first shape that it took, and perhaps of another that it takes as well.
     others = [trial for trial in found[1:] if trial.selection.selections == 1 and not trial.selection.hides_ranks]
-    return _judged(layer, [found[0], *others])
+    return _judged(layer, [found[0], *others], is_broken)
 
 
 def calls_experts(layer: MoELayer) -> bool:
@@ -119,11 +122,10 @@ def calls_experts(layer: MoELayer) -> bool:
     return bool(calls) or all(trial.error is not None for trial in trials)
 
 
-def _judged(layer: MoELayer, found: list[_Trial]) -> RouterSizes:
-    """What a router is by the trials in which it chose once."""
+def _judged(layer: MoELayer, found: list[_Trial], is_broken: bool) -> RouterSizes:
+    """What a router is by the trials in which it chose once, and by whether its weights are NaN or infinite."""
     sizes, chosen = found[0].selection.router, read_router_output(layer, found[0].output)
     is_own = not sizes.router_in_block and all(part is None or len(part) == PROBE_TOKENS for part in chosen)
-    is_broken = not bool(layer.router_weight.isfinite().all())
     sum_T = chosen.weights_TK.float().sum(-1) if is_own and chosen.weights_TK is not None else None
     return replace(
         sizes,
