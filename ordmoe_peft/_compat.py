@@ -57,6 +57,11 @@ def is_repacked(weight: Params4bit) -> bool:
     return getattr(weight.quant_state, "packing_format_for_cpu", False)
 
 
+def commit_of(config: object) -> str | None:
+    """The commit on the hub that a configuration was loaded from; there is no public getter (transformers 5.24)."""
+    return getattr(config, "_commit_hash", None)
+
+
 def attention_implementation(model: nn.Module) -> str:
     """The name of the attention function that `model`'s text layers use; there is no public getter (5.23)."""
     return model.config.get_text_config()._attn_implementation

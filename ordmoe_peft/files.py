@@ -1,10 +1,19 @@
 """Files that are there whole or not at all."""
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import OrdMoEConfigError
+
+
+# Where files wait for their places, whole.
+_WAITING = ".waiting"
+# Of `renameat2`: relative to the working directory; exchange (Linux, `fcntl.h` and `stdio.h`).
+_HERE, _EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -28,10 +37,17 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Within the block, write to the folder given; at its end it takes the name `path`, which may be an empty folder.
 
     What an error leaves behind is removed.
+
+    Args:
+        path (`str` or `Path`): the folder's name.
+        replace (`bool`, defaults to `False`): let the folder take the place of one that is not empty, in one step.
+
+    Raises:
+        [`OrdMoEConfigError`]: the file system cannot exchange two folders.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +55,54 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        os.replace(unfinished, path)
+        if replace and path.is_dir() and any(path.iterdir()):
+            exchange(unfinished, path)  # the earlier one has the unfinished one's name now, and goes with it
+        else:
+            os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Give two folders each other's names, in one step. Linux alone has a call for it (`renameat2(2)`).
+
+    Raises:
+        [`OrdMoEConfigError`]: the system or the file system cannot do that.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    failed = rename is None or rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    if failed:
+        reason = "the system has no call for it" if rename is None else os.strerror(ctypes.get_errno())
+        raise OrdMoEConfigError(
+            f"{other} cannot be replaced in one step ({reason}), and a process killed between two steps would leave "
+            "neither. Remove it first, or choose another folder."
+        )
+
+
+@contextmanager
+def whole_files(folder: str | Path) -> Iterator[Path]:
+    """Within the block, write files to the folder given; at its end they take their places in `folder`, all or none.
+
+    Other files in `folder` stay. A process killed while files take their places leaves the rest of them in `folder`,
+    hidden, and [`finish_files`] goes on; whoever reads such files calls it first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_files(folder)
+    for left in folder.glob(f".{_WAITING}.*.partial"):  # by processes that were killed before
+        shutil.rmtree(left, ignore_errors=True)
+    with whole_folder(folder / _WAITING) as unfinished:
+        yield unfinished
+    finish_files(folder)
+
+
+def finish_files(folder: str | Path) -> None:
+    """Let the files that wait in `folder` take their places; see [`whole_files`]."""
+    waiting = Path(folder, _WAITING)
+    if not waiting.is_dir():
+        return
+    for file in sorted(waiting.iterdir()):  # an adapter's configuration before its weights, which nothing reads alone
+        with suppress(FileNotFoundError):  # another process does the same
+            os.replace(file, waiting.parent / file.name)
+    with suppress(FileNotFoundError):
+        waiting.rmdir()

@@ -1,8 +1,11 @@
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from ordmoe_peft.files import whole_folder, write_whole
+from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.files import exchange, finish_files, whole_files, whole_folder, write_whole
 
 
 def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path):
@@ -37,3 +40,65 @@ def test_a_folder_gets_its_name_at_its_end(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "other"):
         raise KeyboardInterrupt
     assert [folder.name for folder in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_folder_takes_the_place_of_another_in_one_step(tmp_path):
+    path = tmp_path / "plain"
+    for content in ("old", "new"):
+        with whole_folder(path, replace=True) as unfinished:
+            (unfinished / content).touch()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["plain"]
+
+
+def test_a_folder_that_cannot_be_exchanged_stays(tmp_path):
+    path = tmp_path / "plain"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(OrdMoEConfigError, match=r"cannot be replaced in one step \(No such file"):
+        exchange(tmp_path / "gone", path)
+    assert (path / "old").is_file()
+
+
+def test_files_take_their_places_beside_others(tmp_path):
+    (tmp_path / "state.json").touch()
+    for content in ("old", "new"):
+        with whole_files(tmp_path) as folder:
+            (folder / "a").write_text(content)
+            (folder / "b").write_text(content)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "new", "b": "new", "state.json": ""}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_process_killed_while_files_take_their_places(moved, tmp_path, monkeypatch):
+    with whole_files(tmp_path) as folder:
+        (folder / "a").write_text("old")
+        (folder / "b").write_text("old")
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > 1 + moved:  # the first gives the folder its name
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt) if moved < 2 else nullcontext(), whole_files(tmp_path) as folder:
+            (folder / "a").write_text("new")
+            (folder / "b").write_text("new")
+    finish_files(tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+
+
+def test_a_process_killed_before_that_leaves_what_was_there(tmp_path):
+    with whole_files(tmp_path) as folder:
+        (folder / "a").write_text("old")
+    killed = tmp_path / "..waiting.1234.partial"
+    killed.mkdir()
+    (killed / "a").write_text("ne")
+    finish_files(tmp_path)
+    assert (tmp_path / "a").read_text() == "old"
+    with whole_files(tmp_path) as folder:
+        (folder / "a").write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

@@ -1,7 +1,9 @@
 """The adapter's configuration, saved with it."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -12,9 +14,11 @@ from ..objectives.advantages import ADVANTAGES, tier_rewards
 from ..tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from ..tiers.ranking import GROUPINGS
 from ..tiers.scope import TOKEN_SCOPES
+from .base_record import hub_id
 from .field_types import check_field_types
 from .lora_fields import check_any_target, check_parameter_targets
-from .saved_weights import find_weights
+from .record import RECORD_NAME
+from .saved import SavedAdapter
 
 
 PEFT_METHOD = "ordmoe"
@@ -83,17 +87,42 @@ class OrdMoEConfig(LoraConfig):
         default=None, metadata={"help": "The base's quantisation in training; filled in."}
     )
 
-    # The file of the saved adapter that this is the configuration of, until it is loaded.
-    weights_file = None
+    # The files of the adapter that this is the configuration of, until it is loaded.
+    saved = None
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        ignore_fingerprint: bool = False,
+        **kwargs: Any,
     ) -> PeftConfig:
-        """PEFT's; takes a note of the adapter's weights, which are looked at before an adapter is attached to them."""
+        """PEFT's; takes a note of the adapter's files, which are checked before anything is attached to a model.
+
+        Args:
+            pretrained_model_name_or_path (`str`): a folder or hub id.
+            subfolder (`str`, *optional*): where in it.
+            ignore_fingerprint (`bool`, defaults to `False`): let the adapter be loaded on another base than its own,
+                with a warning.
+            kwargs: as for `huggingface_hub.hf_hub_download`; others have no effect, as in PEFT.
+        """
+        lookup, _, _ = cls._split_kwargs(kwargs)
+        saved = SavedAdapter.read(pretrained_model_name_or_path, subfolder, **lookup)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.weights_file = find_weights(pretrained_model_name_or_path, subfolder, **kwargs)
+        saved.ignore_fingerprint = ignore_fingerprint
+        config.saved = saved
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; names a base from the hub by its id, not by the folder that it was loaded from."""
+        written = copy.copy(self)
+        name, revision = hub_id(self.base_model_name_or_path or "")
+        if name is not None:
+            written.base_model_name_or_path, written.revision = name, self.revision or revision
+        super(OrdMoEConfig, written).save_pretrained(save_directory, **kwargs)
+        # Of an earlier save. The model's own `save_pretrained` writes another.
+        Path(save_directory, RECORD_NAME).unlink(missing_ok=True)
 
     def __post_init__(self):
         self.targets = [self.targets] if isinstance(self.targets, str) else self.targets

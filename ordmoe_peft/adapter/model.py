@@ -23,11 +23,13 @@ from ..moe_model import (
 )
 from ..tiers.routing import install_tier_hooks, note_adapter_configs, ranked_layers, remove_tier_hooks
 from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
+from .base_record import base_record, check_base_record
 from .config import OrdMoEConfig
 from .fitting import check_fits_model, fill_in_targets
 from .lora_fields import changes_base_weights
 from .offloading import bring_offloaded_routers
-from .saved_weights import check_fits, saved_shapes
+from .peft_model import give_class_to_owner
+from .saved import SavedAdapter, check_fits
 from .targets import Target, base_moe, base_quantization, coverage_report
 
 
@@ -49,18 +51,33 @@ class OrdMoEModel(LoraModel):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         with unchanged_on_error(model):  # PEFT adds to the configurations of a model that has an adapter
             super().__init__(model, *args, **kwargs)
+        self._awaits_owner = give_class_to_owner(self)
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        # The first that a `PeftModel` calls of what it holds.
+        self._awaits_owner.remove()
+        super()._cast_adapter_dtype(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if ".lora" in f".{adapter_name}":
+            raise OrdMoEConfigError(
+                f"The adapter's name {adapter_name!r} begins with 'lora', by which PEFT finds LoRA's weights, so its "
+                "own would be lost. Choose another name."
+            )
+        # Of each adapter what is known of it, and what was checked before it was attached.
+        self.__dict__.setdefault("records", {})
+        self.__dict__.setdefault("checked", {})
         with attached_or_unchanged(self, adapter_name):
             self._attach(model, adapter_name, *args, **kwargs)
 
     def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        is_loaded, file = config.base_moe is not None, config.weights_file
-        saved = saved_shapes(file) if is_loaded and file else None
+        is_loaded, saved = config.base_moe is not None, config.saved
+        shapes = saved.check_weights() if is_loaded and saved else None
         targets, plan = check_fits_model(config, model)
         # From here on the model changes. `_detach` undoes it, and `attached_or_unchanged` where something fails.
         bring_offloaded_routers(MoEModel.of(model).layers)
+        self._know_base(model, adapter_name, saved if is_loaded else None)
         moe = install_tier_hooks(model, plan.layers)
         if config.num_tiers > 1:
             ranked_layers(moe, plan)
@@ -75,15 +92,33 @@ class OrdMoEModel(LoraModel):
             # PEFT looks for patterns among modules alone; `fill_in_targets` has found all.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if saved is not None:
+        if shapes is not None:
             attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
-            check_fits(saved, {f"base_model.{name}": tensor for name, tensor in attached.items()}, str(file))
-        config.weights_file = None
+            check_fits(
+                shapes, {f"base_model.{name}": tensor for name, tensor in attached.items()}, str(saved.weights_file)
+            )
+            saved.check_checksum()
+            self.checked[adapter_name] = saved
+        config.saved = None
         note_adapter_configs(model, self.peft_config)
         if not hasattr(self, "_experts_implementation_before"):
             self._experts_implementation_before = model.get_experts_implementation()
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         logger.info(f"OrdMoE adapter {adapter_name!r}:\n{coverage_report(model)}")
+
+    def _know_base(self, model: nn.Module, adapter_name: str, saved: SavedAdapter | None) -> None:
+        """Take a note of the base, and see that it is the one that a saved adapter was trained on.
+
+        Raises:
+            [`OrdMoEModelError`]: it is not.
+        """
+        if "base_record" not in vars(self):  # of the bare base: it is the same for all adapters
+            self.base_record = base_record(model)
+        record = None if saved is None else saved.record
+        if saved is not None and record is not None:
+            ignore = saved.ignore_fingerprint or vars(self).get("ignore_fingerprint", False)
+            check_base_record(record["base"], self.base_record, str(saved.folder), ignore)
+        self.records[adapter_name] = record or {"base": self.base_record, "training": None, "probes": None}
 
     def _detach(self, model: nn.Module) -> None:
         """Undo what [`_attach`] changed in `model`, from which PEFT has taken its wrappers."""

@@ -64,6 +64,8 @@ def test_a_configuration_of_an_older_version_loads(tmp_path):
     saved = {
         "peft_type": "ORDMOE",
         "num_tiers": 3,
+        "r": 8,
+        "lora_alpha": 8,
         "layer_scope": [0, 2],
         "rewards": [1, 0.5, 0],
         "targets": ["router"],

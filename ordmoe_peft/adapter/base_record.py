@@ -1,0 +1,170 @@
+"""What an adapter remembers of its base, so that another one is noticed when the adapter is loaded."""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import commit_of
+from ..errors import OrdMoEModelError
+from ..moe_model import MoEModel
+from .targets import base_quantization
+
+
+# Of a configuration: where it came from, how it is run, and what counts in training or generation alone. Nothing of it
+# changes a forward.
+NOT_OF_THE_FORWARD = {
+    *("_name_or_path", "transformers_version", "architectures", "auto_map", "quantization_config", "dtype"),
+    *("torch_dtype", "id2label", "label2id", "problem_type", "use_cache", "return_dict", "output_attentions"),
+    *("output_hidden_states", "output_router_logits", "router_aux_loss_coef", "router_z_loss_coef"),
+    *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"),
+    *("chunk_size_feed_forward", "router_jitter_noise", "attention_dropout"),
+}
+# What of a recipe decides which numbers the base computes with.
+OF_THE_RECIPE = (
+    *("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *("bnb_4bit_blocksize", "bits", "group_size"),
+)
+EMBEDDINGS_HASHED = 256
+SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
+
+
+def base_record(model: nn.Module) -> dict[str, Any]:
+    """The part `base` of `ordmoe.json`, of a model without an adapter.
+
+    Returns:
+        `dict`: `id` and `revision` on the hub, where it has them; `class`; `config`, all values; `quantization`, its
+        recipe; `digest` of its routers and some rows of its embeddings, which no recipe quantises, once rounded to
+        bfloat16 and once to float16, since a checkpoint may be loaded in either.
+    """
+    config = getattr(model, "config", None)
+    name, revision = hub_id(getattr(model, "name_or_path", "") or "")
+    is_config = hasattr(config, "to_json_string")
+    values = json.loads(config.to_json_string(use_diff=False)) if is_config else {}  # type: ignore[union-attr]
+    return {
+        "id": name,
+        "revision": revision or commit_of(config),
+        "class": type(model).__name__,
+        "config": {key: value for key, value in values.items() if key not in ("_name_or_path", "quantization_config")},
+        "quantization": base_quantization(model),
+        "digest": digest(model),
+    }
+
+
+def hub_id(name_or_path: str) -> tuple[str | None, str | None]:
+    """The id on the hub of what `from_pretrained` was given, and its commit; `None` where they cannot be told.
+
+    A folder in the hub's cache has both in its path. Another folder has neither.
+    """
+    snapshot = SNAPSHOT.search(name_or_path)
+    if snapshot:
+        owner, name, commit = snapshot.groups()
+        return f"{owner}/{name}", commit
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) and not name_or_path.startswith(".")
+    return (name_or_path if is_id and not Path(name_or_path).exists() else None), None
+
+
+def digest(model: nn.Module) -> dict[str, str] | None:
+    """A hash of the routers and of up to 256 rows of the embeddings, in each 16-bit dtype; `None` where they are not
+    at hand (on the meta device, or sharded)."""
+    routers = [layer.router for layer in MoEModel.of(model).layers if layer.router is not None]
+    tensors = [tensor for router in routers for _, tensor in sorted(router.state_dict().items())]
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embeddings, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 2:
+        tensors.append(weight.detach()[:: max(1, len(weight) // EMBEDDINGS_HASHED)])
+    if not all(type(tensor) is torch.Tensor and tensor.numel() and not tensor.is_meta for tensor in tensors):
+        return None
+    return {str(dtype).removeprefix("torch."): _hash(tensors, dtype) for dtype in (torch.bfloat16, torch.float16)}
+
+
+def _hash(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().to("cpu")
+        values = values.to(dtype).view(torch.int16) if values.is_floating_point() else values
+        sha.update(values.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def check_base_record(expected: dict[str, Any], found: dict[str, Any], adapter: str, ignore: bool) -> None:
+    """See that a model is the base that an adapter was trained on.
+
+    Args:
+        expected (`dict`), found (`dict`): [`base_record`] of the one in training, and of the model.
+        adapter (`str`): where the adapter is, for messages.
+        ignore (`bool`): warn where there would be an error.
+
+    Raises:
+        [`OrdMoEModelError`]: other values in the configuration, other weights of the routers or embeddings, or another
+            recipe of quantisation. One of them dense and the other quantised is a warning, as is another commit of
+            weights that cannot be told apart.
+    """
+    differences = list(_differences(expected, found))
+    name = expected["id"] or expected["config"].get("model_type")
+    if differences:
+        message = (
+            f"The adapter in {adapter} was trained on another base ({name}, revision {expected['revision']}): "
+            f"{'; '.join(differences[:5])}{f'; and {len(differences) - 5} more' if len(differences) > 5 else ''}."
+        )
+        if not ignore:
+            raise OrdMoEModelError(
+                f"{message} Load it on its own base, or give ignore_fingerprint=True (--ignore_fingerprint true), "
+                "which makes this a warning."
+            )
+        warnings.warn(message, stacklevel=2)
+    trained, now = recipe(expected["quantization"]), recipe(found["quantization"])
+    if (trained is None) != (now is None):
+        was, is_now = ("dense", now) if trained is None else (trained, "dense")
+        warnings.warn(
+            f"The adapter in {adapter} was trained on a base with weights {was}, and this one's are {is_now}. It "
+            "learned beside the other rounding, so expect somewhat other likelihoods; `ordmoe verify` measures them.",
+            stacklevel=2,
+        )
+        return
+    revisions = {expected["revision"], found["revision"]}
+    if not differences and None not in revisions and len(revisions) > 1:
+        warnings.warn(
+            f"The adapter in {adapter} was trained on revision {expected['revision']} of {name}; this is "
+            f"{found['revision']}. Configuration, routers and embeddings are the same; the experts were not compared.",
+            stacklevel=2,
+        )
+
+
+def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    """What makes two bases two, in words."""
+    of_model = dict(_values(found["config"]))
+    for key, value in _values(expected["config"]):
+        if key in of_model and of_model[key] != value:  # a key that one of them lacks is of another version
+            yield f"its {key} is {value!r} (this model: {of_model[key]!r})"
+    digests, digests_here = expected["digest"], found["digest"]
+    if digests and digests_here and not any(digests[dtype] == digests_here[dtype] for dtype in digests_here):
+        yield (
+            f"its routers and embeddings have other weights (SHA-256 in bfloat16 {digests['bfloat16'][:12]}…, this "
+            f"model: {digests_here['bfloat16'][:12]}…)"
+        )
+    trained, now = recipe(expected["quantization"]), recipe(found["quantization"])
+    if None not in (trained, now) and trained != now:
+        yield f"it was quantised by {trained} (this model: {now})"
+
+
+def _values(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What of a configuration decides a forward: dotted name and value."""
+    for key, value in config.items():
+        if key in NOT_OF_THE_FORWARD or "dropout" in key:
+            continue
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def recipe(quantization: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a quantisation, what decides which numbers the base computes with."""
+    return quantization and {key: quantization[key] for key in OF_THE_RECIPE if quantization.get(key) is not None}

@@ -1,0 +1,164 @@
+"""The class of a [`~peft.PeftModel`] with OrdMoE adapters: saved whole or not at all, loaded after a look at all files.
+
+PEFT chooses the class of a model by its task and has no place for a method's own. It stores the method's tuner in the
+model as a module, which torch tells hooks of; there the model gets a subclass of the class that PEFT chose.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import OrdMoEConfigError
+from ..files import whole_files
+from .base_record import check_base_record
+from .probes import make_probes
+from .record import write_record
+from .saved import SavedAdapter, check_fits
+
+
+# What decides the numbers that an adapter's weights stand for.
+OF_THE_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+class OrdMoEAdapters(PeftModel):
+    """What a [`~peft.PeftModel`] with OrdMoE adapters does in its own way.
+
+    Attributes:
+        ordmoe_training (`dict`, *optional*): what is known of the run that trains the active adapter, for `ordmoe.json`
+            and the model card; a trainer sets it.
+    """
+
+    ordmoe_training: dict[str, Any] | None = None
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's; an adapter's files take the place of an earlier one's all or none, and `ordmoe.json` is one of them.
+
+        Args:
+            save_directory (`str` or `Path`): folder of the adapter `default`; others get folders of their names in it.
+            safe_serialization (`bool`, defaults to `True`): nothing else is possible: pickles are not written.
+            selected_adapters (`list[str]`, *optional*): all by default.
+            save_embedding_layers (`bool` or `"auto"`, defaults to `"auto"`): embeddings are the base's, so `True` is
+                refused, and `"auto"` means no; `modules_to_save` is for embeddings that are trained.
+            is_main_process (`bool`, defaults to `True`): write files.
+            kwargs: as for PEFT's. With a `state_dict`, whose weights the model may not have, no probes are made.
+
+        Raises:
+            [`OrdMoEConfigError`]: pickles or embeddings were asked for, or an adapter that there is not.
+        """
+        if not safe_serialization:
+            raise OrdMoEConfigError(
+                "safe_serialization=False would write a pickle, which is not read. Leave it at True."
+            )
+        if save_embedding_layers is True:
+            raise OrdMoEConfigError(
+                "save_embedding_layers=True would put weights of the base into the adapter's file. Train embeddings by "
+                "`modules_to_save`."
+            )
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise OrdMoEConfigError(f"There is no adapter {unknown[0]!r} to save, only {list(self.peft_config)}.")
+        options = {"save_embedding_layers": False, "is_main_process": is_main_process, **kwargs}
+        for name in names:
+            if not is_main_process:
+                super().save_pretrained(str(save_directory), selected_adapters=[name], **options)
+                continue
+            target = Path(save_directory) if name == "default" else Path(save_directory, name)
+            if target.is_file():
+                raise OrdMoEConfigError(f"{target} is a file; give a folder to save the adapter in.")
+            with whole_files(target) as folder:
+                super().save_pretrained(str(folder), selected_adapters=[name], **options)
+                self._complete(folder, name, kwargs.get("state_dict") is None)
+
+    def _complete(self, folder: Path, name: str, are_own_weights: bool) -> None:
+        """Add what PEFT does not write to the files of adapter `name` in `folder`."""
+        if name != "default":  # PEFT has put them into a folder of this name
+            for file in (folder / name).iterdir():
+                file.replace(folder / file.name)
+            (folder / name).rmdir()
+        known = self.base_model.records[name]
+        is_trained = name in self.active_adapters and self.ordmoe_training is not None
+        training = self.ordmoe_training if is_trained else known["training"]
+        probes = make_probes(self, name) if are_own_weights else None
+        write_record(folder, known["base"], training, probes)
+
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, *args: Any, ignore_fingerprint: bool = False, **kwargs: Any
+    ) -> Any:
+        """PEFT's; all files are checked before the model changes.
+
+        Args:
+            model_id (`str` or `Path`), adapter_name (`str`), args, kwargs: as for PEFT's.
+            ignore_fingerprint (`bool`, defaults to `False`): let the adapter be loaded on another base than its own,
+                with a warning.
+
+        Raises:
+            [`OrdMoEConfigError`], [`OrdMoEModelError`]: the adapter does not fit; the model is as it was.
+        """
+        tuner = self.base_model
+        is_checked = tuner.checked.pop(adapter_name, None) is not None
+        if adapter_name in self.peft_config and not is_checked:
+            lookup, _ = self._split_kwargs(kwargs)
+            self._check_replacement(SavedAdapter.read(model_id, **lookup), adapter_name, ignore_fingerprint)
+        tuner.ignore_fingerprint = ignore_fingerprint
+        try:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        finally:
+            tuner.ignore_fingerprint = False
+            tuner.checked.pop(adapter_name, None)
+
+    def _check_replacement(self, saved: SavedAdapter, adapter_name: str, ignore_fingerprint: bool) -> None:
+        """See that saved weights can take the place of those of the adapter that is there.
+
+        Raises:
+            [`OrdMoEConfigError`], [`OrdMoEModelError`]: they cannot.
+        """
+        config = self.peft_config[adapter_name]
+        shapes = saved.check_weights()
+        for name in OF_THE_SCALE:
+            if saved.settings.get(name, getattr(config, name)) != getattr(config, name):
+                raise OrdMoEConfigError(
+                    f"{saved.folder} was saved with {name}={saved.settings[name]!r}; the adapter {adapter_name!r} of "
+                    f"this model has {getattr(config, name)!r}. Load it under another name."
+                )
+        attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        check_fits(shapes, attached, str(saved.weights_file))
+        saved.check_checksum()
+        if saved.record is not None:
+            base = self.base_model.base_record
+            check_base_record(saved.record["base"], base, str(saved.folder), ignore_fingerprint)
+
+
+# By the class that PEFT chooses.
+CLASSES = {
+    base: type(f"OrdMoE{base.__name__}", (OrdMoEAdapters, base), {"__module__": __name__, "__doc__": base.__doc__})
+    for base in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
+}
+globals().update({derived.__name__: derived for derived in CLASSES.values()})  # where pickles of whole models look
+
+
+def give_class_to_owner(tuner: nn.Module) -> RemovableHandle:
+    """Give the [`~peft.PeftModel`] that will hold `tuner` its class, when it does. The handle ends the waiting."""
+    awaited = weakref.ref(tuner)
+
+    def look(owner: nn.Module, name: str, module: nn.Module) -> None:
+        if module is awaited() and type(owner) in CLASSES:
+            owner.__class__ = CLASSES[type(owner)]
+
+    handle = register_module_module_registration_hook(look)
+    weakref.finalize(tuner, handle.remove)
+    return handle
