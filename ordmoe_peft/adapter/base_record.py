@@ -31,7 +31,8 @@ OF_THE_RECIPE = (
     *("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
     *("bnb_4bit_blocksize", "bits", "group_size"),
 )
-EMBEDDINGS_HASHED = 256
+# Of a matrix with more, as embeddings have; routers have a row for each expert.
+ROWS_HASHED = 1024
 SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 
 
@@ -71,23 +72,37 @@ def hub_id(name_or_path: str) -> tuple[str | None, str | None]:
 
 
 def digest(model: nn.Module) -> dict[str, str] | None:
-    """A hash of the routers and of up to 256 rows of the embeddings, in each 16-bit dtype; `None` where they are not
+    """A hash of the routers and of some rows of the embeddings, in each 16-bit dtype; `None` where they are not
     at hand (on the meta device, or sharded)."""
-    routers = [layer.router for layer in MoEModel.of(model).layers if layer.router is not None]
-    tensors = [tensor for router in routers for _, tensor in sorted(router.state_dict().items())]
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embeddings, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.ndim == 2:
-        tensors.append(weight.detach()[:: max(1, len(weight) // EMBEDDINGS_HASHED)])
-    if not all(type(tensor) is torch.Tensor and tensor.numel() and not tensor.is_meta for tensor in tensors):
+    tensors = list(hashed_tensors(model).values())
+    if not all(map(_is_at_hand, tensors)):
         return None
     return {str(dtype).removeprefix("torch."): _hash(tensors, dtype) for dtype in (torch.bfloat16, torch.float16)}
+
+
+def hashed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by which a model without an adapter is known, by name: all of its routers', and its embeddings."""
+    routers = {layer.router_name: layer.router for layer in MoEModel.of(model).layers if layer.router is not None}
+    tensors = {f"{name}.{key}": part for name in routers for key, part in sorted(routers[name].state_dict().items())}
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if module is embeddings and isinstance(weight, torch.Tensor):
+            tensors[f"{name}.weight"] = weight.detach()
+    return tensors
+
+
+def _is_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers of its own: not on the meta device, not a shard, not one number for all."""
+    is_whole = type(tensor) is torch.Tensor and tensor.numel() > 0 and not tensor.is_meta
+    return is_whole and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def _hash(tensors: list[torch.Tensor], dtype: torch.dtype) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
-        values = tensor.detach().to("cpu")
+        values = tensor[:: max(1, len(tensor) // ROWS_HASHED)] if tensor.ndim else tensor
+        values = values.to("cpu")
         values = values.to(dtype).view(torch.int16) if values.is_floating_point() else values
         sha.update(values.contiguous().numpy().tobytes())
     return sha.hexdigest()

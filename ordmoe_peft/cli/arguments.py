@@ -12,6 +12,7 @@ from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
 
 
+IGNORE_FINGERPRINT = "Load the adapter on another base than the one that it was trained on, with a warning."
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -118,6 +119,7 @@ class SampleArguments:
     """Which samples a base or an adapter is run on."""
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
+    ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     split: str = field(default="test", metadata={"help": "Its split."})

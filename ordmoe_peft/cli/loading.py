@@ -101,7 +101,9 @@ def load_subject(model_options: ModelArguments, options: SampleArguments) -> tup
     model = load_base(model_options, options.trust_remote_code, device_map)
     if device_map is None:
         warn_if_slow(model_options, model.dtype)
-    return model if options.adapter is None else PeftModel.from_pretrained(model, options.adapter), processing_class
+    if options.adapter is not None:
+        model = PeftModel.from_pretrained(model, options.adapter, ignore_fingerprint=options.ignore_fingerprint)
+    return model, processing_class
 
 
 def tier_cut(model: Any, options: SampleArguments) -> dict[str, Any]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "ablate": "compare settings with a baseline, over several seeds",
     "rollouts": "write what each tier answers, as a data set of ranked responses",
     "tiers": "what each tier is worth: order, answers, routing, diversity",
+    "verify": "say whether an adapter does on a base what it did when it was saved",
     "merge": "write a base with an adapter merged into it, on disk, stack by stack",
     "export": "write an adapter in a form that plain PEFT loads",
 }
@@ -43,17 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, or 2 after an error that was printed."""
+    """Run a command. Returns its exit code: 0, or 2 after an error that was printed; 1 where a check did not hold."""
     options, rest = build_parser().parse_known_args(arguments)
     module = importlib.import_module(f"ordmoe_peft.cli.{options.command}")
     try:
-        module.main(rest)
+        status = module.main(rest)
     except USER_ERRORS as error:
         if options.traceback:
             traceback.print_exc()
         print(f"ordmoe {options.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

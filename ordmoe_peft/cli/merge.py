@@ -8,7 +8,7 @@ from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
 from ..tools.merge_on_disk.merge import MergeOptions, merge_checkpoint
-from .arguments import ModelArguments, with_model_first
+from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
 from .tables import print_table
 
 
@@ -33,6 +33,7 @@ class MergeArguments(ModelArguments):
     output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file to write, such as 500MB."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
+    ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
 
     def written_dtype(self) -> torch.dtype | None:
         """The dtype that was asked for."""
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
             dtype=options.written_dtype(),
             max_shard_size=options.max_shard_size,
             trust_remote_code=options.trust_remote_code,
+            ignore_fingerprint=options.ignore_fingerprint,
             progressbar=True,
         ),
     )

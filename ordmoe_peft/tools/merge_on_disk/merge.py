@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from tqdm.auto import tqdm
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import convert_file_size_to_int
 
+from ...adapter.base_record import hashed_tensors
 from ...adapter.config import OrdMoEConfig
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...files import whole_folder
@@ -77,6 +76,7 @@ class MergeOptions:
             that of the base's configuration where it is stored in 4 bits.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes in a shard, unless a single stack has more.
         trust_remote_code (`bool`, defaults to `False`): run model code that comes with the base.
+        ignore_fingerprint (`bool`, defaults to `False`): merge into another base than the adapter's, with a warning.
         progressbar (`bool`, defaults to `False`): show one bar for the tensors.
     """
 
@@ -87,6 +87,7 @@ class MergeOptions:
     dtype: torch.dtype | None = None
     max_shard_size: int | str = "5GB"
     trust_remote_code: bool = False
+    ignore_fingerprint: bool = False
     progressbar: bool = False
 
 
@@ -143,7 +144,7 @@ def _prepared(
     checkpoint: Checkpoint, adapter: str | Path, stored: MoeBitsAndBytesConfig | None, options: MergeOptions
 ) -> UnitMerger:
     """All that is settled from names and shapes alone, before the first weight is read."""
-    model = WeightlessModel(meta_model(checkpoint.folder, options.trust_remote_code), adapter)
+    bare = meta_model(checkpoint.folder, options.trust_remote_code)
     skeleton = meta_model(checkpoint.folder, options.trust_remote_code)
     recipe, quantizer = stored or options.quantization_config, None
     if recipe is not None:
@@ -151,6 +152,13 @@ def _prepared(
         quantizer.preprocess_model(model=skeleton, device_map=None)
     in_4_bits = set() if quantizer is None else set(quantizer.packed_names(skeleton))
     sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
+    known = {
+        name: value
+        for source in {sources[name]: None for name in hashed_tensors(bare) if name in sources}
+        for name, value in source.to_parameters(checkpoint.read(source.names)).items()
+    }
+    bare.config.quantization_config = recipe
+    model = WeightlessModel(bare, adapter, known, options.ignore_fingerprint)
     # A model in 4 bits is stored under its own names; a dense base that becomes one changes the names of all tensors.
     renamed = set() if stored or not options.requantize else set(sources)
     unpacked = set() if options.requantize else in_4_bits
@@ -197,11 +205,7 @@ def _shard_size(size: int | str) -> int:
 
 
 def _adapter_config(adapter: str | Path) -> OrdMoEConfig:
-    if Path(adapter).is_dir() and not (Path(adapter) / ADAPTER_CONFIG_NAME).is_file():
-        raise OrdMoEConfigError(f"{adapter} is not a saved adapter: it has no {ADAPTER_CONFIG_NAME}.")
-    config = PeftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, OrdMoEConfig):
-        raise OrdMoEConfigError(f"{adapter} holds a {config.peft_type} adapter, not an OrdMoE one.")
+    config = OrdMoEConfig.from_pretrained(str(adapter))
     for name in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, name):
             raise OrdMoEConfigError(

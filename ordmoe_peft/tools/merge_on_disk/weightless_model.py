@@ -32,15 +32,29 @@ class WeightlessModel:
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, on the meta device; changed in place.
         adapter (`str` or `Path`): folder or hub id of the adapter.
+        known (`dict`, *optional*): weights to have from the beginning, by which the adapter knows its base.
+        ignore_fingerprint (`bool`, defaults to `False`): attach it to another base, with a warning.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: str | Path):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: str | Path,
+        known: dict[str, torch.Tensor] | None = None,
+        ignore_fingerprint: bool = False,
+    ):
         self.model = model
         for module in model.modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 setattr(module, name, weightless(tensor))
+        for name, value in (known or {}).items():
+            owner_name, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
+            setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
         # The factors stay pages of the adapter's file where they are in float32.
-        PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+        PeftModel.from_pretrained(model, adapter, ignore_fingerprint=ignore_fingerprint, **options)
         layers = lora_layers(model)
         self.weights: dict[str, BaseWeight] = {}
         for wrapped_name in model.state_dict():

@@ -308,7 +308,7 @@ class TestRefusals:
         output = ("--output", folder / "merged")
         assert "not a saved adapter" in error_of(capsys, folder / "base", *output)
         export_plain_lora(folder / "adapter", folder / "other")
-        assert "holds a PeftType.LORA adapter" in error_of(capsys, folder / "other", *output)
+        assert "holds an adapter of type LORA" in error_of(capsys, folder / "other", *output)
 
     def test_an_adapter_with_more_than_factors(self, tmp_path, capsys):
         saved(models.qwen3_moe(), tmp_path, modules_to_save=["lm_head"])

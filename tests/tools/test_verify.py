@@ -1,0 +1,39 @@
+"""Deviations are those of each tier; what is not finite is never within tolerance."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.adapter.probes import make_probes
+from ordmoe_peft.tools.verify import deviation_table, replay_probes
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def subject():
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=2))
+    models.randomize_adapter(model)
+    return model, {"probes": make_probes(model, "default")}
+
+
+def test_deviations_are_those_of_each_tier(subject):
+    model, record = subject
+    changed = copy.deepcopy(record)
+    changed["probes"]["log_probs"]["2"][1][3] += 22
+    first, second = replay_probes(model, changed, "x")
+    assert (first.tier, first.mean, first.largest) == (1, 0, 0)
+    assert (second.mean, second.largest) == (pytest.approx(22 / 44, abs=1e-4), pytest.approx(22, abs=1e-3))
+    assert second.saved - second.found == pytest.approx(0.5, abs=1e-4)
+    assert "0.500" in deviation_table([first, second], "x").markdown()
+
+
+def test_nan_is_far_from_all(subject):
+    model, record = subject
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.base_model.model.lm_head.weight[:] = math.nan
+    assert all(deviation.mean == math.inf for deviation in replay_probes(broken, record, "x"))
