@@ -1,5 +1,6 @@
 """The tuner: which layer class each target gets, and what attaching and detaching does to the model."""
 
+import re
 import warnings
 from typing import Any
 
@@ -135,12 +136,12 @@ class OrdMoEModel(LoraModel):
         """PEFT's; refuses weights that do not fit before the first is copied into an adapter, perhaps a trained one."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         saved = {name.removeprefix("base_model.model."): tensor.shape for name, tensor in remapped.items()}
-        factors = {
+        own = {
             name.removeprefix("base_model.model."): parameter
             for name, parameter in model.named_parameters()
-            if ".lora_" in name and f".{adapter_name}." in name
+            if re.search(rf"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{re.escape(adapter_name)}(\.|$)", name)
         }
-        check_fits(saved, factors, "What was loaded")
+        check_fits(saved, own, "What was loaded")
         return remapped
 
     @staticmethod

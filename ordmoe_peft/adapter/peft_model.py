@@ -32,9 +32,12 @@ class OrdMoEAdapters(PeftModel):
     Attributes:
         ordmoe_training (`dict`, *optional*): what is known of the run that trains the active adapter, for `ordmoe.json`
             and the model card; a trainer sets it.
+        makes_probes (`bool`): run the model when it is saved, for the probes in `ordmoe.json`; a trainer's checkpoints
+            have none.
     """
 
     ordmoe_training: dict[str, Any] | None = None
+    makes_probes: bool = True
 
     def save_pretrained(
         self,
@@ -93,7 +96,7 @@ class OrdMoEAdapters(PeftModel):
         known = self.base_model.records[name]
         is_trained = name in self.active_adapters and self.ordmoe_training is not None
         training = self.ordmoe_training if is_trained else known["training"]
-        probes = make_probes(self, name) if are_own_weights else None
+        probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
         write_record(folder, known["base"], training, probes)
 
     def load_adapter(

@@ -48,10 +48,12 @@ class WholeCheckpoints(Trainer):
         with ExitStack() as on_failure:
             on_failure.callback(discard, checkpoint)  # a disk that is full gets its room back
             self.args.save_total_limit = None  # upstream would delete the oldest in its way
+            self.model.makes_probes = False
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit = limit
+                self.model.makes_probes = True
             on_failure.pop_all()
         if self.args.should_save:
             with whole_file(checkpoint / TRAINING_ARGS_NAME) as file:
