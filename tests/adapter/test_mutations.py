@@ -1,9 +1,9 @@
 """Mutated configurations and files of weights: each is refused, or what was saved; none is silently wrong.
 
 A mutation is what goes wrong in the wild: a field that is edited, lost or of another type, a file that is cut off, a
-bit that flips, tensors that are missing, renamed, cast, transposed, swapped, or named like a weight of the base. Half of
-those of tensors come with `ordmoe.json` written anew for them, as a tool that knows the format would; names, shapes and
-dtypes are what is left to be seen by.
+bit that flips, tensors that are missing, renamed, cast, transposed, swapped, or named like a weight of the base. Half
+of those of tensors come with `ordmoe.json` written anew for them, as a tool that knows the format would; names, shapes
+and dtypes are what is left to be seen by.
 """
 
 import copy

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.adapter.record import file_hash
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from tests import models
 from tests.adapter.test_attachment import EVERYTHING, State
@@ -35,8 +36,55 @@ def with_another_rank(folder):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
 
 
+def only_a_pickle(folder):
+    torch.save(load_file(folder / FILE), folder / "adapter_model.bin")
+    (folder / FILE).unlink()
+
+
+def changed(change):
+    """Damage that changes the first tensor of experts, and writes the record anew."""
+
+    def damage(folder):
+        state = load_file(folder / FILE)
+        name = next(name for name in sorted(state) if "experts" in name)
+        state[name] = change(state[name])
+        save_file(state, folder / FILE)
+        record = json.loads((folder / "ordmoe.json").read_text())
+        record["weights"]["sha256"] = file_hash(folder / FILE)
+        (folder / "ordmoe.json").write_text(json.dumps(record))
+
+    return damage
+
+
+def with_a_nan(value):
+    value[0, 0] = float("nan")
+    return value
+
+
+def with_a_weight_of_the_base(folder):
+    state = load_file(folder / FILE)
+    save_file(state | {"base_model.model.lm_head.weight": torch.zeros(96, 64)}, folder / FILE)
+
+
+def without(name):
+    def damage(folder):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        del config[name]
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    return damage
+
+
 FILE = "adapter_model.safetensors"
 DAMAGE = [
+    (only_a_pickle, OrdMoEConfigError, "no adapter_model.safetensors, and adapter_model.bin, a pickle, is never read"),
+    (changed(with_a_nan), OrdMoEConfigError, r"safetensors has 1 of \d+ numbers in base_model.*experts.* that are NaN"),
+    (changed(lambda value: value / 0), OrdMoEConfigError, "numbers in base_model.*experts.* NaN or infinite"),
+    (changed(lambda value: value.to(torch.int32)), OrdMoEConfigError, "experts.*lora_A.weight in I32; an adapter's"),
+    (changed(lambda value: value.to(torch.float8_e4m3fn)), OrdMoEConfigError, "experts.*lora_A.weight in F8_E4M3"),
+    (with_a_weight_of_the_base, OrdMoEModelError, "safetensors .*it has base_model.model.lm_head.weight, which is no"),
+    (without("lora_alpha"), OrdMoEConfigError, "adapter_config.json has no lora_alpha"),
+    (without("use_rslora"), OrdMoEConfigError, "a setting was changed or removed|use_rslora is None there"),
     (lambda folder: (folder / FILE).unlink(), OrdMoEConfigError, "no adapter_model.safetensors"),
     (cut, OrdMoEConfigError, "adapter_model.safetensors cannot be read"),
     (without_a_tensor, OrdMoEModelError, "adapter_model.safetensors .*it has no base_model.*lora_A.weight. Load"),
@@ -84,9 +132,16 @@ def test_a_saved_adapters_configuration_may_begin_a_new_one(tmp_path):
     assert get_peft_model(models.qwen3_moe(), config).peft_config["default"].r == 4
 
 
-def test_an_adapter_in_the_cache_of_the_hub_is_looked_at(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_tensor, "has no base_model"),
+        (only_a_pickle, "someone/adapter has no adapter_model.safetensors on the"),
+    ],
+)
+def test_an_adapter_in_the_cache_of_the_hub_is_looked_at(damage, message, tmp_path, monkeypatch):
     get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(tmp_path / "adapter")
-    without_a_tensor(tmp_path / "adapter")
+    damage(tmp_path / "adapter")
     snapshot = tmp_path / "cache" / "models--someone--adapter" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     (tmp_path / "adapter").rename(snapshot)
@@ -96,6 +151,6 @@ def test_an_adapter_in_the_cache_of_the_hub_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = models.qwen3_moe()
     before = State(model)
-    with pytest.raises(OrdMoEModelError, match="has no base_model"):
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(model, "someone/adapter", cache_dir=tmp_path / "cache")
     before.check()
