@@ -1,6 +1,7 @@
 """The card in an adapter's folder: what its owner wrote in it stays, what the adapter's files say is written anew."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def base_license(name_or_path: str | None, revision: str | None = None) -> dict[
     return {name: value for name, value in named.items() if isinstance(value, str) and value}
 
 
-def save_card(card: ModelCard, folder: str | Path) -> None:
+def save_card(card: ModelCard, folder: str | Path, earlier: str | Path | None = None) -> None:
     """Write `card` to `folder`, into the card that is there; see [`updated`].
 
     One that cannot be read is left as it is, with a warning.
@@ -51,11 +52,15 @@ def save_card(card: ModelCard, folder: str | Path) -> None:
     Args:
         card ([`~huggingface_hub.ModelCard`]): what [`adapter_card`] returned.
         folder (`str` or `Path`): the adapter's.
+        earlier (`str` or `Path`, *optional*): the folder with the card that is there, where `folder` will replace it.
     """
-    path = Path(folder, REPOCARD_NAME)
-    earlier = read_card(path) if path.is_file() else None
-    if earlier is not None or not path.is_file():
-        write_whole(path, str(card if earlier is None else updated(earlier, card)))
+    there, path = Path(earlier or folder, REPOCARD_NAME), Path(folder, REPOCARD_NAME)
+    if not there.is_file():
+        write_whole(path, str(card))
+    elif (found := read_card(there)) is not None:
+        write_whole(path, str(updated(found, card)))
+    elif there != path:
+        shutil.copyfile(there, path)
 
 
 def write_saved_card(folder: str | Path, tags: Sequence[str] = (), data: Mapping[str, Any] | None = None) -> None:

@@ -31,6 +31,8 @@ def test_a_card_that_an_owner_wrote_stays(tmp_path):
     assert card.data.tags == ["mine", *card_of().data.tags]
     assert card.data.datasets == ["d/e", "me/questions"]
     assert card.data.library_name == "peft"
+    save_card(card_of(), tmp_path / "new", earlier=tmp_path)
+    assert ModelCard.load(tmp_path / "new" / "README.md").text == card.text
 
 
 def test_what_we_wrote_is_written_anew_in_its_place(tmp_path):
@@ -65,6 +67,10 @@ def test_a_card_that_is_none_is_left_as_it_is(tmp_path, content, caplog):
     path.write_bytes(before)
     save_card(card_of(), tmp_path)
     assert path.read_bytes() == before
+    (tmp_path / "new").mkdir()
+    save_card(card_of(), tmp_path / "new", earlier=tmp_path)
+    assert (tmp_path / "new" / "README.md").read_bytes() == before
+    assert caplog.text.count("cannot be read as a model card") == 2
 
 
 def test_text_without_metadata_is_text(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from ordmoe_peft.cli.main import COMMANDS, main
-from ordmoe_peft.cli.tables import peak_memory
+from ordmoe_peft.training.run_summary import peak_memory
 from tests import models, text
 
 

@@ -260,9 +260,12 @@ def test_peft_config_is_taken_as_by_trl_and_the_adapter_and_its_card_are_saved(t
     trainer.train()
     checkpoint = tmp_path / "checkpoint-4"
     assert (checkpoint / "adapter_model.safetensors").is_file()
-    card = (tmp_path / "README.md").read_text()
-    assert "ordmoe" in card
-    assert "2511.19023" in card
+    assert not (tmp_path / "README.md").exists()  # TRL's draft, beside no adapter
+    run = trainer.model.ordmoe_training
+    assert (run["figures"]["steps"], [point["step"] for point in run["curves"]]) == (4, [1, 2, 3, 4])
+    assert run["data"] == {"rows": 8, "columns": ["prompt", "completion", "kind"]}
+    assert run["objective"]["objective"] == "erl"
+    assert "tier_3/log_likelihood" in run["curves"][0]
 
 
 class TestRefusals:
