@@ -90,10 +90,11 @@ def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
 
 
 def base_name(config: OrdMoEConfig, base: Mapping[str, Any]) -> str:
-    """What the base is called: its id, or the name of its folder alone, so that no path of a machine is published."""
+    """What the base is called: its id, the `name` that its owner gave it, or that of its folder alone, so that no path
+    of a machine is published."""
     folder = str(config.base_model_name_or_path or "")
     last = (PureWindowsPath if "\\" in folder else PurePosixPath)(folder).name
-    return _line(base.get("id") or last or base.get("class") or "the base")
+    return _line(base.get("id") or base.get("name") or last or base.get("class") or "the base")
 
 
 def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -> ModelCardData:
@@ -252,13 +253,16 @@ def _joined(parts: Iterable[str]) -> str:
 
 def _column(metric: str) -> str:
     tier = re.fullmatch(r"tier_(\d+)/log_likelihood", metric)
-    return f"tier {tier[1]}" if tier else "exact match" if metric == ACCURACY else _code(metric)
+    if tier:
+        return f"tier {tier[1]}"
+    name, _, group = metric.partition("/")
+    return f"exact match{group and f', {_line(group)}'}" if name == ACCURACY else _code(metric)
 
 
 def _figure(metric: str, value: Any) -> str:
     if not _is_number(value):
         return MISSING
-    return f"{100 * value:.1f} %" if metric == ACCURACY else f"{value:.4g}"
+    return f"{100 * value:.1f} %" if metric.startswith(ACCURACY) else f"{value:.4g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..files import write_whole
 from .card import ADAPTER_OF, BEGIN, END, TITLE, adapter_card
 from .config import OrdMoEConfig
-from .saved import RECORD_NAME, SavedAdapter
+from .record import RECORD_NAME
+from .saved import SavedAdapter
 
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from ..adapter.saved import RECORD_NAME
+from ..adapter.record import RECORD_NAME
 from ..files import whole_file
 from .checkpoints import discard, discard_oldest, is_same
 

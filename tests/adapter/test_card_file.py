@@ -1,13 +1,12 @@
 """Cards in folders: what an owner wrote stays, what we wrote is written anew."""
 
-import json
-
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.adapter.card import BEGIN, END, adapter_card
 from ordmoe_peft.adapter.card_file import base_license, save_card, write_saved_card
+from ordmoe_peft.adapter.record import write_record
 from tests.adapter.test_card import RECORD, TRAINING
 
 
@@ -84,8 +83,8 @@ def test_from_the_files_of_an_adapter(tmp_path):
     write_saved_card(tmp_path)
     assert not list(tmp_path.iterdir())  # no adapter, no card
     OrdMoEConfig(r=5, targets=["experts"]).save_pretrained(tmp_path)
-    (tmp_path / "ordmoe.json").write_text(json.dumps(RECORD))
     (tmp_path / "adapter_model.safetensors").touch()
+    write_record(tmp_path, RECORD["base"], TRAINING, None)
     write_saved_card(tmp_path, ["trl"], {"id": "owner/data"})
     card = ModelCard.load(tmp_path / "README.md")
     assert "LoRA of rank 5 on experts" in card.text
