@@ -63,9 +63,11 @@ def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
 
     Args:
         config ([`OrdMoEConfig`]): its configuration.
-        record (`dict`): its `ordmoe.json`. Read of it are `versions`; of `base` the `id`, `revision`, `class`,
+        record (`dict`): its `ordmoe.json`. Read of it are `versions`; of `base` the `id`, `name`, `revision`, `class`,
             `quantization`, and as `license` what [`~ordmoe_peft.adapter.card_file.base_license`] returns; and of
-            `training` what [`~ordmoe_peft.training.run_summary.run_summary`] returns. What is not there is left out.
+            `training` what [`~ordmoe_peft.training.run_summary.run_summary`] returns. Each of `evaluations` says what
+            it is `of`, `"base"` or `"adapter"`, its `metrics`, of which `accuracy` is a share of exact matches, and,
+            where known, `data`, `split`, `part`, `rows` and `step`. What is not there is left out of the card.
     """
     base, training = record.get("base") or {}, record.get("training") or {}
     recipe = base.get("quantization") or config.base_quantization or {}
@@ -100,19 +102,14 @@ def base_name(config: OrdMoEConfig, base: Mapping[str, Any]) -> str:
 def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -> ModelCardData:
     """What the hub reads of the card. Names that are no ids of the hub are left out where it would follow them."""
     tag, data = _task(base)[0], training.get("data") or {}
-    results = [
-        EvalResult(
-            task_type=tag or "text-generation",
-            dataset_type=_line(evaluation.get("data") or "held-out"),
-            dataset_name=_line(evaluation.get("data") or "held-out"),
-            dataset_split=_line(evaluation["split"]) if evaluation.get("split") else None,
-            metric_type="exact_match",
-            metric_name="exact match",
-            metric_value=evaluation["metrics"][ACCURACY],
-        )
-        for evaluation in training.get("evaluations") or []
-        if evaluation.get("of") == "adapter" and _is_number(evaluation["metrics"].get(ACCURACY))
-    ]
+    results: dict[Any, EvalResult] = {}
+    for evaluation in training.get("evaluations") or []:
+        accuracy, on = evaluation["metrics"].get(ACCURACY), _line(evaluation.get("data") or "held-out")
+        if evaluation.get("of") == "adapter" and _is_number(accuracy):
+            split = _line(evaluation["split"]) if evaluation.get("split") else None
+            options = {"dataset_split": split, "metric_name": "exact match"}
+            result = EvalResult(tag or "text-generation", on, on, "exact_match", accuracy, **options)
+            results.setdefault((on, split), result)  # a part of the same data stands in the text alone
     base_id = _line(base.get("id") or "")
     return ModelCardData(
         base_model=base_id or None,
@@ -120,7 +117,7 @@ def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -
         pipeline_tag=tag,
         tags=[*TAGS, *([ADAPTER_OF + base_id] if base_id else [])],
         datasets=[_line(data["id"])] if data.get("id") else None,
-        eval_results=results or None,
+        eval_results=list(results.values()) or None,
         model_name=TITLE + name if results else None,
         **(base.get("license") or {}),
     )
@@ -200,7 +197,7 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             [
                 [
                     "base" if evaluation.get("of") == "base" else "with the adapter",
-                    _named({key: evaluation.get(key) for key in ("data", "split", "rows", "step")}),
+                    _named({key: evaluation.get(key) for key in ("data", "split", "rows", "part", "step")}),
                     *(_figure(metric, evaluation["metrics"].get(metric)) for metric in columns),
                 ]
                 for evaluation in evaluations

@@ -1,6 +1,7 @@
 """What goes to the hub, seen where `huggingface_hub` would send it."""
 
-from pathlib import Path
+import shutil
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -16,31 +17,24 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "ordmo
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A hub with one repository: its files in a folder, and the options of each upload."""
+    """A hub with one repository: its files in a folder, and repository, branch and options of each upload."""
     hub = SimpleNamespace(folder=tmp_path / "hub", uploads=[], branches=[])
-    hub.folder.mkdir()
 
-    def upload(self, *, repo_id, folder_path, revision=None, **options):
-        hub.uploads.append((repo_id, revision, options))
-        for path in Path(folder_path).rglob("*"):
-            path.copy(hub.folder) if hasattr(path, "copy") else (hub.folder / path.name).write_bytes(path.read_bytes())
-        return "commit"
-
-    def create(self, repo_id, *, private=None, exist_ok=False):
+    def create(self, repo_id, **options):
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-    there = lambda self, repo_id, name, revision=None: (hub.folder / name).is_file()  # noqa: E731
-    download = lambda self, repo_id, name, revision=None: str(hub.folder / name)  # noqa: E731
-    branch = lambda self, repo_id, *, branch, exist_ok: hub.branches.append(branch)  # noqa: E731
-    fakes = {
-        "upload_folder": upload,
-        "create_repo": create,
-        "file_exists": there,
-        "hf_hub_download": download,
-        "create_branch": branch,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(HfApi, name, fake)
+    def upload(self, *, repo_id, folder_path, revision=None, run_as_future=False, ignore_patterns=(), **options):
+        hub.uploads.append((repo_id, revision, options))
+        shutil.copytree(folder_path, hub.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore_patterns))
+        done = Future()
+        done.set_result("commit")
+        return done if run_as_future else "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo, name, revision=None: (hub.folder / name).is_file())
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda self, repo, name, revision=None: str(hub.folder / name))
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo, *, branch, exist_ok: hub.branches.append(branch))
     return hub
 
 
@@ -58,6 +52,7 @@ def test_all_files_of_an_adapter_go_up_and_no_other(hub):
 
 
 def test_the_text_of_the_card_on_the_hub_stays(hub):
+    hub.folder.mkdir()
     (hub.folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
     model.push_to_hub("me/adapter", revision="second", max_shard_size="5GB")
