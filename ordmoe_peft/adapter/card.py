@@ -9,6 +9,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -21,6 +23,7 @@ from .config import OrdMoEConfig
 BEGIN, END = "<!-- ordmoe: written anew at each save, from here -->", "<!-- ordmoe: to here -->"
 TITLE = "OrdMoE adapter of "
 TAGS = ("peft", "ordmoe", "mixture-of-experts")
+LICENSE = ("license", "license_name", "license_link")
 ADAPTER_OF = "base_model:adapter:"
 ACCURACY = "accuracy"  # in `ordmoe evaluate`: the share of exact matches
 MISSING = "—"
@@ -100,7 +103,7 @@ def base_name(config: OrdMoEConfig, base: Mapping[str, Any]) -> str:
 
 
 def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -> ModelCardData:
-    """What the hub reads of the card. Names that are no ids of the hub are left out where it would follow them."""
+    """What the hub reads of the card. It refuses a card with names that cannot be ids where it expects ids."""
     tag, data = _task(base)[0], training.get("data") or {}
     results: dict[Any, EvalResult] = {}
     for evaluation in training.get("evaluations") or []:
@@ -110,17 +113,25 @@ def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -
             options = {"dataset_split": split, "metric_name": "exact match"}
             result = EvalResult(tag or "text-generation", on, on, "exact_match", accuracy, **options)
             results.setdefault((on, split), result)  # a part of the same data stands in the text alone
-    base_id = _line(base.get("id") or "")
+    base_id, data_id = _hub_id(base.get("id")), _hub_id(data.get("id"))
     return ModelCardData(
-        base_model=base_id or None,
+        base_model=base_id,
         library_name="peft",
         pipeline_tag=tag,
         tags=[*TAGS, *([ADAPTER_OF + base_id] if base_id else [])],
-        datasets=[_line(data["id"])] if data.get("id") else None,
+        datasets=[data_id] if data_id else None,
         eval_results=list(results.values()) or None,
         model_name=TITLE + name if results else None,
-        **(base.get("license") or {}),
+        **{name: value for name, value in (base.get("license") or {}).items() if name in LICENSE},
     )
+
+
+def _hub_id(name: Any) -> str | None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _task(base: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -146,9 +157,9 @@ def _summary(config: OrdMoEConfig, name: str) -> str:
 
 def _code_to_load(config: OrdMoEConfig, name: str, loader: str, recipe: Mapping[str, Any]) -> str:
     lines = ["from peft import PeftModel", f"from transformers import {loader}", "", "import ordmoe_peft", "", ""]
-    arguments = [json.dumps(name, ensure_ascii=False)]
+    arguments = [_literal(name)]
     if recipe.get("quant_method") == "ordmoe_peft":
-        options = [f"{option}={recipe[option]!r}" for option in RECIPE[:3] if recipe.get(option)]
+        options = [f"{option}={_literal(recipe[option])}" for option in RECIPE[:3] if recipe.get(option)]
         lines[-1] = f"in_4_bits = ordmoe_peft.MoeBitsAndBytesConfig({', '.join(options)})"
         arguments.append("quantization_config=in_4_bits")
     lines += [
@@ -157,7 +168,7 @@ def _code_to_load(config: OrdMoEConfig, name: str, loader: str, recipe: Mapping[
     ]
     if config.num_tiers > 1:
         last = config.num_tiers
-        lines += [f"with ordmoe_peft.tier_routing(model, tier={last}):  # for a look at the lowest tier"]
+        lines += [f"with ordmoe_peft.tier_routing(model, tier={last}):  # the lowest; tier 1 is the model as it is"]
         lines += ["    model.generate(**inputs)"]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 
@@ -227,6 +238,11 @@ def _line(value: Any) -> str:
 def _code(value: Any) -> str:
     """A value as it is: whatever is in it, nothing is markup."""
     return f"`{_line(value).replace('`', chr(39))}`"
+
+
+def _literal(value: Any) -> str:
+    """A text or a truth value in Python."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _plain(value: Any) -> str:

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
 from ..files import write_whole
-from .card import ADAPTER_OF, BEGIN, END, TITLE, adapter_card
+from .card import ADAPTER_OF, BEGIN, END, LICENSE, TITLE, adapter_card
 from .config import OrdMoEConfig
 from .record import RECORD_NAME
 from .saved import SavedAdapter
@@ -22,7 +22,6 @@ from .saved import SavedAdapter
 logger = logging.get_logger(__name__)
 
 OURS = re.compile(rf"^{re.escape(BEGIN)}$.*^{re.escape(END)}$", re.MULTILINE | re.DOTALL)
-LICENSE = ("license", "license_name", "license_link")
 
 
 def base_license(name_or_path: str | None, revision: str | None = None) -> dict[str, str]:

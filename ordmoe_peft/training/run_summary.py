@@ -98,12 +98,13 @@ def peak_memory() -> int:
 
 def _figures(state: TrainerState, args: OrdMoETrainingArguments, is_resumed: bool) -> dict[str, Any]:
     last = {name: value for entry in state.log_history for name, value in entry.items()}
+    tokens = last.get("num_tokens")
     seconds = None if is_resumed else last.get("train_runtime")
     is_cuda = args.device.type == "cuda"
     known = {
         "steps": state.global_step,
         "epochs": state.epoch,
-        "tokens": last.get("num_tokens"),
+        "tokens": None if tokens is None else int(tokens),
         "mean_loss": last.get("train_loss"),
         "seconds": seconds,
         "seconds_per_step": seconds / state.global_step if seconds and state.global_step else None,

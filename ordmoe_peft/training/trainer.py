@@ -207,16 +207,19 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes the card of the adapter in `output_dir`, in place of TRL's draft, where one is saved there.
+        """Adds tags and the data's id to the card of the adapter that is saved in `output_dir`.
+
+        The card itself is written whenever the adapter is saved, in place of TRL's draft, for which TRL calls this
+        before each checkpoint.
 
         Args:
             model_name (`str`, *optional*): not used; the card is named by the base.
-            dataset_name (`str`, *optional*): id of the training data.
-            tags (`str` or `list[str]`, *optional*): added to the card's.
+            dataset_name (`str`, *optional*): id of the training data on the hub.
+            tags (`str` or `list[str]`, *optional*): further tags.
         """
-        if self.is_world_process_zero():
-            source = {} if dataset_name is None else {"id": dataset_name}
-            write_saved_card(self.args.output_dir, [tags] if isinstance(tags, str) else tags or [], source)
+        if (tags or dataset_name) and self.is_world_process_zero():
+            data = {"id": dataset_name} if dataset_name else {}
+            write_saved_card(self.args.output_dir, [tags] if isinstance(tags, str) else tags or [], data)
 
     def _describe(self) -> RunDescription:
         return describe_run(self.model, self._adapter_config(), self.args, self._data)

@@ -94,7 +94,7 @@ def test_snippets_are_code(tmp_path):
     loading, plain = code(card)
     for snippet in (loading, plain):
         compile(snippet, "README.md", "exec")
-    assert "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16'" in loading
+    assert 'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"' in loading
     assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", quantization_config=' in loading
     assert "tier_routing" in loading
     verify, export = code(card, "bash")
@@ -154,7 +154,7 @@ def test_names_are_text_whatever_is_in_them(tmp_path, text):
     base = {"id": text, "revision": text, "class": text}
     card = card_of(tmp_path, {"versions": {text: text}, "base": base, "training": training})
     line = " ".join(text.split()).encode("utf-8", "replace").decode()
-    assert (card.data.base_model, card.data.datasets) == (line, [line])
+    assert card.data.base_model is card.data.datasets is None  # no id of the hub, which would refuse the card
     assert card.data.eval_results[0].dataset_name == line
     # Nothing of it is a heading, a table's cell, a fence, HTML or one of our two comments.
     headings = re.findall(r"^#+ .*$", usual.text, re.MULTILINE)

@@ -2,11 +2,13 @@
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel, get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.adapter.card import BEGIN, END, adapter_card
 from ordmoe_peft.adapter.card_file import base_license, save_card, write_saved_card
 from ordmoe_peft.adapter.record import write_record
+from tests import models
 from tests.adapter.test_card import RECORD, TRAINING
 
 
@@ -99,3 +101,19 @@ def test_the_licence_of_a_base(tmp_path):
         tmp_path / "README.md"
     )
     assert base_license(str(tmp_path)) == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+
+
+def test_saving_over_an_adapter_keeps_what_its_owner_wrote(tmp_path):
+    model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nMine.\n")
+    model.ordmoe_training = TRAINING
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(path)
+    assert card.text.endswith(f"{END}\n\nMine.\n")
+    assert "## Results" in card.text
+    # Loaded and saved elsewhere, it is the same adapter of the same run.
+    loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path)
+    loaded.save_pretrained(tmp_path / "copy")
+    assert BEGIN + ModelCard.load(tmp_path / "copy" / "README.md").text.split(BEGIN)[1] in card.text
