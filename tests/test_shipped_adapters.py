@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.data import load_easy_vqa
 from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft.adapter.probes import replay
 from ordmoe_peft.adapter.saved import SavedAdapter
 from ordmoe_peft.data.samples import subsample
 from ordmoe_peft.tools.measure.evaluation import evaluate_tiers
@@ -49,6 +51,10 @@ def test_accuracy_and_likelihood_are_those_of_the_card(name, questions):
     [found] = evaluate_tiers(model, processor, asked, batch_size=128, max_new_tokens=4)
     # Another CPU rounds otherwise, which may turn an answer that is on the edge.
     assert abs(found.accuracy["overall"] - part["metrics"]["accuracy"]) * part["rows"] < 1.5
+    probes = SavedAdapter.read(ADAPTERS / name).record["probes"]
+    replayed = replay(model, probes["token_ids"], len(probes["log_probs"]))
+    for tier, log_probs in probes["log_probs"].items():
+        assert torch.tensor(replayed[tier]).mean() == pytest.approx(torch.tensor(log_probs).mean(), abs=0.02)
     assert found.log_likelihood == pytest.approx(part["metrics"]["tier_1/log_likelihood"], abs=2e-3)
 
 
