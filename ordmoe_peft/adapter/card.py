@@ -72,13 +72,13 @@ def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
             it is `of`, `"base"` or `"adapter"`, its `metrics`, of which `accuracy` is a share of exact matches, and,
             where known, `data`, `split`, `part`, `rows` and `step`. What is not there is left out of the card.
     """
-    base, training = record.get("base") or {}, record.get("training") or {}
-    recipe = base.get("quantization") or config.base_quantization or {}
+    base, training = _mapping(record.get("base")), _mapping(record.get("training"))
+    recipe = _mapping(base.get("quantization") or config.base_quantization)
     name, loader = base_name(config, base), _task(base)[1]
     rows = [
         *_rows_of_adapter(config, base, name, recipe),
         *_rows_of_training(training),
-        ("versions", _named(record.get("versions") or {})),
+        ("versions", _named(record.get("versions"))),
     ]
     parts = [
         f"# {TITLE}{_code(name)}",
@@ -87,8 +87,8 @@ def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
         USE.format(code=_code_to_load(config, name, loader, recipe), base=shlex.quote(name)),
         "## What it is, and how it was trained",
         _table(("", ""), [row for row in rows if row[1]]),
-        *_results(training.get("evaluations") or []),
-        *_curves(training.get("curves") or []),
+        *_results(_mappings(training.get("evaluations"))),
+        *_curves(_mappings(training.get("curves"))),
     ]
     text = "\n\n".join([BEGIN, *parts, END])
     return ModelCard(f"---\n{_metadata(base, training, name).to_yaml()}\n---\n\n{text}\n")
@@ -104,10 +104,10 @@ def base_name(config: OrdMoEConfig, base: Mapping[str, Any]) -> str:
 
 def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -> ModelCardData:
     """What the hub reads of the card. It refuses a card with names that cannot be ids where it expects ids."""
-    tag, data = _task(base)[0], training.get("data") or {}
+    tag, data = _task(base)[0], _mapping(training.get("data"))
     results: dict[Any, EvalResult] = {}
-    for evaluation in training.get("evaluations") or []:
-        accuracy, on = evaluation["metrics"].get(ACCURACY), _line(evaluation.get("data") or "held-out")
+    for evaluation in _mappings(training.get("evaluations")):
+        accuracy, on = _mapping(evaluation.get("metrics")).get(ACCURACY), _line(evaluation.get("data") or "held-out")
         if evaluation.get("of") == "adapter" and _is_number(accuracy):
             split = _line(evaluation["split"]) if evaluation.get("split") else None
             options = {"dataset_split": split, "metric_name": "exact match"}
@@ -122,7 +122,7 @@ def _metadata(base: Mapping[str, Any], training: Mapping[str, Any], name: str) -
         datasets=[data_id] if data_id else None,
         eval_results=list(results.values()) or None,
         model_name=TITLE + name if results else None,
-        **{name: value for name, value in (base.get("license") or {}).items() if name in LICENSE},
+        **{name: value for name, value in _mapping(base.get("license")).items() if name in LICENSE},
     )
 
 
@@ -194,13 +194,15 @@ def _rows_of_adapter(
 
 def _rows_of_training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for label, key in (("objective", "objective"), ("settings", "settings"), ("data", "data"), ("run", "figures")):
-        yield label, _named(training.get(key) or {})
+        yield label, _named(training.get(key))
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Figures on data that were not trained on, before and after."""
     if evaluations:
-        columns = list(dict.fromkeys(metric for evaluation in evaluations for metric in evaluation["metrics"]))
+        columns = list(
+            dict.fromkeys(metric for evaluation in evaluations for metric in _mapping(evaluation.get("metrics")))
+        )
         yield "## Results"
         yield "Of each tier the mean log-likelihood per response token, in nats; exact matches are tier 1's."
         yield _table(
@@ -209,7 +211,7 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 [
                     "base" if evaluation.get("of") == "base" else "with the adapter",
                     _named({key: evaluation.get(key) for key in ("data", "split", "rows", "part", "step")}),
-                    *(_figure(metric, evaluation["metrics"].get(metric)) for metric in columns),
+                    *(_figure(metric, _mapping(evaluation.get("metrics")).get(metric)) for metric in columns),
                 ]
                 for evaluation in evaluations
             ],
@@ -254,8 +256,19 @@ def _plain(value: Any) -> str:
     return MISSING if value is None else _code(value)
 
 
-def _named(values: Mapping[str, Any]) -> str:
-    """Names with their values, those that are not there left out."""
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a record, which others may have written: what is no mapping says nothing."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(values: Any) -> list[Mapping[str, Any]]:
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
+
+
+def _named(values: Any) -> str:
+    """Names with their values, those that are not there left out; what is no mapping as it is."""
+    if not isinstance(values, Mapping):
+        return _plain(values) if values else ""
     names = {name: name.replace("_", " ") if re.fullmatch(r"[\w.-]+", name) else _code(name) for name in values}
     return _joined(f"{names[name]} {_plain(value)}" for name, value in values.items() if value is not None)
 

@@ -74,8 +74,10 @@ def write_saved_card(folder: str | Path, tags: Sequence[str] = (), data: Mapping
     if not all(Path(folder, name).is_file() for name in (CONFIG_NAME, RECORD_NAME)):
         return
     record = SavedAdapter.read(folder).record or {}
-    if data and record.get("training"):
-        record["training"]["data"] = {**record["training"]["data"], **data}
+    training = record.get("training")
+    if data and isinstance(training, dict):
+        known = training.get("data")
+        training["data"] = {**(known if isinstance(known, dict) else {}), **data}
     card = adapter_card(OrdMoEConfig.from_pretrained(str(folder)), record)
     card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
     save_card(card, folder)

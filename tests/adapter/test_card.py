@@ -179,3 +179,14 @@ def test_figures_that_are_no_numbers(tmp_path, value):
     assert card.data.eval_results is None
     assert not re.search(r"\b(nan|inf)\b", str(card))
     assert [cell.strip() for cell in tables(card)[-1][2]] == ["1", "—"]
+
+
+@pytest.mark.parametrize(
+    "junk", ["text", 3, [1, "a"], {"a": {"b": [1]}}, [{"metrics": 1}, {"metrics": {"accuracy": "x"}}]]
+)
+def test_a_record_that_others_wrote_is_no_obstacle(tmp_path, junk):
+    """An adapter that was loaded is saved whatever its record says of its training."""
+    for part in (*TRAINING, "training", "base"):
+        record = RECORD | {part: junk} if part in RECORD else RECORD | {"training": TRAINING | {part: junk}}
+        assert "# OrdMoE adapter of" in card_of(tmp_path, record).text
+    assert "`text`" in card_of(tmp_path, RECORD | {"training": {"data": "text"}}).text
