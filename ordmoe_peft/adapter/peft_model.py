@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
@@ -17,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import OrdMoEConfigError
 from ..files import whole_files
 from .base_record import check_base_record
+from .card import adapter_card
+from .card_file import base_license, save_card, write_saved_card
+from .hub import push_adapter
 from .probes import make_probes
 from .record import write_record
 from .saved import SavedAdapter, check_fits
@@ -85,10 +89,11 @@ class OrdMoEAdapters(PeftModel):
                 raise OrdMoEConfigError(f"{target} is a file; give a folder to save the adapter in.")
             with whole_files(target) as folder:
                 super().save_pretrained(str(folder), selected_adapters=[name], **options)
-                self._complete(folder, name, kwargs.get("state_dict") is None)
+                record = self._complete(folder, name, kwargs.get("state_dict") is None)
+                save_card(adapter_card(self.peft_config[name], record), folder, earlier=target)
 
-    def _complete(self, folder: Path, name: str, are_own_weights: bool) -> None:
-        """Add what PEFT does not write to the files of adapter `name` in `folder`."""
+    def _complete(self, folder: Path, name: str, are_own_weights: bool) -> dict[str, Any]:
+        """Add what PEFT does not write to the files of adapter `name` in `folder`, but the card; return the record."""
         if name != "default":  # PEFT has put them into a folder of this name
             for file in (folder / name).iterdir():
                 file.replace(folder / file.name)
@@ -97,7 +102,20 @@ class OrdMoEAdapters(PeftModel):
         is_trained = name in self.active_adapters and self.ordmoe_training is not None
         training = self.ordmoe_training if is_trained else known["training"]
         probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
-        write_record(folder, known["base"], training, probes)
+        base, config = known["base"], self.peft_config[name]
+        named = base["id"] or config.base_model_name_or_path
+        return write_record(folder, {"license": base_license(named, base["revision"]), **base}, training, probes)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the card of the adapter that is saved in `output_dir` from its files; none where none is.
+
+        What an owner wrote in it stays: see [`~ordmoe_peft.adapter.card_file.updated`].
+        """
+        write_saved_card(output_dir)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload the adapter; `options` are those of [`~ordmoe_peft.adapter.hub.push_adapter`]."""
+        return push_adapter(self, repo_id, **options)
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, *args: Any, ignore_fingerprint: bool = False, **kwargs: Any

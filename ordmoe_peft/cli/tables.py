@@ -1,13 +1,11 @@
 """Results as tables for people, and as JSON for programs."""
 
 import json
-import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import rich.table
-import torch
 from rich.console import Console
 
 from ..files import write_whole
@@ -15,7 +13,7 @@ from ..monitoring.diagnostics import Finding
 from ..tools.tables import Table, percent
 
 
-__all__ = ["peak_memory", "percent", "print_findings", "print_table", "print_tables", "write_json"]
+__all__ = ["percent", "print_findings", "print_table", "print_tables", "write_json"]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -44,14 +42,6 @@ def print_findings(findings: Sequence[Finding]) -> None:
     """A line for each failure signature that shows."""
     for finding in findings:
         print(f"{finding.severity.capitalize()} ({finding.name.replace('_', ' ')}): {finding.message}")
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes: on the CUDA device if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def write_json(path: str, results: Any) -> None:

@@ -8,6 +8,7 @@ that was killed.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
@@ -20,9 +21,10 @@ from ..tools.report import require_matplotlib, train_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from ..training.data_checks import checked_data
 from ..training.run_record import RunFolder
+from ..training.run_summary import peak_memory
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
-from .tables import peak_memory, print_table
+from .tables import print_table
 
 
 @dataclass
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
         if training_args.device.type == "cpu":
             warn_if_slow(model_options, model.dtype, training_args)
     trainer = OrdMoETrainer(model, args=training_args, processing_class=processing_class, **datasets)
+    if not Path(script_options.dataset_name).exists():
+        trainer.data_source["id"] = script_options.dataset_name  # of the hub; a data set knows its name alone
     if trainer.is_finished(resume):
         if trainer.is_world_process_zero():
             print(f"The run in {training_args.output_dir} is already finished.")

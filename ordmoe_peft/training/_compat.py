@@ -1,5 +1,6 @@
 """Uses of names of the trainer upstream that are not public. See `ordmoe_peft/_compat.py`."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub.constants import REPOCARD_NAME
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from ..adapter.record import RECORD_NAME
 from ..files import whole_file
 from .checkpoints import discard, discard_oldest, is_same
 
@@ -26,9 +29,10 @@ class WholeCheckpoints(Trainer):
     """What [`~transformers.Trainer`] lacks for a run that is killed at any moment to go on as if it had not been.
 
     transformers writes `trainer_state.json` last, which `checkpoints.py` relies on. It does not wait for the other
-    processes' random states, writes over an earlier checkpoint of the same step, deletes checkpoints in any order, and
-    trains on where a run is resumed at its end. It loads an adapter by PEFT's `load_adapter`, which casts one in 16
-    bits to float32. Remove when it does otherwise (transformers 5.24, `trainer.py`; peft 0.21, `BaseTuner`).
+    processes' random states, writes over an earlier checkpoint of the same step, deletes checkpoints in any order,
+    trains on where a run is resumed at its end, and uploads a checkpoint's adapter without its record and card. It
+    loads an adapter by PEFT's `load_adapter`, which casts one in 16 bits to float32. Remove when it does otherwise
+    (transformers 5.24, `trainer.py`; peft 0.21, `BaseTuner`).
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -60,6 +64,14 @@ class WholeCheckpoints(Trainer):
                 torch.save(self.args, file)  # upstream's has no limit
             discard_oldest(folder, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Upstream copies the adapter's weights and configuration to the folder that it uploads, and those alone.
+        if self.is_world_process_zero():
+            for name in (RECORD_NAME, REPOCARD_NAME):
+                if (path := Path(checkpoint_folder, name)).is_file():
+                    shutil.copyfile(path, Path(self.args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import nn
 from trl import SFTTrainer
 
+from ..adapter.card_file import write_saved_card
 from ..adapter.config import OrdMoEConfig
 from ..data.images import encode_images
 from ..data.responses import end_of_sequence_ids
@@ -52,6 +53,7 @@ from .router_health import RouterHealth
 from .row_groups import generated_rows, row_groups
 from .row_layout.prompt_sharing import PromptSharing
 from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
+from .run_summary import data_source, run_summary
 from .settings_checks import check_causal, check_settings
 from .step_guard import StepGuard
 from .tier_passes import TierForward, TierPass
@@ -115,7 +117,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             kwargs["eval_dataset"] = checked_data(kwargs.get("eval_dataset"), args, "evaluation")
         train_dataset = with_answers(train_dataset, args)
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        self._data = describe_data(train_dataset)
+        self._data, self.data_source = describe_data(train_dataset), data_source(train_dataset)
+        self._is_resumed = False
         check_processing_class(self.processing_class, "The model")
         num_given = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         check_prepared(self.train_dataset, args, num_given, num_positions(self.model.config))
@@ -174,6 +177,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         checkpoint = on_first_process(
             lambda: self.run_folder.begin(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
         )
+        self._is_resumed = checkpoint is not None
         output = super().train(checkpoint, *args, **kwargs)
         trained = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
         self._guard.check_run(self.state.global_step, trained)
@@ -192,6 +196,30 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def finish(self) -> None:
         """Record that the run's results are all saved, so that the same run, started again, has nothing to do."""
         on_first_process(lambda: self.run_folder.finish(goal_of(self.args)))
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """[`~transformers.Trainer`]'s; what the run was up to now is saved with the adapter."""
+        self.model.ordmoe_training = run_summary(
+            self.state, self.args, self.data_source, self.num_tiers, self._is_resumed
+        )
+        super().save_model(*args, **kwargs)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Adds tags and the data's id to the card of the adapter that is saved in `output_dir`.
+
+        The card itself is written whenever the adapter is saved, in place of TRL's draft, for which TRL calls this
+        before each checkpoint.
+
+        Args:
+            model_name (`str`, *optional*): not used; the card is named by the base.
+            dataset_name (`str`, *optional*): id of the training data on the hub.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if (tags or dataset_name) and self.is_world_process_zero():
+            data = {"id": dataset_name} if dataset_name else {}
+            write_saved_card(self.args.output_dir, [tags] if isinstance(tags, str) else tags or [], data)
 
     def _describe(self) -> RunDescription:
         return describe_run(self.model, self._adapter_config(), self.args, self._data)

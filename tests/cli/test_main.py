@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from ordmoe_peft.cli.main import COMMANDS, main
-from ordmoe_peft.cli.tables import peak_memory
+from ordmoe_peft.training.run_summary import peak_memory
 from tests import models, text
 
 
@@ -80,6 +80,12 @@ def test_train_from_a_recipe_and_evaluate(base, data, tmp_path, capsys):
     assert metrics["peak_memory_bytes"] >= peak
     history = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
     assert any("eval_tier_3/log_likelihood" in entry for entry in history)
+    card = (adapter / "README.md").read_text()
+    assert "# OrdMoE adapter of `base`" in card
+    assert "| data | name `data`, split `train`, rows 8," in card
+    assert "## Results" in card
+    assert "None" not in card
+    assert str(tmp_path) not in card + (adapter / "ordmoe.json").read_text()
 
     results = tmp_path / "results.json"
     arguments = ["evaluate", "--model_name_or_path", base, "--adapter", adapter, "--dataset_name", data]

@@ -1,18 +1,23 @@
 """The trainer against TRL's own and against losses put together from one pass per tier."""
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments, tier_routing
+from ordmoe_peft.adapter.saved import SavedAdapter
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.recording import recorded_router_outputs
 from ordmoe_peft.objectives.advantages import tier_advantages
 from ordmoe_peft.tiers.plan import RandomDraw
 from tests import models, reference, text
+from tests.adapter.test_hub import hub  # noqa: F401 (a fixture)
 
 
 SETTINGS = {
@@ -260,9 +265,33 @@ def test_peft_config_is_taken_as_by_trl_and_the_adapter_and_its_card_are_saved(t
     trainer.train()
     checkpoint = tmp_path / "checkpoint-4"
     assert (checkpoint / "adapter_model.safetensors").is_file()
-    card = (tmp_path / "README.md").read_text()
-    assert "ordmoe" in card
-    assert "2511.19023" in card
+    assert not (tmp_path / "README.md").exists()  # TRL's draft, beside no adapter
+    assert "2511.19023" in ModelCard.load(checkpoint / "README.md").text
+    run = trainer.model.ordmoe_training
+    assert (run["figures"]["steps"], [point["step"] for point in run["curves"]]) == (4, [1, 2, 3, 4])
+    assert run["data"] == {"rows": 8, "columns": ["prompt", "completion", "kind"]}
+    assert run["objective"]["objective"] == "erl"
+    assert "tier_3/log_likelihood" in run["curves"][0]
+    assert SavedAdapter.read(checkpoint).record["training"] == run
+
+
+def test_what_a_trainer_uploads_is_of_one_save_and_has_a_card(tmp_path, hub):  # noqa: F811
+    run = trainer_for(
+        tmp_path / "run",
+        **{"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "every_save", "hub_always_push": True},
+        **{"save_strategy": "steps", "save_steps": 2, "max_steps": 3},
+    )
+    run.train()
+    pushed = SavedAdapter.read(hub.folder)
+    assert pushed.record["training"]["figures"]["steps"] == 3  # at the end of training, too
+    pushed.check_checksum()
+    card = ModelCard.load(hub.folder / "README.md")
+    assert re.findall(r"^\| (\d+) \|", card.text, re.MULTILINE) == ["1", "2", "3"]  # a row for each step
+    run.push_to_hub(dataset_name="me/questions", tags="mine")
+    card = ModelCard.load(hub.folder / "README.md")
+    assert card.data.datasets == ["me/questions"]
+    assert {"mine", "trl"} <= set(card.data.tags)
+    assert "None" not in str(card)
 
 
 class TestRefusals:
