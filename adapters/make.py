@@ -13,12 +13,7 @@ import shutil
 from pathlib import Path
 from statistics import fmean
 
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText
-
-from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.adapter.card_file import write_saved_card
-from ordmoe_peft.adapter.probes import make_probes
 from ordmoe_peft.adapter.record import write_record
 from ordmoe_peft.files import whole_files
 
@@ -53,16 +48,8 @@ def ship(trained: Path, folder: Path, evaluations: list[dict]) -> None:
     with whole_files(folder) as unfinished:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copyfile(trained / name, unfinished / name)
-        write_record(unfinished, record["base"] | {"name": BASE}, training, probes_as_loaded(trained))
+        write_record(unfinished, record["base"] | {"name": BASE}, training, record["probes"])
     write_saved_card(folder)
-
-
-def probes_as_loaded(adapter: Path) -> dict | None:
-    """Probes of the adapter as users have it: PEFT loads it in float32, while it was trained in bfloat16, in which a
-    token near the border between two tiers may go to other experts."""
-    recipe = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype="float32")
-    base = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=recipe)
-    return make_probes(PeftModel.from_pretrained(base, adapter), "default")
 
 
 def evaluation(subject: str, results: Path, every: int = 1) -> dict:

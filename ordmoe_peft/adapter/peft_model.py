@@ -99,8 +99,10 @@ class OrdMoEAdapters(PeftModel):
                 file.replace(folder / file.name)
             (folder / name).rmdir()
         known = self.base_model.records[name]
-        is_trained = name in self.active_adapters and self.ordmoe_training is not None
-        training = self.ordmoe_training if is_trained else known["training"]
+        is_trained_here = name in self.active_adapters and self.ordmoe_training is not None
+        # What was loaded to be trained on may have been, of which nobody told.
+        earlier = known["training"] if self.peft_config[name].inference_mode else None
+        training = self.ordmoe_training if is_trained_here else earlier
         probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
         base, config = known["base"], self.peft_config[name]
         named = base["id"] or config.base_model_name_or_path

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,18 +74,31 @@ def _special_tokens(config: dict[str, Any]) -> Iterator[int]:
 
 def replay(model: PeftModel, token_ids: list[list[int]], num_tiers: int) -> dict[str, list[list[float]]]:
     """Log-probabilities of sequences under tiers 1 to `num_tiers`: tier → a list for each sequence, in nats."""
-    ids_BS = torch.tensor(token_ids, device=model.get_input_embeddings().weight.device)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        of_tiers = {}
+    ids_BS, of_tiers = torch.tensor(token_ids, device=model.get_input_embeddings().weight.device), {}
+    with _as_loaded(model), torch.no_grad():
         for tier in range(1, num_tiers + 1):
-            with torch.no_grad(), tier_routing(model, tier):
+            with tier_routing(model, tier):
                 logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
             log_probs_BSV = logits_BSV[:, :-1].float().log_softmax(-1)
             chosen_BS = log_probs_BSV.gather(2, ids_BS[:, 1:, None])[..., 0]
             of_tiers[str(tier)] = [[round(value, 4) for value in row] for row in chosen_BS.tolist()]
-        return of_tiers
+    return of_tiers
+
+
+@contextmanager
+def _as_loaded(model: PeftModel) -> Iterator[None]:
+    """Within the block the model is as it would be after loading: in evaluation mode, adapters of 16 bits in float32,
+    to which PEFT casts them. Rounding their products otherwise may send a token to another expert."""
+    was_training = [module for module in model.modules() if module.training]
+    halves = (torch.bfloat16, torch.float16)
+    cast = [(weight, weight.data) for name, weight in model.named_parameters() if ".lora_" in name]
+    model.eval()
+    try:
+        for weight, data in cast:
+            weight.data = data.float() if data.dtype in halves else data
+        yield
     finally:
+        for weight, data in cast:
+            weight.data = data
         for module in was_training:
             module.training = True

@@ -32,7 +32,7 @@ class VerifyArguments(ModelArguments):
     adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
     tolerance: float = field(
         default=TOLERANCE,
-        metadata={"help": "Largest mean difference of a tier, in nats per token, at which the exit status is 0."},
+        metadata={"help": "Largest difference of a tier's median token, in nats, at which the exit status is 0."},
     )
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
@@ -75,12 +75,12 @@ def main(arguments: Sequence[str]) -> int:
     print_tables([deviation_table(deviations, options.adapter)])
     if options.output is not None:
         write_json(options.output, [asdict(deviation) for deviation in deviations])
-    worst = max(deviation.mean for deviation in deviations)
+    worst = max(deviation.median for deviation in deviations)
     is_same = worst <= options.tolerance
     verdict = "verified" if is_same else "NOT what was saved"
     print(
-        f"{options.adapter} on {base}: {verdict}; the largest mean difference is {worst:.4f} nats per token, the "
-        f"tolerance {options.tolerance}."
+        f"{options.adapter} on {base}: {verdict}; the largest median difference of a tier is {worst:.4f} nats, "
+        f"the tolerance {options.tolerance}."
     )
     return 0 if is_same else 1
 

@@ -74,3 +74,14 @@ def test_none_are_made_where_they_would_be_of_something_else(tuned, caplog, monk
     with caplog.at_level("WARNING"):
         assert make_probes(model, "default") is None
     assert "no probes: the model did not run on tokens alone (no images given)" in caplog.text
+
+
+def test_they_are_of_the_adapter_as_it_is_loaded(tuned):
+    """An adapter in 16 bits, as on a base in 4 bits it is trained, is in float32 when it is loaded."""
+    model = copy.deepcopy(tuned)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(torch.bfloat16)
+    probes = make_probes(model, "default")
+    assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    assert make_probes(model.float(), "default") == probes

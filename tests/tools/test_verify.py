@@ -23,12 +23,12 @@ def subject():
 def test_deviations_are_those_of_each_tier(subject):
     model, record = subject
     changed = copy.deepcopy(record)
-    changed["probes"]["log_probs"]["2"][1][3] += 22
+    changed["probes"]["log_probs"]["2"][1] = [value + 4 for value in record["probes"]["log_probs"]["2"][1]]
     first, second = replay_probes(model, changed, "x")
-    assert (first.tier, first.mean, first.largest) == (1, 0, 0)
-    assert (second.mean, second.largest) == (pytest.approx(22 / 44, abs=1e-4), pytest.approx(22, abs=1e-3))
-    assert second.saved - second.found == pytest.approx(0.5, abs=1e-4)
-    assert "0.500" in deviation_table([first, second], "x").markdown()
+    assert (first.tier, first.median, first.mean, first.largest) == (1, 0, 0, 0)
+    assert (second.median, second.mean, second.largest) == (0, pytest.approx(1, abs=1e-4), pytest.approx(4, abs=1e-3))
+    assert second.saved - second.found == pytest.approx(1, abs=1e-4)
+    assert "4.000" in deviation_table([first, second], "x").markdown()
 
 
 def test_nan_is_far_from_all(subject):
@@ -36,4 +36,4 @@ def test_nan_is_far_from_all(subject):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.base_model.model.lm_head.weight[:] = math.nan
-    assert all(deviation.mean == math.inf for deviation in replay_probes(broken, record, "x"))
+    assert all(deviation.median == math.inf for deviation in replay_probes(broken, record, "x"))
