@@ -12,8 +12,8 @@ from ..errors import OrdMoEConfigError
 from .tables import Table, number
 
 
-# In nats, of a tier's median token. On the shipped base bf16 in place of fp32 makes 0.13, no adapter, its experts in
-# another order or the order of other tools at least 0.41. The mean says less: rounding may send a token to another expert.
+# In nats, of a tier's median token. On the shipped base bf16 in place of fp32 makes 0.13; no adapter, its experts in
+# another order, or the order of other tools at least 0.41. The mean says less: a token may go to another expert.
 TOLERANCE = 0.2
 
 
