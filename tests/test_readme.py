@@ -10,7 +10,8 @@ from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.data.samples import prompt_inputs
 
 
-BASE = str(Path("examples/easy_vqa/base").resolve())
+ROOT = Path.cwd()
+BASE = str(ROOT / "examples/easy_vqa/base")
 # What the snippet leaves to a machine with a GPU, and to a longer run.
 CHANGES = {
     '"Qwen/Qwen3-VL-30B-A3B-Instruct"': repr(BASE),
@@ -29,7 +30,10 @@ def test_snippets(tmp_path, monkeypatch):
     exec(train, {"dataset": dataset})
     assert Path("my-adapter/adapter_model.safetensors").is_file()
     inputs = prompt_inputs(list(dataset), AutoProcessor.from_pretrained(BASE))
-    exec(load, {"base": AutoModelForImageTextToText.from_pretrained(BASE), "inputs": inputs})
+    for name in ("examples/easy_vqa/base", "adapters/easy-vqa-ordmoe"):
+        assert f'"{name}"' in load
+        load = load.replace(name, str(ROOT / name))
+    exec(load, {"inputs": inputs})
     model = AutoModelForImageTextToText.from_pretrained(BASE, quantization_config=MoeBitsAndBytesConfig())
     exec(quantise, {"model": model, "dense": AutoModelForImageTextToText.from_pretrained(BASE)})
     assert AutoModelForImageTextToText.from_pretrained("my-4-bit-model").is_quantized

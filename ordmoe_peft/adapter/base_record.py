@@ -46,16 +46,21 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     name, revision = hub_id(getattr(model, "name_or_path", "") or "")
-    is_config = hasattr(config, "to_json_string")
-    values = json.loads(config.to_json_string(use_diff=False)) if is_config else {}  # type: ignore[union-attr]
+    to_json = getattr(config, "to_json_string", None)
+    values = json.loads(to_json(use_diff=False), object_hook=_of_the_model) if to_json else {}
     return {
         "id": name,
         "revision": revision or commit_of(config),
         "class": type(model).__name__,
-        "config": {key: value for key, value in values.items() if key not in ("_name_or_path", "quantization_config")},
+        "config": values,
         "quantization": base_quantization(model),
         "digest": digest(model),
     }
+
+
+def _of_the_model(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, or one within it, without where it was loaded from and without its recipe."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
 
 
 def hub_id(name_or_path: str) -> tuple[str | None, str | None]:
