@@ -20,12 +20,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from peft import PeftModel, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.tables import print_table
+from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 
 
 RANKS = (4, 8)

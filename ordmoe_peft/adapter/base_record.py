@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def hashed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights by which a model without an adapter is known, by name: all of its routers', and its embeddings."""
     routers = {layer.router_name: layer.router for layer in MoEModel.of(model).layers if layer.router is not None}
     tensors = {f"{name}.{key}": part for name in routers for key, part in sorted(routers[name].state_dict().items())}
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = None
+    with suppress(AttributeError, NotImplementedError):  # of a model of models, as Qwen3-Omni's
+        embeddings = model.get_input_embeddings()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if module is embeddings and isinstance(weight, torch.Tensor):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen3OmniMoeConfig, Qwen3OmniMoeForCon
 from ordmoe_peft import OrdMoEConfig, tier_routing
 from ordmoe_peft.data import images
 from ordmoe_peft.data.images import ENCODED, PIXELS, encode_images
-from ordmoe_peft.errors import OrdMoERuntimeError
+from ordmoe_peft.errors import OrdMoEModelError, OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.router_meter import RouterMeter
 from ordmoe_peft.training.row_layout.separate import separate_rows
@@ -280,8 +280,8 @@ def test_thinker_and_talker_are_on_tiers_of_their_own(omni):
 @pytest.mark.parametrize("part", ["", "talker"], ids=["all", "talker"])
 def test_the_thinker_is_adapted_unless_the_talker_is_passed(omni, part):
     model, *batches = copy.deepcopy(omni[0]), *omni[1:]
-    config = OrdMoEConfig(r=4, targets=["router", "experts", "attention"])
-    adapted = get_peft_model(model.get_submodule(part), config)
+    targets = ["router", "experts", "attention"][: 2 if part else 3]
+    adapted = get_peft_model(model.get_submodule(part), OrdMoEConfig(r=4, targets=targets))
     models.randomize_adapter(adapted)
     plain, got = both_logits(omni), both_logits((model, *batches))
     moved = [relative_error(now, before) > 1e-3 for now, before in zip(got, plain, strict=True)]
@@ -289,3 +289,6 @@ def test_the_thinker_is_adapted_unless_the_talker_is_passed(omni, part):
     if not part:
         assert {name.partition(".")[0] for name in adapted_parts(adapted)} == {"thinker"}
         assert not any(word in name for name in adapted_parts(adapted) for word in ("visual", "audio_tower"))
+    else:  # its attention would stand for its code predictor's, too
+        with pytest.raises(OrdMoEModelError, match="LoRA on code_predictor.* too"):
+            get_peft_model(copy.deepcopy(omni[0]).talker, OrdMoEConfig(targets=["attention"]))
