@@ -1,5 +1,6 @@
 """Which modules and parameters a role stands for in a model, and how many of them an adapter covers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from ..errors import OrdMoEModelError
-from ..moe_model import MoELayer, MoEModel, without_wrappers
+from ..moe_model import MoELayer, MoEModel, module_of, without_wrappers
 from ..quantization.storage import logical_shape
 
 
@@ -41,11 +42,11 @@ def find_targets(model: nn.Module) -> list[Target]:
             name = name if is_parameter else name.removesuffix(".weight")
             found.append(Target("router", "router", name, is_parameter, layer.decoder_layer))
         found += _expert_targets(layer)
-        for name in _linears(model, layer.block_name, "shared"):
-            found.append(Target("shared_experts", "shared_experts", name, False, layer.decoder_layer))
+        for name, is_parameter in _linears(model, layer.block_name, "shared"):
+            found.append(Target("shared_experts", "shared_experts", name, is_parameter, layer.decoder_layer))
     for index, decoder_layer in moe.decoder_layers:
-        for name in _linears(model, decoder_layer, "attn", "attention"):
-            found.append(Target("attention", "attention", name, False, index))
+        for name, is_parameter in _linears(model, decoder_layer, "attn", "attention"):
+            found.append(Target("attention", "attention", name, is_parameter, index))
     return found
 
 
@@ -91,14 +92,19 @@ def matrices_beside_linears(experts: nn.Module) -> list[str]:
     ]
 
 
-def _linears(model: nn.Module, parent_name: str, *words: str) -> list[str]:
-    """Names of the linear layers with more than one output in the children of `parent_name` named by one of `words`."""
-    return [
-        without_wrappers(f"{parent_name}.{child_name}.{name}").removesuffix(".")
-        for child_name, child in model.get_submodule(parent_name).named_children()
-        if any(word in child_name for word in words)
-        for name in linears_in(child)
-    ]
+def _linears(model: nn.Module, parent_name: str, *words: str) -> Iterator[tuple[str, bool]]:
+    """The linear layers with more than one output in the children of `parent_name` named by one of `words`.
+
+    Each as its name, or its weight's where LoRA has to be on that, and whether it is the weight's.
+    """
+    for child_name, child in model.get_submodule(parent_name).named_children():
+        if not any(word in child_name for word in words):
+            continue
+        for linear in linears_in(child):
+            name = without_wrappers(f"{parent_name}.{child_name}.{linear}").removesuffix(".")
+            # A model's own subclass may have another forward (DeepSeek-V4's grouped one), which PEFT's does not call.
+            is_own = type(module_of(model, name)).__module__.startswith("transformers.models.")
+            yield (f"{name}.weight", True) if is_own else (name, False)
 
 
 def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from ..adapter.export import export_plain_lora
+from ..tools.export.plain_peft import export_plain_lora
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -47,10 +47,12 @@ class Subject:
         with torch.no_grad():
             return model(**self.batch).logits
 
-    def adapted(self, model: nn.Module | None = None, random: bool = True) -> PeftModel:
+    def adapted(
+        self, model: nn.Module | None = None, random: bool = True, targets: list[str] | None = None
+    ) -> PeftModel:
         """With an adapter whose alpha / r is no power of two, which would make sums exact by luck."""
         torch.manual_seed(3)
-        config = OrdMoEConfig(r=4, lora_alpha=6, targets=self.row.targets)
+        config = OrdMoEConfig(r=4, lora_alpha=6, targets=targets or self.row.targets)
         adapted = get_peft_model(self.copy() if model is None else model, config).eval()
         if random:
             randomize_adapter(adapted)

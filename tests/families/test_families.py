@@ -12,13 +12,16 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoEError, quantize_experts_, tier_routing
-from ordmoe_peft.adapter.export import export_plain_lora
-from ordmoe_peft.errors import OrdMoERuntimeError
+from ordmoe_peft.adapter.config import ROLES as ALL_ROLES
+from ordmoe_peft.adapter.fitting import check_fits_model
+from ordmoe_peft.errors import OrdMoEModelError, OrdMoERuntimeError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.monitoring.router_meter import RouterMeter
+from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from tests import reference
 from tests.families import table, tiny
 from tests.families.observed import observed, own_ranks
+from tests.families.plain_peft import error_of_export, reader
 from tests.families.rows import NO_FAMILY, ROWS, folders_with_experts, heads_in, installed_rows
 from tests.families.subject import relative_error
 from tests.families.tiny import WIDTH
@@ -305,14 +308,45 @@ def test_a_saved_adapter_is_read_back(subject, tmp_path):
     assert relative_error(subject.logits(loaded), wanted) < 1e-5
 
 
+@pytest.fixture(scope="session")
+def plain_peft():
+    with reader() as process:
+        yield process
+
+
 @works("lora")
-def test_peft_reads_an_exported_adapter(subject, tmp_path):
-    model = subject.adapted()
-    wanted = subject.logits(model)
-    model.save_pretrained(tmp_path / "adapter")
-    export_plain_lora(tmp_path / "adapter", tmp_path / "plain")
-    loaded = PeftModel.from_pretrained(subject.copy(), tmp_path / "plain").eval()
-    assert relative_error(subject.logits(loaded), wanted) < 1e-4
+def test_peft_reads_an_exported_adapter(subject, plain_peft, record_property, tmp_path):
+    """Of all roles that there are, in a process without the package."""
+    refused, roles = subject.row.no_export, roles_of(subject.model)
+    assert set(subject.row.targets) <= set(roles)
+    model = subject.adapted(targets=[role for role in roles if role not in refused])
+    torch.save(subject.logits(model), tmp_path / "wanted.pt")
+    export(model, tmp_path)
+    assert plain_peft.submit(error_of_export, subject.row.id, tmp_path).result() < 1e-4
+    record_property("plain PEFT", ", ".join(role for role in roles if role not in refused))
+    for role in refused:
+        with pytest.raises(OrdMoEModelError, match=refused[role]) as refusal:
+            export(subject.adapted(targets=[role]), tmp_path / role)
+        assert not (tmp_path / role / "plain").exists()
+        record_property(f"refused: plain PEFT of {role}", str(refusal.value))
+
+
+def export(model: PeftModel, folder: Path) -> None:
+    model.save_pretrained(folder / "adapter")
+    model.config.architectures = [type(model.get_base_model()).__name__]
+    model.config.save_pretrained(folder / "base")
+    export_plain_lora(folder / "adapter", folder / "plain", base=folder / "base")
+
+
+def roles_of(model) -> list[str]:
+    roles = []
+    for role in ALL_ROLES:
+        try:
+            check_fits_model(OrdMoEConfig(targets=[role]), model)
+        except OrdMoEError:
+            continue
+        roles.append(role)
+    return roles
 
 
 # --------------------------------------------------------------------------------------------------------------- 4 bits

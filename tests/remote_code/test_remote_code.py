@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, tier_routing
 from ordmoe_peft.adapter import model as model_module
-from ordmoe_peft.adapter.export import export_plain_lora
 from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.router_check import check_router
+from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from ordmoe_peft.training import router_health
 from tests import models, reference, text
 from tests.cli.test_main import error_of, save_base, save_data, train_arguments

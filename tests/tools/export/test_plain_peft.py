@@ -8,8 +8,8 @@ import textwrap
 import pytest
 import torch
 
-from ordmoe_peft.adapter.export import export_plain_lora
 from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from tests import models
 from tests.adapter.test_model import adapted, logits
 

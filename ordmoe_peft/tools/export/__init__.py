@@ -1,0 +1,1 @@
+"""Adapters in forms that other software loads."""

@@ -1,0 +1,48 @@
+"""The folder of an export: written whole or not at all, and never over anything else."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from ...errors import OrdMoEConfigError
+from ...files import whole_folder
+
+
+EXPORT_NAME = "ordmoe_export.json"
+
+
+@contextmanager
+def export_folder(output: str | Path, form: str, adapter: Path) -> Iterator[Path]:
+    """Within the block, write an export to the folder given; at its end it takes the name `output`, in one step.
+
+    Args:
+        output (`str` or `Path`): folder that is not there, or is empty, or holds an earlier export, which goes.
+        form (`str`): what is exported to.
+        adapter (`Path`): the adapter's folder.
+
+    Raises:
+        [`OrdMoEConfigError`]: `output` holds something else.
+    """
+    output = Path(output)
+    others = _no_export(output)
+    if others:
+        raise OrdMoEConfigError(
+            f"{output} holds {others[0]}, which no earlier export wrote there. Choose a folder that is not there yet."
+        )
+    with whole_folder(output, replace=True) as folder:
+        yield folder
+        files = sorted(path.name for path in folder.iterdir())
+        record = {"form": form, "adapter": adapter.name, "ordmoe_peft": version("ordmoe-peft"), "files": files}
+        (folder / EXPORT_NAME).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _no_export(output: Path) -> list[str]:
+    """What is in `output` beside an earlier export; the folder's own name where it is a file."""
+    if not output.is_dir():
+        return [output.name] if output.exists() else []
+    names = sorted(path.name for path in output.iterdir())
+    record = output / EXPORT_NAME
+    known = json.loads(record.read_text())["files"] if record.is_file() else []
+    return [name for name in names if name not in (*known, EXPORT_NAME)]
