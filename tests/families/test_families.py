@@ -333,9 +333,7 @@ def test_peft_reads_an_exported_adapter(subject, plain_peft, record_property, tm
 
 def export(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder / "adapter")
-    model.config.architectures = [type(model.get_base_model()).__name__]
-    model.config.save_pretrained(folder / "base")
-    export_plain_lora(folder / "adapter", folder / "plain", base=folder / "base")
+    export_plain_lora(folder / "adapter", folder / "plain")
 
 
 def roles_of(model) -> list[str]:

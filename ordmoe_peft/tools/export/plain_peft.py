@@ -50,9 +50,9 @@ def export_plain_lora(
     PEFT renames a tensor, it is written under the name that becomes its own.
 
     Args:
-        adapter (`str` or `Path`): folder of the adapter.
+        adapter (`str` or `Path`): folder or hub id of the adapter.
         output (`str` or `Path`): folder that is not there, or is empty, or holds an earlier export, which goes.
-        adapter_name (`str`, *optional*): the adapter's name, where several were saved.
+        adapter_name (`str`, *optional*): the adapter's name, where several were saved; `default` by default.
         base (`str` or `Path`, *optional*): folder or hub id of the base, whose `config.json` is read; by default what
             the adapter's record says, or else its `base_model_name_or_path`.
 
@@ -60,7 +60,7 @@ def export_plain_lora(
         [`OrdMoEConfigError`]: there is no such adapter, its base is not known, or `output` holds something else.
         [`OrdMoEModelError`]: PEFT would not read it right under any name.
     """
-    saved = SavedAdapter.read(_folder_of(Path(adapter), adapter_name))
+    saved = SavedAdapter.read(adapter, _subfolder_of(Path(adapter), adapter_name))
     tensors = saved.tensors()
     model = _base_without_weights(saved, base)
     settings = _without_converted_targets(saved.settings, list(tensors), model)
@@ -75,33 +75,32 @@ def export_plain_lora(
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _folder_of(adapter: Path, adapter_name: str | None) -> Path:
-    """The folder of one of the adapters in `adapter`: PEFT saves `default` there, and others in folders beside it."""
+def _subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:
+    """Where in `adapter` the adapter `adapter_name` is: PEFT saves `default` there, and others in folders within."""
     others = sorted(file.parent.name for file in adapter.glob(f"*/{CONFIG_NAME}"))
-    if adapter_name not in (None, "default"):
-        if adapter_name not in others:
-            raise OrdMoEConfigError(f"{adapter} has no adapter named {adapter_name!r}. It has {others or 'no others'}.")
-        return adapter / str(adapter_name)
-    if others and not (adapter / CONFIG_NAME).is_file():
-        raise OrdMoEConfigError(f"{adapter} holds the adapters {others}: give adapter_name, one of them.")
+    names = [*["default"] * (adapter / CONFIG_NAME).is_file(), *others]
+    if adapter.is_dir() and (adapter_name or "default") not in names and names:
+        raise OrdMoEConfigError(f"{adapter} has the adapters {names}, not {adapter_name or 'default'!r}. Name one.")
     if others and adapter_name is None:
-        logger.warning(f"{adapter} also holds the adapters {others}, which are exported by their names alone.")
-    return adapter
+        logger.warning(f"{adapter} also has the adapters {others}, which are exported one by one, by name.")
+    return None if adapter_name in (None, "default") else adapter_name
 
 
 def _base_without_weights(saved: SavedAdapter, base: str | Path | None) -> nn.Module:
     """The base of an adapter, with zeros that take no memory; what its class is not of transformers, no more than
     its configuration."""
     if base is None and saved.record is not None:
-        class_name, values = saved.record["base"]["class"], saved.record["base"]["config"]
+        class_name, text = saved.record["base"]["class"], json.dumps(saved.record["base"]["config"])
+        # transformers writes infinity so, and reads it from files alone.
+        values = json.loads(text, object_hook=lambda part: float(part["__float__"]) if "__float__" in part else part)
     else:
         source = base or saved.settings.get("base_model_name_or_path")
         try:
             values, _ = PreTrainedConfig.get_config_dict(source or "")
         except OSError as error:
             raise OrdMoEConfigError(
-                f"{saved.folder} has no record of its base, and {str(source)!r} has no config.json to read instead. Give "
-                "`base`, its folder or hub id: how PEFT reads names depends on it."
+                f"{saved.folder} has no record of its base, and {str(source)!r} has no config.json, by which "
+                "names are read. Give `base`, its folder or hub id."
             ) from error
         class_name = (values.get("architectures") or [""])[0]
     model_class = getattr(transformers, class_name, None)
@@ -138,8 +137,8 @@ def _without_converted_targets(settings: dict[str, Any], names: list[str], model
         plain[field] = {f"{name}.weight" if name in converted else name: value for name, value in patterns.items()}
     if converted and settings["lora_dropout"]:
         logger.warning(
-            f"lora_dropout={settings['lora_dropout']} is 0 in the export. It matters in training alone, and PEFT has none "
-            f"on target_parameters, which {min(converted)}.weight has to be one of."
+            f"lora_dropout={settings['lora_dropout']} is 0 in the export. It matters in training alone, and PEFT has "
+            f"none on target_parameters, which {min(converted)}.weight has to be one of."
         )
         plain["lora_dropout"] = 0.0
     return plain
@@ -195,7 +194,7 @@ def _check_read(
         if name not in got or got[name].is_meta or not torch.equal(got[name].to(tensor.dtype), tensor):
             read = convert_peft_adapter_state_dict_for_transformers(model, config, {names[name]: tensor})
             raise OrdMoEModelError(
-                f"PEFT cannot load this adapter without ordmoe_peft: it reads {names[name]} as {', '.join(read)}, and no "
-                "name as the one that is meant. Load the adapter with ordmoe_peft, or train one without the role that "
-                "this tensor is of."
+                f"PEFT cannot load this adapter without ordmoe_peft: it reads {names[name]} as {', '.join(read)}, and "
+                "no name as the one that is meant. Load the adapter with ordmoe_peft, or train one without the role "
+                "that this tensor is of."
             )
