@@ -31,6 +31,7 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Targe
     check_routers_are_reached(moe.layers, targets)
     check_experts_are_reached(moe.layers, targets)
     check_unshared_targets(model, targets)
+    check_names_of_targets(model, targets)
     check_offloading(model, targets)
     check_modules_to_save(config, model, [layer.block_name for layer in moe.layers])
     if config.tier_weights == "match":
@@ -101,6 +102,24 @@ def check_unshared_targets(model: nn.Module, targets: list[Target]) -> None:
                 f"{other} and {target.name} are of one and the same module, which LoRA would wrap twice. Leave "
                 f"{target.role!r} out of targets."
             )
+
+
+def check_names_of_targets(model: nn.Module, targets: list[Target]) -> None:
+    """Raise [`OrdMoEModelError`] where PEFT would put LoRA on more than the targets.
+
+    It takes the full name of a target for the ending of a name (`check_target_module_exists`, peft 0.21.2).
+    """
+    of_targets = {target.name: target for target in targets}
+    for names in (model.named_modules(), model.named_parameters()):
+        for name in {without_wrappers(name) for name, _ in names} - of_targets.keys():
+            ending = name
+            while "." in ending:
+                ending = ending.partition(".")[2]
+                if ending in of_targets:
+                    raise OrdMoEModelError(
+                        f"PEFT would put LoRA on {name} too, whose name ends with {ending}. Leave "
+                        f"{of_targets[ending].role!r} out of targets."
+                    )
 
 
 def check_base(config: OrdMoEConfig, model: nn.Module) -> None:

@@ -49,3 +49,15 @@ def test_a_second_adapter_with_other_expert_targets_leaves_the_first(model, batc
 def test_names_that_contradict_the_roles(model):
     with pytest.raises(OrdMoEConfigError, match="Set `targets` alone"):
         get_peft_model(model, OrdMoEConfig(target_modules=["q_proj"]))
+
+
+def test_a_target_whose_name_another_module_ends_with():
+    model = models.qwen3_moe()
+    other: torch.nn.Module = torch.nn.Linear(4, 4)
+    for name in ("q_proj", "self_attn", "0", "layers", "model"):
+        other = torch.nn.ModuleDict({name: other})
+    model.add_module("other", other)
+    with pytest.raises(
+        OrdMoEModelError, match=r"LoRA on other\.model\.layers\.0\.self_attn\.q_proj too.*Leave 'attention' out"
+    ):
+        get_peft_model(model, OrdMoEConfig(targets=["attention"]))
