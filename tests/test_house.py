@@ -52,6 +52,7 @@ LIBRARIES = {
 TENSORS_ALONE = ("objectives", "tiers.ranking", "experts.layout", "experts.grouped", "experts.frozen", "experts.tuning")
 # Tests of a promise that several modules keep together.
 WHOLE_STORIES = {
+    "adapter/test_lora_users.py",
     "adapter/test_mutations.py",
     "experts/test_replaced_forwards.py",
     "quantization/test_equality.py",

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .fitting import check_fits_model, fill_in_targets
 from .lora_fields import changes_base_weights
 from .offloading import bring_offloaded_routers
 from .peft_model import give_class_to_owner
+from .renaming import check_read_by_transformers
 from .saved import SavedAdapter, check_fits
 from .targets import Target, base_moe, base_quantization, coverage_report
 
@@ -49,9 +51,11 @@ class OrdMoEModel(LoraModel):
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: the configuration does not fit the model, which is left as it was.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        # A `PeftModel` gives it in a dict. transformers' own `load_adapter` does not, and reads the weights itself.
+        self.__dict__["read_by_transformers"] = isinstance(config, OrdMoEConfig) and config.base_moe is not None
         with unchanged_on_error(model):  # PEFT adds to the configurations of a model that has an adapter
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, config, *args, **kwargs)
         self._awaits_owner = give_class_to_owner(self)
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +68,11 @@ class OrdMoEModel(LoraModel):
             raise OrdMoEConfigError(
                 f"The adapter's name {adapter_name!r} begins with 'lora', by which PEFT finds LoRA's weights, so its "
                 "own would be lost. Choose another name."
+            )
+        if "." in adapter_name or not adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise OrdMoEConfigError(
+                f"The adapter's name {adapter_name!r} cannot be a module's: it is empty, has a dot, or is a method's. "
+                "Choose another name."
             )
         # Of each adapter what is known of it, and what was checked before it was attached.
         self.__dict__.setdefault("records", {})
@@ -93,6 +102,9 @@ class OrdMoEModel(LoraModel):
             # PEFT looks for patterns among modules alone; `fill_in_targets` has found all.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.read_by_transformers:
+            names = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+            check_read_by_transformers((name.removeprefix("model.") for name in names), model)
         if shapes is not None:
             attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             check_fits(
@@ -151,6 +163,15 @@ class OrdMoEModel(LoraModel):
             layer = ExpertLora if is_fused_experts(unwrapped(target)) else WeightLora
             return layer(target, adapter_name, config=lora_config, **arguments)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        """PEFT's; refuses adapters by row where LoRA is on parameters, which PEFT does when its hooks are in place."""
+        if kwargs.get("adapter_names") is not None and any(c.target_parameters for c in self.peft_config.values()):
+            raise OrdMoEModelError(
+                f"adapter_names={kwargs['adapter_names']} gives each row of a batch an adapter, which LoRA on routers "
+                "and experts cannot have. Run the rows of each adapter by themselves, after `set_adapter`."
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's; refused where the base is packed in 4 bits, since no unmerging gives rounded weights back."""

@@ -23,11 +23,10 @@ from peft.utils.transformers_weight_conversion import (
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from ...adapter.config import OrdMoEConfig
+from ...adapter.renaming import PREFIX, name_before, renamings_of
 from ...adapter.saved import SavedAdapter
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...moe_model import without_wrappers
@@ -36,8 +35,6 @@ from .folder import export_folder
 
 
 logger = logging.get_logger(__name__)
-
-PREFIX = "base_model.model."
 
 
 def export_plain_lora(
@@ -158,20 +155,10 @@ def _names_to_write(settings: dict[str, Any], tensors: dict[str, torch.Tensor], 
     """For each tensor, the name that PEFT makes its own of, if there is one."""
     config = PeftConfig.from_peft_type(**settings)
     kept = convert_peft_adapter_state_dict_for_transformers(model, config, dict(tensors))
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    return {name: name if name in kept else PREFIX + _before(name.removeprefix(PREFIX), renamings) for name in tensors}
-
-
-def _before(name: str, renamings: list[WeightRenaming]) -> str:
-    """`name` before those of `renamings` that apply to it."""
-    applied, renamed = [], name
-    for renaming in renamings:
-        before, (renamed, _) = renamed, renaming.rename_source_key(renamed)
-        if renamed != before:
-            applied.append(renaming)
-    for renaming in reversed(applied):
-        name, _ = renaming.reverse_transform().rename_source_key(name)
-    return name
+    renamings = renamings_of(model)
+    return {
+        name: name if name in kept else PREFIX + name_before(name.removeprefix(PREFIX), renamings) for name in tensors
+    }
 
 
 def _check_read(
