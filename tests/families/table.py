@@ -30,7 +30,8 @@ HEADER = """# Mixture-of-Experts families of transformers
 
 Made by `pytest tests/families --table docs/FAMILIES.md`, which builds a tiny random model of each class and checks what
 the table says: tiers are the router's own ranks, tier 1 is the model to the bit, LoRA is PEFT's, experts pack to 4 bits
-and back. `tests/families/rows.py` has a row for each; a class that transformers adds fails the tests until it has one.
+and back, PEFT without this package reads an export of the roles in the last column. `tests/families/rows.py` has a row
+for each; a class that transformers adds fails the tests until it has one.
 `ordmoe families MODEL` says the same of a model of your own, from its `config.json`.
 """
 
@@ -138,8 +139,8 @@ class Results:
         )
         lines = [
             *(HEADER, summary, ""),
-            "| class | tiers | LoRA | 4 bits | inputs | status | router | experts |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| class | tiers | LoRA | 4 bits | inputs | status | router | experts | plain PEFT |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(self._line(row) for row in rows),
             *("", "What is refused says so by name:", ""),
             *(line for row in rows for line in self._refusals(row)),
@@ -152,7 +153,7 @@ class Results:
 
     def _line(self, row: Row) -> str:
         found = self.found[row.id]
-        return f"{fixed_cells(row)} {found['router']} | {found['layout']} |"
+        return f"{fixed_cells(row)} {found['router']} | {found['layout']} | {found.get('plain PEFT', '')} |"
 
     def _refusals(self, row: Row) -> list[str]:
         """A line for each message, with the aspects that it refuses."""
@@ -161,4 +162,8 @@ class Results:
             if aspect in row.refused:
                 by_message[self.found[row.id][f"refused: {aspect}"]].append(title)
         name = f"{row.name} ({row.variant})" if row.variant else row.name
+        for role in row.no_export:
+            by_message[self.found[row.id][f"refused: plain PEFT of {role}"]].append(
+                f"an export of {role} to plain PEFT"
+            )
         return [f"- {name}, {' and '.join(titles)}: {message}" for message, titles in by_message.items()]

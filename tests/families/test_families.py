@@ -299,15 +299,6 @@ def test_merging_is_refused_by_name(subject, record_property):
     assert torch.equal(subject.logits(model), wanted)
 
 
-@works("lora")
-def test_a_saved_adapter_is_read_back(subject, tmp_path):
-    model = subject.adapted()
-    wanted = subject.logits(model)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(subject.copy(), tmp_path).eval()
-    assert relative_error(subject.logits(loaded), wanted) < 1e-5
-
-
 @pytest.fixture(scope="session")
 def plain_peft():
     with reader() as process:
@@ -315,20 +306,26 @@ def plain_peft():
 
 
 @works("lora")
-def test_peft_reads_an_exported_adapter(subject, plain_peft, record_property, tmp_path):
-    """Of all roles that there are, in a process without the package."""
+def test_a_saved_adapter_is_read_back_and_by_peft(subject, plain_peft, record_property, tmp_path):
+    """Of all roles that there are; by PEFT its export, in a process without the package."""
     refused, roles = subject.row.no_export, roles_of(subject.model)
     assert set(subject.row.targets) <= set(roles)
     model = subject.adapted(targets=[role for role in roles if role not in refused])
-    torch.save(subject.logits(model), tmp_path / "wanted.pt")
+    wanted = subject.logits(model)
+    torch.save(wanted, tmp_path / "wanted.pt")
     export(model, tmp_path)
+    loaded = PeftModel.from_pretrained(subject.copy(), tmp_path / "adapter").eval()
+    assert relative_error(subject.logits(loaded), wanted) < 1e-5
     assert plain_peft.submit(error_of_export, subject.row.id, tmp_path).result() < 1e-4
     record_property("plain PEFT", ", ".join(role for role in roles if role not in refused))
     for role in refused:
+        model = subject.adapted(targets=[role])
         with pytest.raises(OrdMoEModelError, match=refused[role]) as refusal:
-            export(subject.adapted(targets=[role]), tmp_path / role)
-        assert not (tmp_path / role / "plain").exists()
+            export(model, tmp_path / role)
         record_property(f"refused: plain PEFT of {role}", str(refusal.value))
+        assert not (tmp_path / role / "plain").exists()
+        loaded = PeftModel.from_pretrained(subject.copy(), tmp_path / role / "adapter").eval()
+        assert relative_error(subject.logits(loaded), subject.logits(model)) < 1e-5
 
 
 def export(model: PeftModel, folder: Path) -> None:

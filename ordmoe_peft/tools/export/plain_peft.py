@@ -16,6 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -84,8 +85,8 @@ def _subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:
 
 
 def _base_without_weights(saved: SavedAdapter, base: str | Path | None) -> nn.Module:
-    """The base of an adapter, with zeros that take no memory; what its class is not of transformers, no more than
-    its configuration."""
+    """The base of an adapter, with zeros that take no memory, or its configuration alone where it is of no class of
+    transformers."""
     if base is None and saved.record is not None:
         class_name, text = saved.record["base"]["class"], json.dumps(saved.record["base"]["config"])
         # transformers writes infinity so, and reads it from files alone.
@@ -131,7 +132,9 @@ def _without_converted_targets(settings: dict[str, Any], names: list[str], model
     plain["target_parameters"] = sorted([*parameters, *(f"{name}.weight" for name in converted)])
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = settings[field] or {}
-        plain[field] = {f"{name}.weight" if name in converted else name: value for name, value in patterns.items()}
+        keys = {name: get_pattern_key(list(patterns), name) for name in converted}
+        of_parameters = {f"{name}.weight": patterns[key] for name, key in keys.items() if key in patterns}
+        plain[field] = {key: value for key, value in patterns.items() if key not in converted} | of_parameters
     if converted and settings["lora_dropout"]:
         logger.warning(
             f"lora_dropout={settings['lora_dropout']} is 0 in the export. It matters in training alone, and PEFT has "
