@@ -45,7 +45,8 @@ def export_plain_lora(
 
     Its tensors are the same, all of them; `peft_type` becomes `LORA` and the fields that [`LoraConfig`] does not have
     go. Where PEFT would take a linear layer for another, its weight is named in `target_parameters` instead, and where
-    PEFT renames a tensor, it is written under the name that becomes its own.
+    PEFT renames a tensor, it is written under the name that becomes its own. A warning says when the former was needed:
+    then PEFT needs a dense base.
 
     Args:
         adapter (`str` or `Path`): folder or hub id of the adapter.
@@ -135,6 +136,12 @@ def _without_converted_targets(settings: dict[str, Any], names: list[str], model
         keys = {name: get_pattern_key(list(patterns), name) for name in converted}
         of_parameters = {f"{name}.weight": patterns[key] for name, key in keys.items() if key in patterns}
         plain[field] = {key: value for key, value in patterns.items() if key not in converted} | of_parameters
+    if converted:
+        logger.warning(
+            f"Load this export on a dense base. PEFT would take {min(converted)} for a part of another layer, so the "
+            "export names weights of linear layers as parameters, and on weights in 4 bits PEFT computes LoRA on "
+            "parameters wrong, without a word (peft 0.21.2)."
+        )
     if converted and settings["lora_dropout"]:
         logger.warning(
             f"lora_dropout={settings['lora_dropout']} is 0 in the export. It matters in training alone, and PEFT has "
