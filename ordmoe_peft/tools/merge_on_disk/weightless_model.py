@@ -43,10 +43,7 @@ class WeightlessModel:
         known: dict[str, torch.Tensor] | None = None,
         ignore_fingerprint: bool = False,
     ):
-        self.model = model
-        for module in model.modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                setattr(module, name, weightless(tensor))
+        self.model = make_weightless_(model)
         for name, value in (known or {}).items():
             owner_name, _, attribute = name.rpartition(".")
             owner = model.get_submodule(owner_name)
@@ -82,6 +79,14 @@ class WeightlessModel:
         value = weight.value
         setattr(weight.owner, weight.attribute, weightless(value))
         return value if is_packed(value) else value.data
+
+
+def make_weightless_(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model on the meta device zeros on the CPU that take no memory, and return it."""
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            setattr(module, name, weightless(tensor))
+    return model
 
 
 def weightless(tensor: torch.Tensor) -> torch.Tensor:
