@@ -10,6 +10,7 @@ from trl import TrlParser
 from ..tools.export.plain_peft import export_plain_lora
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
+from ..tools.base_on_meta import base_name
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
 from ..tools.export.servers import FORMATS
 from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 def change_without_router(adapter: Path, options: ExportArguments) -> RoutingChange:
     """Run the base with the adapter on the probes that are saved with it, or on a few sentences."""
     saved = SavedAdapter.read(adapter)
-    options.model_name_or_path = options.model_name_or_path or saved.settings.get("base_model_name_or_path") or ""
+    options.model_name_or_path = options.model_name_or_path or base_name(saved)
     if not options.model_name_or_path:
         raise OrdMoEConfigError(f"{adapter} does not name its base: give --base, which is run for --router drop.")
     model = PeftModel.from_pretrained(load_base(options, options.trust_remote_code), adapter)

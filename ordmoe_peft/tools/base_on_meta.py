@@ -30,7 +30,13 @@ def base_on_meta(
         config = AutoConfig.for_model(**recorded["config"])
         with torch.device("meta"):
             return architecture(config).eval()
-    name = base or recorded.get("id") or adapter.settings.get("base_model_name_or_path")
+    name = base or base_name(adapter)
     if not name:
         raise OrdMoEConfigError(f"{adapter.folder} does not say what its base is: give `base` (`--base`).")
     return build_model(find_config(name, revision, trust_remote_code), trust_remote_code)
+
+
+def base_name(adapter: SavedAdapter) -> str:
+    """The folder or hub id of an adapter's base; empty where it is not known."""
+    recorded = (adapter.record or {}).get("base") or {}
+    return recorded.get("id") or adapter.settings.get("base_model_name_or_path") or ""

@@ -22,7 +22,7 @@ from ...files import whole_folder
 from ...merging.in_memory import BaseWeight
 from ...moe_model import MoELayer, MoEModel
 from ...quantization.storage import logical_shape
-from ..base_on_meta import base_on_meta
+from ..base_on_meta import base_name, base_on_meta
 from ..lora_factors import Factors
 from ..merge_on_disk.checkpoint import checkpoint_folder, open_checkpoint
 from ..merge_on_disk.weightless_model import WeightlessModel
@@ -81,7 +81,7 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
     patched = {}
     if choice == "fold":
         bare = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
-        base = options.base or saved.settings.get("base_model_name_or_path") or ""
+        base = options.base or base_name(saved)
         patched = folded_routers(bare, open_checkpoint(checkpoint_folder(base, options.revision)), parts.routers)
     kept = parts.routers if choice == "keep" else {}
     rank, tensors = parts.tensors(options.to, kept)
@@ -211,7 +211,7 @@ def _router_choice(parts: AdapterParts, row: Served, options: ServingOptions) ->
 def _settings(saved: SavedAdapter, rank: int, tensors: dict[str, torch.Tensor]) -> dict:
     """The `adapter_config.json` of an export: plain LoRA, alpha = r, and the last parts of its modules' names."""
     modules = {name.rpartition(".lora_")[0].removesuffix(".base_layer").rpartition(".")[2] for name in tensors}
-    base = saved.settings.get("base_model_name_or_path")
+    base = base_name(saved) or None
     config = LoraConfig(
         r=rank, lora_alpha=rank, base_model_name_or_path=base, task_type=saved.settings.get("task_type")
     )

@@ -97,14 +97,15 @@ def import_adapter(
         task_type=settings.get("task_type"),
         inference_mode=True,
     )
+    model.name_or_path = base
     tuned = get_peft_model(make_weightless_(model), config, autocast_adapter_dtype=False)
     for (owner, attribute), layer in lora_layers(tuned).items():
         name = next(n for n, module in tuned.base_model.model.named_modules() if module is unwrapped(owner))
         A, B = filled[f"{without_wrappers(name)}.{attribute}"].to_peft()
         layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
-    config.base_model_name_or_path = base
-    with whole_folder(output) as folder:
-        tuned.save_pretrained(folder)
+    state = {name: weight for name, weight in tuned.named_parameters() if ".lora_" in name}
+    with whole_folder(output) as folder:  # with a state given, no probes are made, which need the base's weights
+        tuned.save_pretrained(folder, state_dict=state)
     return Imported(layout, targets, rank, len(found), len(every) - len(found))
 
 

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.adapter.saved import SavedAdapter
@@ -151,10 +152,8 @@ def test_a_projection_without_lora_is_zeros(tmp_path):
 
 def test_the_record_describes_the_base(tmp_path):
     """Then no checkpoint is looked for."""
-    tuned = saved("qwen3_moe", tmp_path)
-    config = tuned.base_model.model.config.to_dict()
-    record = {"base": {"id": "nobody/has-this", "class": "Qwen3MoeForCausalLM", "config": config}}
-    (tmp_path / "adapter" / "ordmoe.json").write_text(json.dumps(record))
+    saved("qwen3_moe", tmp_path)
+    shutil.rmtree(tmp_path / "base")
     export_for_server(tmp_path / "adapter", tmp_path / "out", ServingOptions("vllm-2d"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     skeleton = base_on_meta(SavedAdapter.read(tmp_path / "adapter"))
@@ -185,8 +184,7 @@ def test_what_a_server_does_not_take_is_refused_by_name(tmp_path):
     for wrong in ({"to": "tgi"}, {"to": "sglang", "router": "merge"}):
         with pytest.raises(OrdMoEConfigError, match="must be one of"):
             ServingOptions(**wrong)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file(load_file(file) | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
+    saved("qwen3_moe", tmp_path, modules_to_save=["lm_head"])
     with pytest.raises(OrdMoEModelError, match="has base_model.model.lm_head.weight, which is none of LoRA's"):
         export(tmp_path, "vllm-2d")
 
