@@ -14,7 +14,7 @@ from ..tools.base_on_meta import base_name
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
 from ..tools.export.servers import FORMATS
 from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
-from .arguments import ModelArguments, with_model_first
+from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
 from .loading import load_base, load_processing_class
 from .tables import print_table
 
@@ -54,6 +54,7 @@ class ExportArguments(ModelArguments):
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
+    ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
 
 
 def build_parser() -> TrlParser:
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
         options.model_name_or_path or None,
         options.model_revision,
         options.trust_remote_code,
+        options.ignore_fingerprint,
     )
     if options.router == "drop":
         print_change(change_without_router(adapter, options))
@@ -103,7 +105,8 @@ def change_without_router(adapter: Path, options: ExportArguments) -> RoutingCha
     options.model_name_or_path = options.model_name_or_path or base_name(saved)
     if not options.model_name_or_path:
         raise OrdMoEConfigError(f"{adapter} does not name its base: give --base, which is run for --router drop.")
-    model = PeftModel.from_pretrained(load_base(options, options.trust_remote_code), adapter)
+    base = load_base(options, options.trust_remote_code)
+    model = PeftModel.from_pretrained(base, adapter, ignore_fingerprint=options.ignore_fingerprint)
     token_ids = ((saved.record or {}).get("probes") or {}).get("token_ids")
     if not token_ids:
         tokenizer = load_processing_class(options, options.trust_remote_code)

@@ -29,7 +29,9 @@ def base_on_meta(
     if base is None and architecture is not None and recorded.get("config"):
         config = AutoConfig.for_model(**recorded["config"])
         with torch.device("meta"):
-            return architecture(config).eval()
+            model = architecture(config).eval()
+        model.config.quantization_config = recorded.get("quantization")  # as the adapter's own base has it
+        return model
     name = base or base_name(adapter)
     if not name:
         raise OrdMoEConfigError(f"{adapter.folder} does not say what its base is: give `base` (`--base`).")

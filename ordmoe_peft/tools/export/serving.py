@@ -28,7 +28,7 @@ from ..merge_on_disk.checkpoint import checkpoint_folder, open_checkpoint
 from ..merge_on_disk.weightless_model import WeightlessModel
 from .card import ServingExport, serving_card
 from .formats import fused_keys, keys, per_expert_keys
-from .router_fold import folded_routers
+from .router_fold import StoredRouters
 from .servers import FORMATS, Served, served
 
 
@@ -48,6 +48,7 @@ class ServingOptions:
         base (`str`, *optional*): folder or hub id of the base; the one that the adapter names by default. `"fold"`
             reads its routers. Otherwise nothing is read of it where the adapter's record describes it.
         revision (`str`, defaults to `"main"`), trust_remote_code (`bool`, defaults to `False`): of the base.
+        ignore_fingerprint (`bool`, defaults to `False`): take another base than the adapter's, with a warning.
     """
 
     to: str
@@ -55,6 +56,7 @@ class ServingOptions:
     base: str | None = None
     revision: str = "main"
     trust_remote_code: bool = False
+    ignore_fingerprint: bool = False
 
     def __post_init__(self) -> None:
         if self.to not in FORMATS:
@@ -73,16 +75,18 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
     saved, output = SavedAdapter.read(adapter), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
-    skeleton = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
-    row = served(type(skeleton).__name__, options.to)
+    bare = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
+    row = served(type(bare).__name__, options.to)
     check_lora_alone(saved)
-    parts = AdapterParts.of(WeightlessModel(skeleton, saved.folder), row, options.to)
+    stored = None
+    if options.router == "fold":  # then the base's own weights say whether it is the adapter's
+        folder = checkpoint_folder(options.base or base_name(saved), options.revision)
+        stored = StoredRouters(bare, open_checkpoint(folder))
+    known = stored.weights() if stored else None
+    skeleton = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
+    parts = AdapterParts.of(WeightlessModel(skeleton, saved.folder, known, options.ignore_fingerprint), row, options.to)
     choice = _router_choice(parts, row, options)
-    patched = {}
-    if choice == "fold":
-        bare = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
-        base = options.base or base_name(saved)
-        patched = folded_routers(bare, open_checkpoint(checkpoint_folder(base, options.revision)), parts.routers)
+    patched = stored.folded(parts.routers) if stored else {}
     kept = parts.routers if choice == "keep" else {}
     rank, tensors = parts.tensors(options.to, kept)
     summary = ServingExport(

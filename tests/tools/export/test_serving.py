@@ -172,6 +172,17 @@ def test_folding_writes_the_bases_routers_with_the_update(tmp_path):
     assert "model.safetensors.index.json" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_routers_of_another_base_are_not_folded(tmp_path):
+    saved("qwen3_moe", tmp_path)
+    other = models.qwen3_moe()
+    other.model.layers[0].mlp.gate.weight.data.add_(1)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        OrdMoEModelError, match="trained on another base .*its routers and embeddings have other weights"
+    ):
+        export(tmp_path, "sglang", "fold")
+
+
 def test_what_a_server_does_not_take_is_refused_by_name(tmp_path):
     saved("qwen3_moe", tmp_path)
     with pytest.raises(OrdMoEModelError, match="mix the experts without a word. Pass --to vllm-2d"):
