@@ -65,8 +65,8 @@ def served(base_class: str, to: str) -> Served:
         return formats[to]
     if to == "vllm-3d" and "vllm-2d" in formats:
         raise OrdMoEModelError(
-            f"vLLM has no flag is_3d_moe_weight on {base_class}: it would take the file of 'vllm-3d' apart in another "
-            "order, and mix the experts without a word. Pass --to vllm-2d."
+            f"vLLM has no flag is_3d_moe_weight on {base_class}. With a file of 'vllm-3d' it would stop, pass over "
+            "the experts, or mix them without a word, by its version. Pass --to vllm-2d."
         )
     known = sorted(name for name, row in SERVED.items() if to in row)
     instead = f"Pass --to {' or '.join(formats)}, or use" if formats else "Use"

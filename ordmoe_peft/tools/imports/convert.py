@@ -268,11 +268,24 @@ def _matrix(pair: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, ...], sca
 def _scaling(
     settings: Mapping[str, Any], name: str, pair: tuple[torch.Tensor, torch.Tensor], num_experts: int = 1
 ) -> float:
-    """alpha / r, or alpha / √r, of a module or a parameter, by PEFT's rules for patterns."""
-    patterns = settings.get("alpha_pattern") or {}
-    matching = (get_pattern_key(patterns.keys(), key) for key in (name, f"{name}.weight"))
-    alpha = next((patterns[key] for key in matching if key in patterns), settings["lora_alpha"])
-    rank = pair[0].shape[0] // num_experts
+    """alpha / r, or alpha / √r, of a module or a parameter, by PEFT's rules for patterns.
+
+    Raises:
+        [`OrdMoEConfigError`]: its matrices have another rank than the settings say, so its scaling is not known.
+    """
+
+    def setting(field: str, patterns: str) -> Any:
+        by_name = settings.get(patterns) or {}
+        matching = (get_pattern_key(by_name.keys(), key) for key in (name, f"{name}.weight"))
+        return next((by_name[key] for key in matching if key in by_name), settings[field])
+
+    rank, expected = pair[0].shape[0] / num_experts, setting("r", "rank_pattern")
+    if rank != expected:
+        raise OrdMoEConfigError(
+            f"{name} has rank {rank:g} in the file, and {expected} by r and rank_pattern in adapter_config.json, so "
+            "its scaling is not known. Write its rank into rank_pattern."
+        )
+    alpha = setting("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -185,7 +185,7 @@ def test_routers_of_another_base_are_not_folded(tmp_path):
 
 def test_what_a_server_does_not_take_is_refused_by_name(tmp_path):
     saved("qwen3_moe", tmp_path)
-    with pytest.raises(OrdMoEModelError, match="mix the experts without a word. Pass --to vllm-2d"):
+    with pytest.raises(OrdMoEModelError, match="mix them without a word, by its version. Pass --to vllm-2d"):
         export(tmp_path, "vllm-3d")
     with pytest.raises(OrdMoEConfigError, match="LoRA on 3 routers, which sglang does not take.*--router fold"):
         export(tmp_path, "sglang")

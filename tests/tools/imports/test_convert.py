@@ -136,7 +136,7 @@ def test_peft_0_18_is_reversed_where_stacks_are_stored_out_first(tmp_path):
 def test_keys_for_each_expert(family, shares_A, tmp_path):
     """Of different ranks; some experts have none, and one projection of one layer."""
     model = BUILDERS[family]()
-    tensors, deltas = {}, {}
+    tensors, deltas, ranks = {}, {}, {}
     for layer in MoEModel.of(model).layers:
         up, down = layer.projections
         has_gate, turns = layer.experts.has_gate, family == "gpt_oss"
@@ -149,6 +149,7 @@ def test_keys_for_each_expert(family, shares_A, tmp_path):
                 into, out = (F, H) if part == "down_proj" else (H, F)
                 A = shared if shares_A and part != "down_proj" else draw(rank, into)
                 B = draw(out, rank)
+                ranks[f"experts.{expert}.{part}"] = rank
                 tensors[f"{layer.experts_name}.{expert}.{part}.lora_A"] = A.clone()
                 tensors[f"{layer.experts_name}.{expert}.{part}.lora_B"] = B
                 delta = B @ A * 6 / rank
@@ -161,7 +162,7 @@ def test_keys_for_each_expert(family, shares_A, tmp_path):
                 else:
                     wide[expert].view(2, F, H)[int(part == "up_proj")] = delta
         deltas |= {f"{layer.experts_name}.{up}": wide, f"{layer.experts_name}.{down}": narrow}
-    tuned, report = imported(model, write(tmp_path / "source", tensors), tmp_path)
+    tuned, report = imported(model, write(tmp_path / "source", tensors, rank_pattern=ranks), tmp_path)
     torch.testing.assert_close(outputs(tuned), outputs(add_(BUILDERS[family](), deltas)), rtol=1e-4, atol=1e-4)
     doubled = family != "nemotron_h" and not shares_A
     assert (report.layout, report.filled, report.rank) == ("per-expert", 1, 6 if doubled else 3)
@@ -230,8 +231,9 @@ WRONG = {
     "are no factors of 8 experts": lambda t, s: t.update({f"{EXPERTS}.lora_A": draw(E * R, F + 1)}),
     "does not have, or which no role": lambda t, s: t.update({"a.lora_A": draw(1, 2), "a.lora_B": draw(2, 1)}),
     "keys of whole stacks": lambda t, s: t.update(
-        {f"{EXPERTS}.0.up_proj.lora_A": draw(1, H), f"{EXPERTS}.0.up_proj.lora_B": draw(F, 1)}
+        {f"{EXPERTS}.0.up_proj.lora_A": draw(R, H), f"{EXPERTS}.0.up_proj.lora_B": draw(F, R)}
     ),
+    "has rank 3 in the file, and 4 by r": lambda t, s: s.update(r=4),
     "has use_dora=True": lambda t, s: s.update(use_dora=True),
     "holds a IA3 adapter": lambda t, s: s.update(peft_type="IA3"),
     "lora_alpha=None, not a number": lambda t, s: s.update(lora_alpha=None),
