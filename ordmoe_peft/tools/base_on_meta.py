@@ -1,5 +1,7 @@
 """An adapter's base without weights: as its record describes it, or by name."""
 
+import json
+
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -27,7 +29,10 @@ def base_on_meta(
     recorded = (adapter.record or {}).get("base") or {}
     architecture = getattr(transformers, recorded.get("class") or "", None)
     if base is None and architecture is not None and recorded.get("config"):
-        config = AutoConfig.for_model(**recorded["config"])
+        # transformers writes infinity as {"__float__": "Infinity"}, and reads it from files alone.
+        text, as_float = json.dumps(recorded["config"]), "__float__"
+        values = json.loads(text, object_hook=lambda part: float(part[as_float]) if as_float in part else part)
+        config = AutoConfig.for_model(**values)
         with torch.device("meta"):
             model = architecture(config).eval()
         model.config.quantization_config = recorded.get("quantization")  # as the adapter's own base has it

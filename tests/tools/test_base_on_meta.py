@@ -19,6 +19,8 @@ def test_the_record_is_enough_and_a_name_goes_before_it(tmp_path):
     from_record = base_on_meta(adapter(record))
     assert type(from_record).__name__ == "GptOssForCausalLM" and from_record.device.type == "meta"
     assert from_record.config.num_local_experts == models.NUM_EXPERTS
+    record["base"]["config"]["swiglu_limit"] = {"__float__": "Infinity"}
+    assert base_on_meta(adapter(record)).config.swiglu_limit == float("inf")
     models.qwen3_moe().save_pretrained(tmp_path)
     assert type(base_on_meta(adapter(record), str(tmp_path))).__name__ == "Qwen3MoeForCausalLM"
     named = adapter(base_model_name_or_path=str(tmp_path))
