@@ -36,7 +36,7 @@ class ExportArguments(ModelArguments):
             "aliases": ["--base"],
         },
     )
-    adapter: str = field(default="", metadata={"help": "Folder of the OrdMoE adapter."})
+    adapter: str = field(default="", metadata={"help": "Folder or hub id of the OrdMoE adapter."})
     adapter_name: str = field(
         default="default", metadata={"help": "Which adapter of the folder, where it holds several."}
     )
@@ -71,42 +71,40 @@ def main(arguments: Sequence[str]) -> None:
     missing = [name for name in ("adapter", "output") if not getattr(options, name)]
     if missing:
         raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe export ADAPTER --output DIR`.")
-    adapter = Path(options.adapter)
-    if options.adapter_name != "default":
-        adapter = adapter / options.adapter_name
+    subfolder = None if options.adapter_name == "default" else options.adapter_name
     if options.to == "peft":
         if options.router not in (None, "keep"):
             raise OrdMoEConfigError(f"router={options.router!r} is for servers: plain PEFT takes LoRA on routers.")
-        export_plain_lora(adapter, options.output)
+        export_plain_lora(Path(options.adapter, subfolder or ""), options.output)
         print(f"Plain LoRA adapter in {options.output}")
         return
     serving = ServingOptions(
         options.to,
         options.router,
+        subfolder,
         options.model_name_or_path or None,
         options.model_revision,
         options.trust_remote_code,
         options.ignore_fingerprint,
     )
     if options.router == "drop":
-        print_change(change_without_router(adapter, options))
-    written = export_for_server(adapter, options.output, serving)
+        print_change(change_without_router(SavedAdapter.read(options.adapter, subfolder), options))
+    written = export_for_server(options.adapter, options.output, serving)
     print_table(
-        f"{adapter} for {options.to}",
+        f"{options.adapter} for {options.to}",
         ("rank", "experts", "linear layers", "routers", "routers folded", "routers dropped"),
         [tuple(str(value) for value in vars(written).values())],
     )
     print(f"Adapter for {options.to} in {options.output}. No server has run with it: its README.md says what to check.")
 
 
-def change_without_router(adapter: Path, options: ExportArguments) -> RoutingChange:
+def change_without_router(saved: SavedAdapter, options: ExportArguments) -> RoutingChange:
     """Run the base with the adapter on the probes that are saved with it, or on a few sentences."""
-    saved = SavedAdapter.read(adapter)
     options.model_name_or_path = options.model_name_or_path or base_name(saved)
     if not options.model_name_or_path:
-        raise OrdMoEConfigError(f"{adapter} does not name its base: give --base, which is run for --router drop.")
+        raise OrdMoEConfigError(f"{saved.folder} does not name its base: give --base, which is run for --router drop.")
     base = load_base(options, options.trust_remote_code)
-    model = PeftModel.from_pretrained(base, adapter, ignore_fingerprint=options.ignore_fingerprint)
+    model = PeftModel.from_pretrained(base, saved.folder, ignore_fingerprint=options.ignore_fingerprint)
     token_ids = ((saved.record or {}).get("probes") or {}).get("token_ids")
     if not token_ids:
         tokenizer = load_processing_class(options, options.trust_remote_code)

@@ -45,6 +45,8 @@ class ServingOptions:
         router (`str`, *optional*): what becomes of LoRA on routers: `"keep"` writes it, `"fold"` adds it to the base's
             routers, which go into `router.safetensors`, `"drop"` leaves it out. By default it is kept where the server
             takes it, and a choice is asked for where it does not.
+        subfolder (`str`, *optional*): where in the adapter's folder it is: adapters of other names than `default` are
+            in folders of these names.
         base (`str`, *optional*): folder or hub id of the base; the one that the adapter names by default. `"fold"`
             reads its routers. Otherwise nothing is read of it where the adapter's record describes it.
         revision (`str`, defaults to `"main"`), trust_remote_code (`bool`, defaults to `False`): of the base.
@@ -53,6 +55,7 @@ class ServingOptions:
 
     to: str
     router: str | None = None
+    subfolder: str | None = None
     base: str | None = None
     revision: str = "main"
     trust_remote_code: bool = False
@@ -66,13 +69,18 @@ class ServingOptions:
 
 
 def export_for_server(adapter: str | Path, output: str | Path, options: ServingOptions) -> ServingExport:
-    """Write the adapter in folder `adapter` to folder `output` in the form that a server reads.
+    """Write an adapter to folder `output` in the form that a server reads.
+
+    Args:
+        adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
+        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        options ([`ServingOptions`]): which form, and how.
 
     Raises:
         [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, `output` is taken, or LoRA on routers needs a choice.
         [`OrdMoEModelError`]: the server takes no such adapter of such a base; the message says what does.
     """
-    saved, output = SavedAdapter.read(adapter), Path(output)
+    saved, output = SavedAdapter.read(adapter, options.subfolder), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
     bare = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
