@@ -197,9 +197,9 @@ def _place_of(
 ) -> Place:
     """The stack that a key of fused experts is for. PEFT wraps them in the model's order, each within the next."""
     meaning = fused[module]
-    first, *_, last = stacks = places.stacks_of(meaning.owner)
+    stacks = places.stacks[meaning.owner]
     if sum(other.owner == meaning.owner for other in fused.values()) == len(stacks):
-        return first if meaning.is_inner else last
+        return stacks[0] if meaning.is_inner else stacks[-1]
     named = [
         place
         for place in stacks
@@ -224,7 +224,7 @@ def _by_expert(
     """The updates of stacks out of those of their experts; experts without one have zeros."""
     given: dict[str, dict[tuple[int, str], Factors]] = {}
     for module, meaning in single.items():
-        up, down = places.stacks_of(meaning.owner)[0], places.stacks_of(meaning.owner)[-1]
+        up, down = places.stacks[meaning.owner]
         has_gate = up.stack_of is not None and up.stack_of.experts.has_gate
         _, out_features, in_features = down.shape if meaning.part == "down" else up.shape
         expert = meaning.expert or 0
@@ -236,7 +236,7 @@ def _by_expert(
         given.setdefault(meaning.owner, {})[expert, str(meaning.part)] = factors
     found = {}
     for owner, experts in given.items():
-        up, down = places.stacks_of(owner)[0], places.stacks_of(owner)[-1]
+        up, down = places.stacks[owner]
         by_part = {}
         for part in {part for _, part in experts}:
             of_part = {index: factors for (index, name), factors in experts.items() if name == part}

@@ -37,13 +37,18 @@ class Place:
     stack_of: MoELayer | None = None
     is_transposed: bool = False
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is of transformers' experts interface, which says where gate and up are."""
+        return self.stack_of is not None and self.stack_of.kind == "fused"
+
 
 @dataclass(frozen=True)
 class Meaning:
     """What a module that a file names stands for.
 
     Args:
-        owner (`str`): the base's module, or the module of fused experts.
+        owner (`str`): the base's module.
         expert (`int`, *optional*), part (`str`, *optional*): of a key of one expert, which, and its matrix.
         is_inner (`bool`, *optional*): of keys of fused experts, whether it is PEFT's inner wrapper.
     """
@@ -65,26 +70,29 @@ class Places:
         self.model = model
         mapping = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.layers = {layer.experts_name: layer for layer in MoEModel.of(model).layers if layer.kind != "modules"}
+        # Name of a stack → its layer.
+        self.layers = {
+            f"{layer.experts_name}.{name}": layer for layer in MoEModel.of(model).layers for name in layer.projections
+        }
         self.by_weight = {place.weight: place for place in map(self._place, find_targets(model))}
-        stacks = {place.weight for place in self.by_weight.values() if place.stack_of}
-        self.modules = {name.removesuffix(".weight") for name in self.by_weight.keys() - stacks}
+        # Name of a module → its stacks, in the order in which PEFT wraps them: up (with the gate), down.
+        self.stacks: dict[str, list[Place]] = {}
+        for place in self.by_weight.values():
+            if place.stack_of is not None:
+                self.stacks.setdefault(place.weight.rpartition(".")[0], []).append(place)
+        matrices = (place.weight for place in self.by_weight.values() if place.stack_of is None)
+        self.modules = {name.removesuffix(".weight") for name in matrices}
 
     def _place(self, target: Target) -> Place:
-        owner = target.name.rpartition(".")[0]
         weight = target.name if target.is_parameter else f"{target.name}.weight"
         shape = tuple(logical_shape(parameter_of(self.model, weight)))
         if len(shape) == 2:
             return Place(weight, target.role, (1, *shape))
-        layer = self.layers[owner]
+        layer = self.layers[weight]
         is_transposed = getattr(layer.experts, "is_transposed", False)
         num_experts, rows, columns = shape
         sides = (columns, rows) if is_transposed else (rows, columns)
         return Place(weight, target.role, (num_experts, *sides), layer, is_transposed)
-
-    def stacks_of(self, owner: str) -> list[Place]:
-        """The stacks of a module of fused experts: up-projection (with the gate) and down-projection."""
-        return [self.by_weight[f"{owner}.{name}"] for name in self.layers[owner].projections]
 
     def meaning(self, module: str) -> Meaning:
         """What `module` of a file stands for, by the base's names or by those of its checkpoints.
@@ -95,12 +103,13 @@ class Places:
         for name in (module, apply_renamings(f"{module}.weight", self.renamings).removesuffix(".weight")):
             if name in self.modules:
                 return Meaning(name)
-            if name in self.layers:
+            if name in self.stacks:
                 return Meaning(name, is_inner=False)
-            if name.removesuffix(".base_layer") in self.layers:
+            if name.removesuffix(".base_layer") in self.stacks:
                 return Meaning(name.removesuffix(".base_layer"), is_inner=True)
             found = re.fullmatch(r"(?P<owner>.+)\.(?P<expert>\d+)\.(?P<part>\w+)", name)
-            if found and found["owner"] in self.layers and found["part"] in PARTS:
+            stacks = self.stacks.get(found["owner"], []) if found else []
+            if found and found["part"] in PARTS and stacks and all(place.is_fused for place in stacks):
                 return Meaning(found["owner"], int(found["expert"]), PARTS[found["part"]])
         raise OrdMoEModelError(
             f"The adapter has LoRA on {module}, which {type(self.model).__name__} does not have, or which no role of "

@@ -26,7 +26,7 @@ def test_names_of_the_base_and_of_its_checkpoints():
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_shapes_are_what_forward_gives_and_takes(family):
-    up, down = Places(getattr(models, family)()).stacks_of("model.layers.0.mlp.experts")
+    up, down = Places(getattr(models, family)()).stacks["model.layers.0.mlp.experts"]
     E, H, F = models.NUM_EXPERTS, models.HIDDEN_SIZE, models.EXPERT_WIDTH
     assert (up.shape, down.shape) == ((E, 2 * F, H), (E, H, F))
     assert up.is_transposed == (family == "gpt_oss")
