@@ -17,7 +17,10 @@ class ImportArguments:
 
     source: str = field(default="", metadata={"help": "Folder of the LoRA adapter, in safetensors."})
     output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
-    base: str = field(default="", metadata={"help": "Folder, config.json or hub id of the base; reads no weights."})
+    base: str = field(
+        default="",
+        metadata={"help": "Folder or hub id of the base; of a folder's weights, routers and embeddings are read."},
+    )
     base_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base on the hub."})
     source_layout: str = field(
         default="auto",

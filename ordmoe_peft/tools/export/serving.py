@@ -26,9 +26,9 @@ from ..base_on_meta import base_name, base_on_meta
 from ..lora_factors import Factors
 from ..merge_on_disk.checkpoint import checkpoint_folder, open_checkpoint
 from ..merge_on_disk.weightless_model import WeightlessModel
+from ..stored_routers import StoredRouters
 from .card import ServingExport, serving_card
 from .formats import fused_keys, keys, per_expert_keys
-from .router_fold import StoredRouters
 from .servers import FORMATS, Served, served
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from ...adapter.config import ROLES, OrdMoEConfig
 from ...errors import OrdMoEConfigError, OrdMoEModelError
@@ -20,8 +22,10 @@ from ...merging.in_memory import lora_layers
 from ...moe_model import unwrapped, without_wrappers
 from ..families import build_model
 from ..lora_factors import Factors, joined, stacked, with_one_scaling
+from ..merge_on_disk.checkpoint import open_checkpoint
 from ..merge_on_disk.weightless_model import make_weightless_
 from ..plan.known_models import find_config
+from ..stored_routers import StoredRouters
 from .layouts import SOURCE_LAYOUTS, told_layout
 from .places import Meaning, Place, Places, split_key
 
@@ -64,7 +68,8 @@ def import_adapter(
     Args:
         source (`str` or `Path`): folder with `adapter_config.json` and `adapter_model.safetensors`.
         output (`str` or `Path`): folder to write to; must not exist, or be empty.
-        base (`str`): folder or hub id of the base, of which the configuration alone is read.
+        base (`str`): folder or hub id of the base. Its configuration is read, and of a folder with weights those of
+            routers and embeddings, by which another base is noticed when the adapter is loaded.
         source_layout (`str`, defaults to `"auto"`): how the source holds its experts ([`layouts`](layouts.py)).
         num_tiers (`int`, defaults to 1): C of the OrdMoE adapter; the source was trained without tiers.
         revision (`str`), trust_remote_code (`bool`): of the base.
@@ -98,7 +103,7 @@ def import_adapter(
         inference_mode=True,
     )
     model.name_or_path = base
-    tuned = get_peft_model(make_weightless_(model), config, autocast_adapter_dtype=False)
+    tuned = get_peft_model(make_weightless_(model, _known_weights(model, base)), config, autocast_adapter_dtype=False)
     for (owner, attribute), layer in lora_layers(tuned).items():
         name = next(n for n, module in tuned.base_model.model.named_modules() if module is unwrapped(owner))
         A, B = filled[f"{without_wrappers(name)}.{attribute}"].to_peft()
@@ -107,6 +112,15 @@ def import_adapter(
     with whole_folder(output) as folder:  # with a state given, no probes are made, which need the base's weights
         tuned.save_pretrained(folder, state_dict=state)
     return Imported(layout, targets, rank, len(found), len(every) - len(found))
+
+
+def _known_weights(model: PreTrainedModel, base: str) -> dict[str, torch.Tensor]:
+    """The weights by which a base is known, where its folder is at hand and has them."""
+    if not any(Path(base).glob("*.safetensors")):
+        return {}
+    with suppress(OrdMoEModelError):  # in a form that is not read; then other weights are not noticed
+        return StoredRouters(model, open_checkpoint(Path(base))).weights()
+    return {}
 
 
 def read_source(source: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, torch.Tensor]], str]:

@@ -215,6 +215,18 @@ def test_scalings_that_agree_stay_as_they_are(tmp_path):
     assert all(torch.equal(after[f"base_model.model.{name}.weight"], tensor) for name, tensor in tensors.items())
 
 
+def test_a_folder_with_the_bases_weights_is_known_again(tmp_path):
+    tensors, _ = fused_file(models.qwen3_moe(), False, False)
+    source = write(tmp_path / "source", tensors)
+    models.qwen3_moe().save_pretrained(tmp_path / "weights")
+    import_adapter(source, tmp_path / "imported", str(tmp_path / "weights"))
+    PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "imported")
+    other = models.qwen3_moe()
+    other.model.layers[0].mlp.gate.weight.data.add_(1)
+    with pytest.raises(OrdMoEModelError, match="its routers and embeddings have other weights"):
+        PeftModel.from_pretrained(other, tmp_path / "imported")
+
+
 def broken(change):
     """A file of PEFT's with one thing changed."""
     tensors, _ = fused_file(models.qwen3_moe(), False, False)

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ordmoe_peft.errors import OrdMoEModelError
-from ordmoe_peft.tools.export.router_fold import StoredRouters
 from ordmoe_peft.tools.families import build_model
 from ordmoe_peft.tools.lora_factors import Factors
 from ordmoe_peft.tools.merge_on_disk.checkpoint import open_checkpoint
+from ordmoe_peft.tools.stored_routers import StoredRouters
 from tests import models
 
 

@@ -1,16 +1,16 @@
-"""Routers with the adapter's update in them, as a file of their own: for servers that take no LoRA on routers."""
+"""The routers in a base's checkpoint: by them a base is known, and an adapter's update of them can be added."""
 
 from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
 
-from ...adapter.base_record import hashed_tensors
-from ...errors import OrdMoEModelError
-from ...experts.expert_lora import check_finite
-from ..lora_factors import Factors
-from ..merge_on_disk.checkpoint import Checkpoint
-from ..merge_on_disk.parameter_sources import find_sources
+from ..adapter.base_record import hashed_tensors
+from ..errors import OrdMoEModelError
+from ..experts.expert_lora import check_finite
+from .lora_factors import Factors
+from .merge_on_disk.checkpoint import Checkpoint
+from .merge_on_disk.parameter_sources import find_sources
 
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16)
