@@ -7,10 +7,10 @@ from pathlib import Path
 from peft import PeftModel
 from trl import TrlParser
 
-from ..tools.export.plain_peft import export_plain_lora
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
 from ..tools.base_on_meta import base_name
+from ..tools.export.plain_peft import export_plain_lora, subfolder_of
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
 from ..tools.export.servers import FORMATS
 from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
@@ -37,10 +37,12 @@ class ExportArguments(ModelArguments):
         },
     )
     adapter: str = field(default="", metadata={"help": "Folder or hub id of the OrdMoE adapter."})
-    adapter_name: str = field(
-        default="default", metadata={"help": "Which adapter of the folder, where it holds several."}
+    adapter_name: str | None = field(
+        default=None, metadata={"help": "Which adapter of the folder, where it holds several; `default` by default."}
     )
-    output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
+    output: str = field(
+        default="", metadata={"help": "Folder to write to: not there yet, or an earlier export, which goes."}
+    )
     to: str = field(
         default="peft",
         metadata={"help": "peft, or a server's form: vllm-3d, vllm-2d, sglang.", "choices": list(FORMS)},
@@ -71,23 +73,23 @@ def main(arguments: Sequence[str]) -> None:
     missing = [name for name in ("adapter", "output") if not getattr(options, name)]
     if missing:
         raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe export ADAPTER --output DIR`.")
-    subfolder = None if options.adapter_name == "default" else options.adapter_name
     if options.to == "peft":
         if options.router not in (None, "keep"):
             raise OrdMoEConfigError(f"router={options.router!r} is for servers: plain PEFT takes LoRA on routers.")
-        export_plain_lora(Path(options.adapter, subfolder or ""), options.output)
+        export_plain_lora(options.adapter, options.output, options.adapter_name, options.model_name_or_path or None)
         print(f"Plain LoRA adapter in {options.output}")
         return
     serving = ServingOptions(
         options.to,
         options.router,
-        subfolder,
+        options.adapter_name,
         options.model_name_or_path or None,
         options.model_revision,
         options.trust_remote_code,
         options.ignore_fingerprint,
     )
     if options.router == "drop":
+        subfolder = subfolder_of(Path(options.adapter), options.adapter_name)
         print_change(change_without_router(SavedAdapter.read(options.adapter, subfolder), options))
     written = export_for_server(options.adapter, options.output, serving)
     print_table(

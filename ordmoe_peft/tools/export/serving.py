@@ -18,7 +18,6 @@ from ...adapter.saved import SavedAdapter
 from ...adapter.targets import find_targets
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...experts.expert_lora import ExpertLora
-from ...files import whole_folder
 from ...merging.in_memory import BaseWeight
 from ...moe_model import MoELayer, MoEModel
 from ...quantization.storage import logical_shape
@@ -28,7 +27,9 @@ from ..merge_on_disk.checkpoint import checkpoint_folder, open_checkpoint
 from ..merge_on_disk.weightless_model import WeightlessModel
 from ..stored_routers import StoredRouters
 from .card import ServingExport, serving_card
+from .folder import export_folder
 from .formats import fused_keys, keys, per_expert_keys
+from .plain_peft import subfolder_of
 from .servers import FORMATS, Served, served
 
 
@@ -45,8 +46,7 @@ class ServingOptions:
         router (`str`, *optional*): what becomes of LoRA on routers: `"keep"` writes it, `"fold"` adds it to the base's
             routers, which go into `router.safetensors`, `"drop"` leaves it out. By default it is kept where the server
             takes it, and a choice is asked for where it does not.
-        subfolder (`str`, *optional*): where in the adapter's folder it is: adapters of other names than `default` are
-            in folders of these names.
+        adapter_name (`str`, *optional*): the adapter's name, where several were saved; `default` by default.
         base (`str`, *optional*): folder or hub id of the base; the one that the adapter names by default. `"fold"`
             reads its routers. Otherwise nothing is read of it where the adapter's record describes it.
         revision (`str`, defaults to `"main"`), trust_remote_code (`bool`, defaults to `False`): of the base.
@@ -55,7 +55,7 @@ class ServingOptions:
 
     to: str
     router: str | None = None
-    subfolder: str | None = None
+    adapter_name: str | None = None
     base: str | None = None
     revision: str = "main"
     trust_remote_code: bool = False
@@ -73,16 +73,14 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
 
     Args:
         adapter (`str` or `Path`): folder or hub id of an OrdMoE adapter.
-        output (`str` or `Path`): folder to write to; must not exist, or be empty.
+        output (`str` or `Path`): folder that is not there, or is empty, or holds an earlier export, which goes.
         options ([`ServingOptions`]): which form, and how.
 
     Raises:
         [`OrdMoEConfigError`]: `adapter` is no OrdMoE adapter, `output` is taken, or LoRA on routers needs a choice.
         [`OrdMoEModelError`]: the server takes no such adapter of such a base; the message says what does.
     """
-    saved, output = SavedAdapter.read(adapter, options.subfolder), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OrdMoEConfigError(f"output {output} exists already, and is left as it is. Choose another folder.")
+    saved = SavedAdapter.read(adapter, subfolder_of(Path(adapter), options.adapter_name))
     bare = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
     row = served(type(bare).__name__, options.to)
     check_lora_alone(saved)
@@ -100,7 +98,7 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
     summary = ServingExport(
         rank, len(parts.experts), len(parts.linears), len(kept), len(patched), len(parts.routers) * (choice == "drop")
     )
-    with whole_folder(output) as folder:
+    with export_folder(output, options.to, saved.folder) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         settings = _settings(saved, rank, tensors)
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -156,6 +156,9 @@ def test_the_record_describes_the_base(tmp_path):
     shutil.rmtree(tmp_path / "base")
     export_for_server(tmp_path / "adapter", tmp_path / "out", ServingOptions("vllm-2d"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    (tmp_path / "out" / "README.md").write_text("an earlier export, which goes")
+    export_for_server(tmp_path / "adapter", tmp_path / "out", ServingOptions("vllm-2d"))
+    assert "vllm serve" in (tmp_path / "out" / "README.md").read_text()
     skeleton = base_on_meta(SavedAdapter.read(tmp_path / "adapter"))
     assert type(skeleton).__name__ == "Qwen3MoeForCausalLM" and skeleton.device.type == "meta"
 
