@@ -1,17 +1,126 @@
-"""`ordmoe export`: an OrdMoE adapter as a plain LoRA adapter."""
+"""`ordmoe export ADAPTER --output DIR --to FORM`: an OrdMoE adapter as a LoRA adapter that other software loads."""
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..tools.export.plain_peft import export_plain_lora
+from peft import PeftModel
+from trl import TrlParser
+
+from ..adapter.saved import SavedAdapter
+from ..errors import OrdMoEConfigError
+from ..tools.base_on_meta import base_name
+from ..tools.export.plain_peft import export_plain_lora, subfolder_of
+from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
+from ..tools.export.servers import FORMATS
+from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
+from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
+from .loading import load_base, load_processing_class
+from .tables import print_table
+
+
+FORMS = ("peft", *FORMATS)
+LLAMA_CPP = (
+    "For llama.cpp: `ordmoe merge ADAPTER --output MODEL`, then llama.cpp's own `python convert_hf_to_gguf.py MODEL`."
+)
+
+
+@dataclass
+class ExportArguments(ModelArguments):
+    """What to export, and to what. The options of the base are for `--router drop`, which runs it."""
+
+    model_name_or_path: str = field(
+        default="",
+        metadata={
+            "help": "Folder or hub id of the base; the one that the adapter names by default.",
+            "aliases": ["--base"],
+        },
+    )
+    adapter: str = field(default="", metadata={"help": "Folder or hub id of the OrdMoE adapter."})
+    adapter_name: str | None = field(
+        default=None, metadata={"help": "Which adapter of the folder, where it holds several; `default` by default."}
+    )
+    output: str = field(
+        default="", metadata={"help": "Folder to write to: not there yet, or an earlier export, which goes."}
+    )
+    to: str = field(
+        default="peft",
+        metadata={"help": "peft, or a server's form: vllm-3d, vllm-2d, sglang.", "choices": list(FORMS)},
+    )
+    router: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA on routers: keep it, fold it into a file of patched routers, or drop it and print what that "
+            "changes. A server that takes none needs a choice.",
+            "choices": list(ROUTER_CHOICES),
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
+    ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
+
+
+def build_parser() -> TrlParser:
+    return TrlParser(
+        (ExportArguments,),
+        prog="ordmoe export",
+        description="Write an OrdMoE adapter as a LoRA adapter for plain PEFT or an inference server.",
+        epilog=LLAMA_CPP,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ordmoe export", description="Write an OrdMoE adapter as a LoRA adapter that plain PEFT loads."
+    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--adapter"))
+    missing = [name for name in ("adapter", "output") if not getattr(options, name)]
+    if missing:
+        raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe export ADAPTER --output DIR`.")
+    if options.to == "peft":
+        if options.router not in (None, "keep"):
+            raise OrdMoEConfigError(f"router={options.router!r} is for servers: plain PEFT takes LoRA on routers.")
+        export_plain_lora(options.adapter, options.output, options.adapter_name, options.model_name_or_path or None)
+        print(f"Plain LoRA adapter in {options.output}")
+        return
+    serving = ServingOptions(
+        options.to,
+        options.router,
+        options.adapter_name,
+        options.model_name_or_path or None,
+        options.model_revision,
+        options.trust_remote_code,
+        options.ignore_fingerprint,
     )
-    parser.add_argument("adapter", help="folder of the OrdMoE adapter")
-    parser.add_argument("--output", required=True, help="folder to write to")
-    options = parser.parse_args(arguments)
-    export_plain_lora(options.adapter, options.output)
-    print(f"Plain LoRA adapter in {options.output}")
+    if options.router == "drop":
+        subfolder = subfolder_of(Path(options.adapter), options.adapter_name)
+        print_change(change_without_router(SavedAdapter.read(options.adapter, subfolder), options))
+    written = export_for_server(options.adapter, options.output, serving)
+    print_table(
+        f"{options.adapter} for {options.to}",
+        ("rank", "experts", "linear layers", "routers", "routers folded", "routers dropped"),
+        [tuple(str(value) for value in vars(written).values())],
+    )
+    print(f"Adapter for {options.to} in {options.output}. No server has run with it: its README.md says what to check.")
+
+
+def change_without_router(saved: SavedAdapter, options: ExportArguments) -> RoutingChange:
+    """Run the base with the adapter on the probes that are saved with it, or on a few sentences."""
+    options.model_name_or_path = options.model_name_or_path or base_name(saved)
+    if not options.model_name_or_path:
+        raise OrdMoEConfigError(f"{saved.folder} does not name its base: give --base, which is run for --router drop.")
+    base = load_base(options, options.trust_remote_code)
+    model = PeftModel.from_pretrained(base, saved.folder, ignore_fingerprint=options.ignore_fingerprint)
+    token_ids = ((saved.record or {}).get("probes") or {}).get("token_ids")
+    if not token_ids:
+        tokenizer = load_processing_class(options, options.trust_remote_code)
+        token_ids = [getattr(tokenizer, "tokenizer", tokenizer)(text)["input_ids"] for text in PROBE_TEXTS]
+    return measure_routing_change(model, token_ids)
+
+
+def print_change(change: RoutingChange) -> None:
+    rows = [(name, f"{overlap:.3f}", f"{kl:.4f}") for name, overlap, kl in change.layers]
+    overlap, kl = change.mean
+    print_table(
+        f"Routing without LoRA on routers, {change.num_tokens} tokens",
+        ("layer", "share of the K experts that stay", "KL, nats"),
+        [*rows, ("mean", f"{overlap:.3f}", f"{kl:.4f}")],
+    )
+    for name, reason in change.unmeasured.items():
+        print(f"{name}: not measured: {reason}")

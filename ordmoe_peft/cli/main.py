@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ COMMANDS = {
     "tiers": "what each tier is worth: order, answers, routing, diversity",
     "verify": "say whether an adapter does on a base what it did when it was saved",
     "merge": "write a base with an adapter merged into it, on disk, stack by stack",
-    "export": "write an adapter in a form that plain PEFT loads",
+    "export": "write an adapter in a form that plain PEFT, vLLM or SGLang loads",
+    "import": "make a LoRA adapter of another tool an OrdMoE adapter",
 }
 # What users cause: our own errors, missing files and repositories, values that upstream refuses, broken YAML.
 USER_ERRORS = (OrdMoEError, OSError, ValueError, yaml.YAMLError)
@@ -46,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code: 0, or 2 after an error that was printed; 1 where a check did not hold."""
     options, rest = build_parser().parse_known_args(arguments)
-    module = importlib.import_module(f"ordmoe_peft.cli.{options.command}")
+    name = f"{options.command}_" if keyword.iskeyword(options.command) else options.command
+    module = importlib.import_module(f"ordmoe_peft.cli.{name}")
     try:
         status = module.main(rest)
     except USER_ERRORS as error:

@@ -59,7 +59,7 @@ def export_plain_lora(
         [`OrdMoEConfigError`]: there is no such adapter, its base is not known, or `output` holds something else.
         [`OrdMoEModelError`]: PEFT would not read it right under any name.
     """
-    saved = SavedAdapter.read(adapter, _subfolder_of(Path(adapter), adapter_name))
+    saved = SavedAdapter.read(adapter, subfolder_of(Path(adapter), adapter_name))
     tensors = saved.tensors()
     model = _base_without_weights(saved, base)
     settings = _without_converted_targets(saved.settings, list(tensors), model)
@@ -74,7 +74,7 @@ def export_plain_lora(
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:
+def subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:
     """Where in `adapter` the adapter `adapter_name` is: PEFT saves `default` there, and others in folders within."""
     others = sorted(file.parent.name for file in adapter.glob(f"*/{CONFIG_NAME}"))
     names = [*["default"] * (adapter / CONFIG_NAME).is_file(), *others]

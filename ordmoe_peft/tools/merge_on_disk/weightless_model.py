@@ -43,15 +43,7 @@ class WeightlessModel:
         known: dict[str, torch.Tensor] | None = None,
         ignore_fingerprint: bool = False,
     ):
-        self.model = model
-        for module in model.modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                setattr(module, name, weightless(tensor))
-        for name, value in (known or {}).items():
-            owner_name, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
-            is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
-            setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        self.model = make_weightless_(model, known)
         # The factors stay pages of the adapter's file where they are in float32.
         options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
         PeftModel.from_pretrained(model, adapter, ignore_fingerprint=ignore_fingerprint, **options)
@@ -82,6 +74,19 @@ class WeightlessModel:
         value = weight.value
         setattr(weight.owner, weight.attribute, weightless(value))
         return value if is_packed(value) else value.data
+
+
+def make_weightless_(model: PreTrainedModel, known: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Give a model on the meta device zeros on the CPU that take no memory, or what is `known`, and return it."""
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            setattr(module, name, weightless(tensor))
+    for name, value in (known or {}).items():
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    return model
 
 
 def weightless(tensor: torch.Tensor) -> torch.Tensor:
