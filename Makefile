@@ -9,6 +9,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 # Contracts, tiers, life cycle, trainer; on the oldest versions, which `make test` does not have, every family, too.
 ON_RANGES := tests/contract tests/tiers tests/experts tests/adapter tests/data tests/training tests/test_forward.py
 test-oldest: ON_RANGES += tests/families tests/remote_code
+versions = $(1)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
 
 .PHONY: demo test test-newest test-oldest clean
 
@@ -31,7 +32,11 @@ test-newest test-oldest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --constraint constraints-$*.txt --editable ".[dev]"
 	.venv-$*/bin/python -m pip list --format freeze | grep -E "^(torch|transformers|peft|trl|bitsandbytes|accelerate)="
-	.venv-$*/bin/python -m pytest -n 2 -m "not gpu" $(ON_RANGES)
+	@if [ -x $(BIN)/python ] && [ "$$($(call versions,$(VENV)))" = "$$($(call versions,.venv-$*))" ]; then \
+		echo "All versions are those of $(VENV): make test is what tests them."; \
+	else \
+		.venv-$*/bin/python -m pytest -n 2 -m "not gpu" $(ON_RANGES); \
+	fi
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest outputs
