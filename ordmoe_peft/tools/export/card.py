@@ -1,7 +1,10 @@
-"""The card of an adapter that is written for a server."""
+"""The cards of exports: to plain PEFT, and for a server."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -35,17 +38,54 @@ START = {
 FOLDED = """
 `router.safetensors` holds the base's routers with the adapter's update added, under the names that the base's own files
 have. Serve a copy of the base with them: put the file beside the copy's weights, and in its
-`model.safetensors.index.json` let these names point to `router.safetensors`. Without that the experts' LoRA runs on
-routing that it was not trained with.
+`model.safetensors.index.json` (a base in one file needs one) let these names point to `router.safetensors`. Without
+that the experts' LoRA runs on routing that it was not trained with.
+"""
+FOR_DENSE = """
+The base has to be dense: PEFT computes LoRA on the weights of 4-bit linear layers, which this one has, wrong.
 """
 DROPPED = """
 The adapter's update of the routers is left out: routing is the base's, with which the experts' LoRA was not trained.
 """
 
 
+def plain_card(base: str | None, settings: Mapping[str, Any], is_for_dense: bool) -> ModelCard:
+    """The card of an adapter of `base` as plain LoRA.
+
+    Args:
+        base (`str`, *optional*): folder or hub id.
+        settings (`dict`): its `adapter_config.json`.
+        is_for_dense (`bool`): whether PEFT computes it right on a dense base alone.
+    """
+    base = _shown(base)
+    data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora"])
+    on = [*settings["target_modules"], *settings["target_parameters"]]
+    return ModelCard(f"""---
+{data}
+---
+
+# An OrdMoE adapter of {base or "its base"} as plain LoRA
+
+| | |
+| --- | --- |
+| written by | ordmoe-peft {version("ordmoe-peft")} |
+| LoRA | rank {settings["r"]}, alpha {settings["lora_alpha"]}, on {len(on)} weights, such as `{min(on)}` |
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+PEFT read it on the base's configuration when it was written. It has no tiers, and nothing here tells another base from
+its own: the adapter that it was made from has both.
+{FOR_DENSE if is_for_dense else ""}""")
+
+
 def serving_card(base: str | None, to: str, source: str, summary: ServingExport) -> ModelCard:
     """The card of an adapter of `base` in the form `to`: what it is, how to start a server, and what was not tried."""
-    data = ModelCardData(base_model=base or None, library_name="peft", tags=["ordmoe", "lora", to])
+    base = _shown(base)
+    data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora", to])
     routers = FOLDED if summary.folded else DROPPED if summary.dropped else ""
     start = START[to].format(base=base or "BASE", rank=summary.rank)
     return ModelCard(f"""---
@@ -68,3 +108,8 @@ def serving_card(base: str | None, to: str, source: str, summary: ServingExport)
 No server has run with this file. Its names and shapes are those that the server's sources read, and read back they give
 the adapter's own outputs on the base.
 {routers}""")
+
+
+def _shown(base: str | None) -> str | None:
+    """How a base is called in public: of a path of this machine its last folder."""
+    return (Path(base).name if Path(base).is_absolute() else base) if base else None

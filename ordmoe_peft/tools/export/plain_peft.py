@@ -32,6 +32,7 @@ from ...adapter.saved import SavedAdapter
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...moe_model import without_wrappers
 from ..merge_on_disk.weightless_model import weightless
+from .card import plain_card
 from .folder import export_folder
 
 
@@ -72,6 +73,8 @@ def export_plain_lora(
     with export_folder(output, "peft", saved.folder) as folder:
         save_file(written, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        is_for_dense = len(settings["target_parameters"]) > len(saved.settings["target_parameters"] or [])
+        plain_card(settings["base_model_name_or_path"], settings, is_for_dense).save(folder / "README.md")
 
 
 def subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:

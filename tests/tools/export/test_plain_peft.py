@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.tools.export import plain_peft
-from ordmoe_peft.tools.export.folder import EXPORT_NAME
 from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from tests import models
 from tests.adapter.test_model import adapted, logits
 
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", EXPORT_NAME}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", EXPORT_NAME}
 BATCH = models.text_batch()
 SHARED = ["router", "experts", "shared_experts", "attention"]
 
