@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from ordmoe_peft.tools.export import plain_peft
+from ordmoe_peft.tools.export.folder import EXPORT_NAME
 from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from tests import models
 from tests.adapter.test_model import adapted, logits
