@@ -1,11 +1,13 @@
 """Files that are there whole or not at all."""
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_native_id
 
 from .errors import OrdMoEConfigError
 
@@ -50,15 +52,22 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         [`OrdMoEConfigError`]: the file system cannot exchange two folders.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    unfinished.mkdir()
-    try:
+    with _unfinished(path) as unfinished:
         yield unfinished
         if replace and path.is_dir() and any(path.iterdir()):
             exchange(unfinished, path)  # the earlier one has the unfinished one's name now, and goes with it
         else:
             os.replace(unfinished, path)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, of this process's thread, which is removed if it has its name at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{get_native_id()}.partial")
+    unfinished.mkdir()
+    try:
+        yield unfinished
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -84,25 +93,64 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
     """Within the block, write files to the folder given; at its end they take their places in `folder`, all or none.
 
     Other files in `folder` stay. A process killed while files take their places leaves the rest of them in `folder`,
-    hidden, and [`finish_files`] goes on; whoever reads such files calls it first.
+    hidden, and [`finish_files`] goes on; whoever reads such files calls it first. Of several processes or threads that
+    write to `folder` the last one's files stay.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    finish_files(folder)
-    for left in folder.glob(f".{_WAITING}.*.partial"):  # by processes that were killed before
-        shutil.rmtree(left, ignore_errors=True)
-    with whole_folder(folder / _WAITING) as unfinished:
+    for left in folder.glob(f".{_WAITING}.*.partial"):
+        if not _is_running(int(left.name.split(".")[3])):  # it was killed before
+            shutil.rmtree(left, ignore_errors=True)
+    with _unfinished(folder / _WAITING) as unfinished:
         yield unfinished
+        _let_wait(unfinished, folder / _WAITING)
     finish_files(folder)
+
+
+def _let_wait(unfinished: Path, waiting: Path) -> None:
+    """Give a folder the name under which [`finish_files`] finds it, after those that other processes left there."""
+    while True:
+        finish_files(waiting.parent)
+        try:
+            return os.replace(unfinished, waiting)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def finish_files(folder: str | Path) -> None:
-    """Let the files that wait in `folder` take their places; see [`whole_files`]."""
+    """Let the files that wait in `folder` take their places; see [`whole_files`].
+
+    Raises:
+        [`OrdMoEConfigError`]: there are some, and `folder` cannot be written to.
+    """
     waiting = Path(folder, _WAITING)
-    if not waiting.is_dir():
-        return
-    for file in sorted(waiting.iterdir()):  # an adapter's configuration before its weights, which nothing reads alone
-        with suppress(FileNotFoundError):  # another process does the same
-            os.replace(file, waiting.parent / file.name)
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # another process does the same
+        for file in sorted(
+            waiting.iterdir()
+        ):  # an adapter's configuration before its weights, which nothing reads alone
+            with suppress(FileNotFoundError):
+                _take_place(file, waiting.parent / file.name)
+    with suppress(OSError):  # it is gone, or is another process's by now, or empty where nothing can be removed
         waiting.rmdir()
+
+
+def _take_place(file: Path, place: Path) -> None:
+    try:
+        os.replace(file, place)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise OrdMoEConfigError(
+            f"The last save to {place.parent} was interrupted, and it cannot be finished because the folder cannot be "
+            "written to. Load it once where it can, or copy it to a folder of your own."
+        ) from error

@@ -1,4 +1,6 @@
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -102,3 +104,35 @@ def test_a_process_killed_before_that_leaves_what_was_there(tmp_path):
     with whole_files(tmp_path) as folder:
         (folder / "a").write_text("new")
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_threads_that_write_to_one_folder_leave_the_files_of_one_of_them(tmp_path):
+    def write(content):
+        for _ in range(40):
+            with whole_files(tmp_path) as folder:
+                (folder / "a").write_text(content)
+                (folder / "b").write_text(content)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, ["1", "2", "3"]))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_process_that_is_writing_keeps_its_folder(tmp_path):
+    others = tmp_path / f"..waiting.{os.getppid()}.1.partial"
+    others.mkdir()
+    with whole_files(tmp_path) as folder:
+        (folder / "a").touch()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [others.name, "a"]
+
+
+def test_an_interrupted_save_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / ".waiting").mkdir()
+    (tmp_path / ".waiting" / "a").touch()
+
+    def replace(source, target):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OrdMoEConfigError, match="interrupted, and it cannot be finished.*copy it"):
+        finish_files(tmp_path)
