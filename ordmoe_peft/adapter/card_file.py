@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import HFValidationError
 from peft.utils import CONFIG_NAME
 from transformers.utils import logging
 
@@ -37,7 +38,10 @@ def base_license(name_or_path: str | None, revision: str | None = None) -> dict[
         return {}
     path: Any = Path(name_or_path, REPOCARD_NAME)
     if not Path(name_or_path).is_dir():
-        path = try_to_load_from_cache(name_or_path, REPOCARD_NAME, revision=revision)
+        try:
+            path = try_to_load_from_cache(name_or_path, REPOCARD_NAME, revision=revision)
+        except HFValidationError:  # a folder of another machine
+            return {}
     is_there = isinstance(path, (str, Path)) and Path(path).is_file()
     card = read_card(Path(path)) if is_there else None
     named = {name: card.data.get(name) for name in LICENSE} if card is not None else {}
@@ -113,11 +117,11 @@ def updated(earlier: ModelCard, card: ModelCard) -> ModelCard:
         old.pop("model-index", None)
     if "license" in old:  # name and link of another would not be its own
         new = {name: value for name, value in new.items() if name not in LICENSE}
-    both = {
-        name: list(dict.fromkeys([*_as_list(old.get(name)), *_as_list(new.get(name))]))
-        for name in ("tags", "datasets")
-        if name in old or name in new
-    }
+    both = {}
+    for name in ("tags", "datasets"):
+        if name in old or name in new:
+            had = _as_list(old.get(name))
+            both[name] = had + [value for value in _as_list(new.get(name)) if value not in had]
     result = ModelCard(f"---\n{{}}\n---\n{text}")
     result.data = ModelCardData(**{**new, **old, **both, "library_name": "peft"})
     return result

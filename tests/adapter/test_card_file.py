@@ -86,7 +86,8 @@ def test_from_the_files_of_an_adapter(tmp_path):
     assert not list(tmp_path.iterdir())  # no adapter, no card
     OrdMoEConfig(r=5, targets=["experts"]).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
-    write_record(tmp_path, RECORD["base"], TRAINING, None)
+    digest = {"routers": None, "embeddings": None}
+    write_record(tmp_path, {"config": {}, "digest": digest, **RECORD["base"]}, TRAINING, None)
     write_saved_card(tmp_path, ["trl"], {"id": "owner/data"})
     card = ModelCard.load(tmp_path / "README.md")
     assert "LoRA of rank 5 on experts" in card.text
@@ -96,7 +97,8 @@ def test_from_the_files_of_an_adapter(tmp_path):
 
 def test_the_licence_of_a_base(tmp_path):
     assert base_license("examples/easy_vqa/base") == {"license": "apache-2.0"}
-    assert base_license("no/such-model") == base_license(None) == base_license(str(tmp_path)) == {}
+    for nowhere in ("no/such-model", None, str(tmp_path), "/another/machine's folder"):
+        assert base_license(nowhere) == {}
     ModelCard("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\ntags: [a]\n---\n").save(
         tmp_path / "README.md"
     )
@@ -117,3 +119,10 @@ def test_saving_over_an_adapter_keeps_what_its_owner_wrote(tmp_path):
     loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path)
     loaded.save_pretrained(tmp_path / "copy")
     assert BEGIN + ModelCard.load(tmp_path / "copy" / "README.md").text.split(BEGIN)[1] in card.text
+
+
+def test_metadata_that_are_no_names_stay(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\ndatasets: [{name: mine}, owner/data]\n---\nMine.\n")
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(tmp_path)
+    assert ModelCard.load(path).data.datasets == [{"name": "mine"}, "owner/data"]
