@@ -1,5 +1,6 @@
 """Probes: a few sequences and what an adapter makes of them under each tier, by which one sees that it still does."""
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,10 @@ def make_probes(model: PeftModel, adapter_name: str) -> dict | None:
     except COULD_NOT_RUN as error:  # an adapter is saved in any case
         logger.warning(f"{RECORD_NAME} has no probes: the model did not run on tokens alone ({error}).")
         return None
+    values = [value for rows in log_probs.values() for row in rows for value in row]
+    if not all(map(math.isfinite, values)):
+        logger.warning(f"{RECORD_NAME} has no probes: what the model gives is NaN or infinite. Look at its weights.")
+        return None
     return {"token_ids": token_ids, "log_probs": log_probs}
 
 
@@ -74,7 +79,8 @@ def _special_tokens(config: dict[str, Any]) -> Iterator[int]:
 
 def replay(model: PeftModel, token_ids: list[list[int]], num_tiers: int) -> dict[str, list[list[float]]]:
     """Log-probabilities of sequences under tiers 1 to `num_tiers`: tier → a list for each sequence, in nats."""
-    ids_BS, of_tiers = torch.tensor(token_ids, device=model.get_input_embeddings().weight.device), {}
+    embeddings = model.get_input_embeddings().weight  # offloaded ones are computed where accelerate moves their tokens
+    ids_BS, of_tiers = torch.tensor(token_ids, device="cpu" if embeddings.is_meta else embeddings.device), {}
     with _as_loaded(model), torch.no_grad():
         for tier in range(1, num_tiers + 1):
             with tier_routing(model, tier):

@@ -85,3 +85,10 @@ def test_they_are_of_the_adapter_as_it_is_loaded(tuned):
     probes = make_probes(model, "default")
     assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
     assert make_probes(model.float(), "default") == probes
+
+
+def test_numbers_that_are_no_json_are_not_written(tuned):
+    model = copy.deepcopy(tuned)
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "lora_B" in name).fill_(torch.nan)
+    assert make_probes(model, "default") is None
