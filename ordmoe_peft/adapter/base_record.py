@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from .._compat import commit_of
@@ -42,8 +43,8 @@ def base_record(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         `dict`: `id` and `revision` on the hub, where it has them; `class`; `config`, all values; `quantization`, its
-        recipe; `digest` of its routers and some rows of its embeddings, which no recipe quantises, once rounded to
-        bfloat16 and once to float16, since a checkpoint may be loaded in either.
+        recipe; `digest` of its `routers` and of some rows of its `embeddings`, which no recipe quantises, once rounded
+        to bfloat16 and once to float16, since a checkpoint may be loaded in either.
     """
     config = getattr(model, "config", None)
     name, revision = hub_id(getattr(model, "name_or_path", "") or "")
@@ -55,7 +56,7 @@ def base_record(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "config": values,
         "quantization": base_quantization(model),
-        "digest": digest(model),
+        "digest": {"routers": digest(_router_tensors(model)), "embeddings": digest(_embedding_tensors(model))},
     }
 
 
@@ -77,27 +78,40 @@ def hub_id(name_or_path: str) -> tuple[str | None, str | None]:
     return (name_or_path if is_id and not Path(name_or_path).exists() else None), None
 
 
-def digest(model: nn.Module) -> dict[str, str] | None:
-    """A hash of the routers and of some rows of the embeddings, in each 16-bit dtype; `None` where they are not
-    at hand (on the meta device, or sharded)."""
-    tensors = list(hashed_tensors(model).values())
-    if not all(map(_is_at_hand, tensors)):
+def without_embeddings(base: dict[str, Any], model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """What is recorded of a base: without its embeddings where an adapter brings its own, all or some of the rows."""
+    saved = tuple(config.modules_to_save or ())
+    names = [name.removesuffix(".weight") for name in _embedding_tensors(model)]
+    is_brought = config.trainable_token_indices is not None or any(name.endswith(saved) for name in names)
+    return {**base, "digest": {**base["digest"], "embeddings": None}} if is_brought else base
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str] | None:
+    """A hash of tensors, or of some of their rows, in each 16-bit dtype; `None` where they are not at hand (on the meta
+    device, or sharded)."""
+    if not all(map(_is_at_hand, tensors.values())):
         return None
-    return {str(dtype).removeprefix("torch."): _hash(tensors, dtype) for dtype in (torch.bfloat16, torch.float16)}
+    dtypes = (torch.bfloat16, torch.float16)
+    return {str(dtype).removeprefix("torch."): _hash(list(tensors.values()), dtype) for dtype in dtypes}
 
 
 def hashed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights by which a model without an adapter is known, by name: all of its routers', and its embeddings."""
+    return _router_tensors(model) | _embedding_tensors(model)
+
+
+def _router_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     routers = {layer.router_name: layer.router for layer in MoEModel.of(model).layers if layer.router is not None}
-    tensors = {f"{name}.{key}": part for name in routers for key, part in sorted(routers[name].state_dict().items())}
+    return {f"{name}.{key}": part for name in routers for key, part in sorted(routers[name].state_dict().items())}
+
+
+def _embedding_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     embeddings = None
     with suppress(AttributeError, NotImplementedError):  # of a model of models, as Qwen3-Omni's
         embeddings = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if module is embeddings and isinstance(weight, torch.Tensor):
-            tensors[f"{name}.weight"] = weight.detach()
-    return tensors
+    weight = getattr(embeddings, "weight", None)
+    names = [name for name, module in model.named_modules() if module is embeddings]
+    return {f"{name}.weight": weight.detach() for name in names} if isinstance(weight, torch.Tensor) else {}
 
 
 def _is_at_hand(tensor: torch.Tensor) -> bool:
@@ -166,15 +180,29 @@ def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[st
     for key, value in _values(expected["config"]):
         if key in of_model and of_model[key] != value:  # a key that one of them lacks is of another version
             yield f"its {key} is {value!r} (this model: {of_model[key]!r})"
-    digests, digests_here = expected["digest"], found["digest"]
-    if digests and digests_here and not any(digests[dtype] == digests_here[dtype] for dtype in digests_here):
-        yield (
-            f"its routers and embeddings have other weights (SHA-256 in bfloat16 {digests['bfloat16'][:12]}…, this "
-            f"model: {digests_here['bfloat16'][:12]}…)"
-        )
+    for part, digests_here in found["digest"].items():
+        digests = expected["digest"][part]
+        if digests and digests_here and not digests.items() & digests_here.items():
+            yield (
+                f"its {part} have other weights (SHA-256 in bfloat16 {digests['bfloat16'][:12]}…, this model: "
+                f"{digests_here['bfloat16'][:12]}…{_of_dtypes(expected['config'], found['config'])})"
+            )
     trained, now = recipe(expected["quantization"]), recipe(found["quantization"])
     if None not in (trained, now) and trained != now:
         yield f"it was quantised by {trained} (this model: {now})"
+
+
+def _of_dtypes(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """Why the same checkpoint may have other weights, where that may be."""
+    was, now = expected.get("dtype"), found.get("dtype")
+    if {was, now} != {"bfloat16", "float16"}:
+        return ""
+    return f"; a checkpoint in float32 has others in {now} than in {was}, in which the adapter's base was: load it so"
+
+
+def is_same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two [`base_record`]s tell of no difference, in quantisation neither."""
+    return not any(_differences(one, other)) and recipe(one["quantization"]) == recipe(other["quantization"])
 
 
 def _values(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -190,4 +218,5 @@ def _values(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def recipe(quantization: dict[str, Any] | None) -> dict[str, Any] | None:
     """Of a quantisation, what decides which numbers the base computes with."""
-    return quantization and {key: quantization[key] for key in OF_THE_RECIPE if quantization.get(key) is not None}
+    known = {key: (quantization or {}).get(key) for key in OF_THE_RECIPE}
+    return quantization and {key: getattr(value, "value", value) for key, value in known.items() if value is not None}

@@ -25,7 +25,7 @@ from ..moe_model import (
 )
 from ..tiers.routing import install_tier_hooks, note_adapter_configs, ranked_layers, remove_tier_hooks
 from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
-from .base_record import base_record, check_base_record
+from .base_record import base_record, check_base_record, without_embeddings
 from .config import OrdMoEConfig
 from .fitting import check_fits_model, fill_in_targets
 from .lora_fields import changes_base_weights
@@ -130,8 +130,9 @@ class OrdMoEModel(LoraModel):
         record = None if saved is None else saved.record
         if saved is not None and record is not None:
             ignore = saved.ignore_fingerprint or vars(self).get("ignore_fingerprint", False)
-            check_base_record(record["base"], self.base_record, str(saved.folder), ignore)
-        self.records[adapter_name] = record or {"base": self.base_record, "training": None, "probes": None}
+            found = without_embeddings(self.base_record, model, self.peft_config[adapter_name])
+            check_base_record(record["base"], found, str(saved.folder), ignore)
+        self.records[adapter_name] = {"base": self.base_record, "training": None, "probes": None}
 
     def _detach(self, model: nn.Module) -> None:
         """Undo what [`_attach`] changed in `model`, from which PEFT has taken its wrappers."""

@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import OrdMoEConfigError
 from ..files import whole_files
-from .base_record import check_base_record
+from .base_record import check_base_record, is_same_base, without_embeddings
 from .card import adapter_card
 from .card_file import base_license, save_card, write_saved_card
 from .hub import push_adapter
@@ -104,7 +105,10 @@ class OrdMoEAdapters(PeftModel):
         earlier = known["training"] if self.peft_config[name].inference_mode else None
         training = self.ordmoe_training if is_trained_here else earlier
         probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
-        base, config = known["base"], self.peft_config[name]
+        config = self.peft_config[name]
+        base = without_embeddings(known["base"], self.base_model.model, config)
+        if not is_same_base(base, self.base_model.base_record):  # the model's answers are those of another
+            probes = known["probes"]
         named = base["id"] or config.base_model_name_or_path
         return write_record(folder, {"license": base_license(named, base["revision"]), **base}, training, probes)
 
@@ -133,16 +137,35 @@ class OrdMoEAdapters(PeftModel):
             [`OrdMoEConfigError`], [`OrdMoEModelError`]: the adapter does not fit; the model is as it was.
         """
         tuner = self.base_model
-        is_checked = tuner.checked.pop(adapter_name, None) is not None
-        if adapter_name in self.peft_config and not is_checked:
-            lookup, _ = self._split_kwargs(kwargs)
-            self._check_replacement(SavedAdapter.read(model_id, **lookup), adapter_name, ignore_fingerprint)
+        if adapter_name not in tuner.checked:
+            saved = SavedAdapter.read(model_id, **self._split_kwargs(kwargs)[0])
+            if adapter_name in self.peft_config:
+                self._check_replacement(saved, adapter_name, ignore_fingerprint)
+                tuner.checked[adapter_name] = saved
+            elif saved.settings.get("base_moe") is None:  # by which the tuner knows one with weights
+                raise OrdMoEConfigError(
+                    f"{saved.folder / CONFIG_NAME} has no base_moe, as one without weights. Restore what was saved."
+                )
         tuner.ignore_fingerprint = ignore_fingerprint
         try:
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+            self._take_record(adapter_name, tuner.checked[adapter_name].record)
+            return result
         finally:
             tuner.ignore_fingerprint = False
             tuner.checked.pop(adapter_name, None)
+
+    def _take_record(self, adapter_name: str, record: dict[str, Any] | None) -> None:
+        """Know of an adapter what was saved with the weights that it has now. If it is there to be trained on, on
+        another base than before, that one is its base from now on."""
+        tuner, config = self.base_model, self.peft_config[adapter_name]
+        if record is None:
+            return
+        if config.inference_mode or is_same_base(record["base"], tuner.base_record):
+            tuner.records[adapter_name] = record
+        else:
+            config.base_model_name_or_path, config.revision = tuner.model.name_or_path, tuner.base_record["revision"]
+            config.base_quantization = tuner.base_record["quantization"]
 
     def _check_replacement(self, saved: SavedAdapter, adapter_name: str, ignore_fingerprint: bool) -> None:
         """See that saved weights can take the place of those of the adapter that is there.
@@ -162,8 +185,8 @@ class OrdMoEAdapters(PeftModel):
         check_fits(shapes, attached, str(saved.weights_file))
         saved.check_checksum()
         if saved.record is not None:
-            base = self.base_model.base_record
-            check_base_record(saved.record["base"], base, str(saved.folder), ignore_fingerprint)
+            found = without_embeddings(self.base_model.base_record, self.base_model.model, config)
+            check_base_record(saved.record["base"], found, str(saved.folder), ignore_fingerprint)
 
 
 # By the class that PEFT chooses.

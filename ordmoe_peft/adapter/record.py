@@ -5,6 +5,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -19,6 +20,17 @@ LAYOUT = "peft-fused-1"
 PACKAGES = ("ordmoe-peft", "peft", "transformers", "torch")
 # Fields that one may edit by hand: they say where the base is and how PEFT wraps it, not what the adapter computes.
 EDITABLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
+# What is read of a record, and its types.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("base", "base.config", "base.digest", "weights", "settings", "versions"), (dict,)),
+    **dict.fromkeys(("base.id", "base.revision"), (str, NoneType)),
+    **dict.fromkeys(("base.quantization", "training", "probes"), (dict, NoneType)),
+    **dict.fromkeys(("base.digest.routers", "base.digest.embeddings"), (dict, NoneType)),
+    **dict.fromkeys(("base.digest.routers.bfloat16", "base.digest.embeddings.bfloat16"), (str, NoneType)),
+    **dict.fromkeys(("weights.sha256", "settings.sha256"), (str,)),
+    "probes.token_ids": (list, NoneType),
+    "probes.log_probs": (dict, NoneType),
+}
 SETTINGS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "targets", "num_tiers", "grouping"),
     *("layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed"),
@@ -82,6 +94,13 @@ def check_record(record: Any, config: dict[str, Any], file: Path) -> None:
     missing = [part for part in parts if not isinstance(record, dict) or part not in record]
     if missing:
         raise OrdMoEConfigError(f"{file} has no {missing[0]!r}: it was not written by ordmoe_peft. Restore it.")
+    for path, kinds in KINDS.items():
+        part = record
+        for name in path.split("."):
+            part = None if part is None else part.get(name, Ellipsis)
+        if not isinstance(part, kinds):
+            found = "no value" if part is Ellipsis else repr(part)
+            raise OrdMoEConfigError(f"{file} has {found} as {path}: it was edited or damaged. Restore it.")
     for name, known in (("format", FORMAT), ("layout", LAYOUT)):
         if record[name] != known:
             raise OrdMoEConfigError(

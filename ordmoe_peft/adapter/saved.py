@@ -130,7 +130,7 @@ class SavedAdapter:
         elif file_hash(self.weights_file) != self.record["weights"]["sha256"]:
             raise OrdMoEConfigError(
                 f"{self.weights_file} is not the file that {RECORD_NAME} was written for: its SHA-256 differs. It was "
-                "changed, or comes from another save. Restore it, or save the adapter again."
+                "changed, or comes from another save, or one is under way. Load it again, restore it, or save it again."
             )
 
 

@@ -1,5 +1,6 @@
 """What an adapter remembers of its base: what makes two bases two, and what does not."""
 
+import json
 import warnings
 
 import pytest
@@ -61,8 +62,8 @@ def adapter(tmp_path):
 @pytest.mark.parametrize(
     ("make", "difference"),
     [
-        (with_other_routers, "its routers and embeddings have other weights"),
-        (with_other_embeddings, "its routers and embeddings have other weights"),
+        (with_other_routers, "its routers have other weights"),
+        (with_other_embeddings, "its embeddings have other weights"),
         (with_weights_not_renormalised, r"its norm_topk_prob is True \(this model: False\)"),
         (with_another_theta, r"its rope_parameters.rope_theta is 10000.0 \(this model: 5.0\)"),
         (with_a_larger_vocabulary, r"its vocab_size is 96 \(this model: 100\)"),
@@ -113,6 +114,34 @@ def test_the_same_weights_in_another_dtype_are_the_same_base(dtype, adapter):
         PeftModel.from_pretrained(models.qwen3_moe().to(torch.bfloat16).to(dtype), folder)
 
 
+def test_a_dtype_in_which_the_same_checkpoint_has_other_weights_is_named(adapter):
+    folder = adapter(models.qwen3_moe().to(torch.bfloat16))
+    model = models.qwen3_moe().to(torch.float16)  # of a checkpoint in float32
+    model.config.dtype = torch.float16
+    edited = json.loads((folder / "ordmoe.json").read_text())
+    edited["base"]["config"]["dtype"] = "bfloat16"
+    (folder / "ordmoe.json").write_text(json.dumps(edited))
+    with pytest.raises(OrdMoEModelError, match="float32 has others in float16 than in bfloat16.*load it so"):
+        PeftModel.from_pretrained(model, folder)
+
+
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [96, 97]}])
+def test_embeddings_that_the_adapter_brings_are_not_compared(trained, tmp_path):
+    def with_new_tokens(seed):
+        model = models.qwen3_moe()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(98)
+        return model
+
+    get_peft_model(with_new_tokens(1), OrdMoEConfig(r=4, **trained)).save_pretrained(tmp_path)
+    assert isinstance(PeftModel.from_pretrained(with_new_tokens(2), tmp_path), PeftModel)
+    other = with_new_tokens(2)
+    with torch.no_grad():
+        other.model.layers[1].mlp.gate.weight[0] *= 1.02
+    with pytest.raises(OrdMoEModelError, match="its routers have other weights"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
 def test_what_does_not_change_a_forward_is_not_compared(adapter):
     folder = adapter(models.qwen3_moe())
     model = models.qwen3_moe()
@@ -140,7 +169,7 @@ def test_a_second_adapter_is_on_the_same_base(adapter):
 
 
 def test_a_model_without_numbers_has_no_digest():
-    assert base_record(models.qwen3_moe().to("meta"))["digest"] is None
+    assert base_record(models.qwen3_moe().to("meta"))["digest"] == {"routers": None, "embeddings": None}
 
 
 @pytest.mark.parametrize(

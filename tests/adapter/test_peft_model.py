@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from tests import models
 
@@ -138,3 +138,61 @@ def test_names_that_peft_takes_for_its_own(tuned, name):
     with pytest.raises(OrdMoEConfigError, match=f"name '{name}' begins with 'lora'"):
         tuned.add_adapter(name, OrdMoEConfig(r=4))
     assert list(tuned.peft_config) == ["default"]
+
+
+def record(folder):
+    return json.loads((folder / "ordmoe.json").read_text())
+
+
+def test_an_adapter_that_is_trained_on_another_base_has_that_one_from_then_on(tuned, tmp_path):
+    tuned.save_pretrained(tmp_path / "first")
+    first = record(tmp_path / "first")
+    base = models.qwen3_moe(norm_topk_prob=False)
+    base.name_or_path = "second/base"
+    options = {"ignore_fingerprint": True}
+    PeftModel.from_pretrained(base, tmp_path / "first", **options).save_pretrained(tmp_path / "as it was")
+    again = record(tmp_path / "as it was")
+    assert (again["base"], again["probes"]) == (first["base"], first["probes"])
+    base = models.qwen3_moe(norm_topk_prob=False)
+    base.name_or_path = "second/base"
+    trained = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True, **options)
+    trained.save_pretrained(tmp_path / "trained")
+    saved = record(tmp_path / "trained")
+    assert (saved["base"]["id"], saved["base"]["config"]["norm_topk_prob"]) == ("second/base", False)
+    assert saved["probes"] != first["probes"]
+    settings = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "second/base"
+    with pytest.raises(OrdMoEModelError, match="norm_topk_prob is False"):
+        PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "trained")
+
+
+def test_an_adapter_trained_on_in_4_bits_has_that_recipe(tuned, tmp_path):
+    tuned.save_pretrained(tmp_path / "dense")
+    packed = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig())
+    with pytest.warns(UserWarning, match="trained on a base with weights dense"):
+        trained = PeftModel.from_pretrained(packed, tmp_path / "dense", is_trainable=True)
+    trained.save_pretrained(tmp_path / "packed")
+    assert record(tmp_path / "packed")["base"]["quantization"]["bnb_4bit_quant_type"] == "nf4"
+    assert trained.peft_config["default"].base_quantization["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_only_the_weights_of_a_run_are_said_to_be_of_it(tuned, tmp_path):
+    tuned.ordmoe_training = {"figures": {"steps": 7}}
+    tuned.save_pretrained(tmp_path / "trained")
+    PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "trained").save_pretrained(tmp_path / "loaded")
+    assert record(tmp_path / "loaded")["training"] == {"figures": {"steps": 7}}
+    new = get_peft_model(models.qwen3_moe(), OrdMoEConfig.from_pretrained(tmp_path / "trained"))
+    new.save_pretrained(tmp_path / "new")
+    assert record(tmp_path / "new")["training"] is None
+
+
+def test_a_saved_configuration_that_looks_like_a_new_one_is_not_loaded_unchecked(tuned, tmp_path):
+    tuned.save_pretrained(tmp_path)
+    (tmp_path / "ordmoe.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_moe": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"unknown": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(OrdMoEConfigError, match="has no base_moe"):
+        tuned.load_adapter(tmp_path, "second")
+    with pytest.raises(OrdMoEModelError, match="has no base_model"):
+        PeftModel.from_pretrained(models.qwen3_moe(), tmp_path)

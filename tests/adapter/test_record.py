@@ -6,6 +6,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.adapter.saved import SavedAdapter
 from ordmoe_peft.errors import OrdMoEConfigError
 from tests import models
 
@@ -105,3 +106,27 @@ def test_what_is_known_of_training_outlives_loading_and_saving(folder, tmp_path)
         loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "first", is_trainable=is_trainable)
         loaded.save_pretrained(tmp_path / "second")
         assert json.loads((tmp_path / "second" / "ordmoe.json").read_text())["training"] == training
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("base", 3, "3 as base"),
+        ("base.config", None, "None as base.config"),
+        ("base.digest", "x", "'x' as base.digest"),
+        ("base.digest.routers", {}, "no value as base.digest.routers.bfloat16"),
+        ("weights", {}, "no value as weights.sha256"),
+        ("settings.sha256", [], r"\[\] as settings.sha256"),
+        ("probes.log_probs", 1, "1 as probes.log_probs"),
+    ],
+)
+def test_a_damaged_record_is_refused(folder, path, value, message):
+    record = json.loads((folder / "ordmoe.json").read_text())
+    *owners, name = path.split(".")
+    owner = record
+    for part in owners:
+        owner = owner[part]
+    owner[name] = value
+    (folder / "ordmoe.json").write_text(json.dumps(record))
+    with pytest.raises(OrdMoEConfigError, match=f"ordmoe.json has {message}: it was edited or damaged"):
+        SavedAdapter.read(folder)

@@ -180,9 +180,7 @@ def test_routers_of_another_base_are_not_folded(tmp_path):
     other = models.qwen3_moe()
     other.model.layers[0].mlp.gate.weight.data.add_(1)
     other.save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        OrdMoEModelError, match="trained on another base .*its routers and embeddings have other weights"
-    ):
+    with pytest.raises(OrdMoEModelError, match="trained on another base .*its (routers|embeddings) have other weights"):
         export(tmp_path, "sglang", "fold")
 
 

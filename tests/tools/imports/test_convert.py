@@ -223,7 +223,7 @@ def test_a_folder_with_the_bases_weights_is_known_again(tmp_path):
     PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "imported")
     other = models.qwen3_moe()
     other.model.layers[0].mlp.gate.weight.data.add_(1)
-    with pytest.raises(OrdMoEModelError, match="its routers and embeddings have other weights"):
+    with pytest.raises(OrdMoEModelError, match="its (routers|embeddings) have other weights"):
         PeftModel.from_pretrained(other, tmp_path / "imported")
 
 
