@@ -87,7 +87,7 @@ def test_from_the_files_of_an_adapter(tmp_path):
     OrdMoEConfig(r=5, targets=["experts"]).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     digest = {"routers": None, "embeddings": None}
-    write_record(tmp_path, {"config": {}, "digest": digest, **RECORD["base"]}, TRAINING, None)
+    write_record(tmp_path, {"config": {}, "quantization": None, "digest": digest, **RECORD["base"]}, TRAINING, None)
     write_saved_card(tmp_path, ["trl"], {"id": "owner/data"})
     card = ModelCard.load(tmp_path / "README.md")
     assert "LoRA of rank 5 on experts" in card.text
