@@ -105,6 +105,10 @@ class OrdMoEModel(LoraModel):
         if self.read_by_transformers:
             names = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             check_read_by_transformers((name.removeprefix("model.") for name in names), model)
+            logger.warning(
+                "transformers' own load_adapter says nothing of where the adapter is, so neither its weights nor its "
+                "base are checked. Load it by `PeftModel.from_pretrained`, which checks both."
+            )
         if shapes is not None:
             attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             check_fits(

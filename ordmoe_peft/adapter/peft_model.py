@@ -137,8 +137,10 @@ class OrdMoEAdapters(PeftModel):
             [`OrdMoEConfigError`], [`OrdMoEModelError`]: the adapter does not fit; the model is as it was.
         """
         tuner = self.base_model
-        if adapter_name not in tuner.checked:
-            saved = SavedAdapter.read(model_id, **self._split_kwargs(kwargs)[0])
+        lookup, options = self._split_kwargs(kwargs)
+        saved = tuner.checked.get(adapter_name)
+        if saved is None:
+            saved = SavedAdapter.read(model_id, **lookup)
             if adapter_name in self.peft_config:
                 self._check_replacement(saved, adapter_name, ignore_fingerprint)
                 tuner.checked[adapter_name] = saved
@@ -148,8 +150,9 @@ class OrdMoEAdapters(PeftModel):
                 )
         tuner.ignore_fingerprint = ignore_fingerprint
         try:
-            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-            self._take_record(adapter_name, tuner.checked[adapter_name].record)
+            # What was checked, not what the hub has by now.
+            result = super().load_adapter(str(saved.folder), adapter_name, *args, **options)
+            self._take_record(adapter_name, saved.record)
             return result
         finally:
             tuner.ignore_fingerprint = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -137,7 +137,10 @@ class SavedAdapter:
 def _download(adapter: str, subfolder: str | None, lookup: Mapping[str, Any]) -> Path:
     """The folder in the hub's cache with an adapter's files. A pickle is not among them."""
     options = {name: value for name, value in lookup.items() if name != "repo_type"}
-    config = hf_hub_download(adapter, CONFIG_NAME, subfolder=subfolder, **options)
+    try:
+        config = hf_hub_download(adapter, CONFIG_NAME, subfolder=subfolder, **options)
+    except HFValidationError as error:
+        raise OrdMoEConfigError(f"There is no folder {adapter}, and on the hub nothing has such a name.") from error
     with suppress(EntryNotFoundError):  # of an older version
         hf_hub_download(adapter, RECORD_NAME, subfolder=subfolder, **options)
     try:

@@ -154,3 +154,23 @@ def test_an_adapter_in_the_cache_of_the_hub_is_looked_at(damage, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(model, "someone/adapter", cache_dir=tmp_path / "cache")
     before.check()
+
+
+def test_a_folder_of_a_repository_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--someone--adapters"
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(repository / "snapshots" / ("0" * 40) / "one")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    where = {"subfolder": "one", "cache_dir": tmp_path / "cache"}
+    tuned = PeftModel.from_pretrained(models.qwen3_moe(), "someone/adapters", **where)
+    tuned.load_adapter("someone/adapters", "second", **where)
+    tuned.load_adapter("someone/adapters", "default", **where)
+    assert list(tuned.peft_config) == ["default", "second"]
+
+
+def test_what_is_no_folder_and_no_id():
+    tuned = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4))
+    for name in ("default", "second"):
+        with pytest.raises(OrdMoEConfigError, match="There is no folder /no/such/folder, and on the hub nothing"):
+            tuned.load_adapter("/no/such/folder", name)
