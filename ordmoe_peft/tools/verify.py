@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from ..adapter.probes import replay
-from ..errors import OrdMoEConfigError
+from ..errors import OrdMoEConfigError, OrdMoEModelError
 from .tables import Table, number
 
 
@@ -45,12 +45,18 @@ def replay_probes(model: PeftModel, record: dict[str, Any], adapter: str) -> lis
 
     Raises:
         [`OrdMoEConfigError`]: it has no probes.
+        [`OrdMoEModelError`]: they have tokens that the model does not have.
     """
     probes = record["probes"]
-    if probes is None:
+    if probes is None or not probes["log_probs"]:
         raise OrdMoEConfigError(
             f"{adapter} has no probes: it was saved without its model at hand (sharded, or from a state_dict), or its "
             "model does not run on tokens alone. Load it, check what it answers, and save it by `save_pretrained`."
+        )
+    largest, known = max(map(max, probes["token_ids"])), len(model.get_input_embeddings().weight)
+    if largest >= known:
+        raise OrdMoEModelError(
+            f"The probes of {adapter} have token {largest}, and this model has {known} tokens: it is another base."
         )
     saved = {int(tier): torch.tensor(rows) for tier, rows in probes["log_probs"].items()}
     again = replay(model, probes["token_ids"], len(saved))

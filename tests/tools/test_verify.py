@@ -9,6 +9,7 @@ from peft import get_peft_model
 
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.adapter.probes import make_probes
+from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.tools.verify import deviation_table, replay_probes
 from tests import models
 
@@ -37,3 +38,11 @@ def test_nan_is_far_from_all(subject):
     with torch.no_grad():
         broken.base_model.model.lm_head.weight[:] = math.nan
     assert all(deviation.median == math.inf for deviation in replay_probes(broken, record, "x"))
+
+
+def test_tokens_that_the_base_does_not_have(subject):
+    smaller = get_peft_model(models.qwen3_moe(vocab_size=92), OrdMoEConfig(r=4, num_tiers=2))
+    record = copy.deepcopy(subject[1])
+    record["probes"]["token_ids"][2][3] = 95
+    with pytest.raises(OrdMoEModelError, match="probes of x have token 95, and this model has 92 tokens"):
+        replay_probes(smaller, record, "x")
