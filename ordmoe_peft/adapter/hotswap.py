@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import OrdMoEConfigError
+from .saved import SavedAdapter
 
 
 # The new adapter's name while the old one is there.
@@ -30,7 +31,8 @@ def hotswap_adapter(model: PeftModel, adapter: str | Path, adapter_name: str = "
         kwargs: as for [`~ordmoe_peft.adapter.peft_model.OrdMoEAdapters.load_adapter`].
 
     Raises:
-        [`OrdMoEConfigError`]: the model has no adapter of that name, or it is merged.
+        [`OrdMoEConfigError`]: the model has no adapter of that name, it is merged, or one of both has
+            `modules_to_save` or `trainable_token_indices`.
         `ValueError`: the new adapter does not fit, as `load_adapter` says; the model is as it was.
     """
     if adapter_name not in model.peft_config:
@@ -41,6 +43,15 @@ def hotswap_adapter(model: PeftModel, adapter: str | Path, adapter_name: str = "
         raise OrdMoEConfigError(
             f"The adapter {adapter_name!r} is merged. Call `unmerge_adapter` before it is replaced."
         )
+    lookup = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+    incoming = SavedAdapter.read(adapter, kwargs.get("subfolder"), **lookup).settings
+    for whose, settings in ((adapter_name, vars(model.peft_config[adapter_name])), (adapter, incoming)):
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if settings.get(field):
+                raise OrdMoEConfigError(
+                    f"The adapter {str(whose)!r} has {field}={settings[field]!r}, whole weights beside LoRA, which are "
+                    "not swapped. Use `load_adapter`, `set_adapter` and `delete_adapter`."
+                )
     active = list(model.active_adapters)
     model.load_adapter(adapter, INCOMING, **kwargs)
     model.base_model.set_adapter(INCOMING)  # PEFT would choose for us where the active one goes

@@ -98,7 +98,7 @@ class SavedAdapter:
             [`OrdMoEConfigError`]: it is not; the message names the file and the tensor.
         """
         shapes = {}
-        with _opened(self.weights_file) as tensors:
+        with opened(self.weights_file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 view = tensors.get_slice(name)
                 shapes[name] = tuple(view.get_shape())
@@ -165,7 +165,7 @@ def read_json(file: Path) -> Any:
         raise OrdMoEConfigError(f"{file} is no JSON ({error}). Restore the file that was saved.") from error
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
     """A safetensors file, open.
 
     Raises:

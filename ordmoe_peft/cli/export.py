@@ -9,10 +9,10 @@ from trl import TrlParser
 
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
-from ..tools.base_on_meta import base_name
+from ..tools.base_on_meta import base_name, base_on_meta
 from ..tools.export.plain_peft import export_plain_lora, subfolder_of
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
-from ..tools.export.servers import FORMATS
+from ..tools.export.servers import FORMATS, served
 from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
 from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
 from .loading import load_base, load_processing_class
@@ -89,8 +89,11 @@ def main(arguments: Sequence[str]) -> None:
         options.ignore_fingerprint,
     )
     if options.router == "drop":
-        subfolder = subfolder_of(Path(options.adapter), options.adapter_name)
-        print_change(change_without_router(SavedAdapter.read(options.adapter, subfolder), options))
+        saved = SavedAdapter.read(options.adapter, subfolder_of(Path(options.adapter), options.adapter_name))
+        bare = base_on_meta(saved, serving.base, serving.revision, serving.trust_remote_code)
+        served(type(bare).__name__, options.to)  # before the base runs, which may take long
+        if "router" in saved.settings["targets"]:
+            print_change(change_without_router(saved, options))
     written = export_for_server(options.adapter, options.output, serving)
     print_table(
         f"{options.adapter} for {options.to}",

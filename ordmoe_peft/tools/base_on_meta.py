@@ -1,6 +1,7 @@
 """An adapter's base without weights: as its record describes it, or by name."""
 
 import json
+from typing import Any
 
 import torch
 import transformers
@@ -29,10 +30,7 @@ def base_on_meta(
     recorded = (adapter.record or {}).get("base") or {}
     architecture = getattr(transformers, recorded.get("class") or "", None)
     if base is None and architecture is not None and recorded.get("config"):
-        # transformers writes infinity as {"__float__": "Infinity"}, and reads it from files alone.
-        text, as_float = json.dumps(recorded["config"]), "__float__"
-        values = json.loads(text, object_hook=lambda part: float(part[as_float]) if as_float in part else part)
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**recorded_config(recorded))
         with torch.device("meta"):
             model = architecture(config).eval()
         model.config.quantization_config = recorded.get("quantization")  # as the adapter's own base has it
@@ -41,6 +39,13 @@ def base_on_meta(
     if not name:
         raise OrdMoEConfigError(f"{adapter.folder} does not say what its base is: give `base` (`--base`).")
     return build_model(find_config(name, revision, trust_remote_code), trust_remote_code)
+
+
+def recorded_config(base: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in an adapter's record of its `base`, as transformers reads it from a file: it writes infinity
+    as `{"__float__": "Infinity"}`."""
+    text, as_float = json.dumps(base["config"]), "__float__"
+    return json.loads(text, object_hook=lambda part: float(part[as_float]) if as_float in part else part)
 
 
 def base_name(adapter: SavedAdapter) -> str:

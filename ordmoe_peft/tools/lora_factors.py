@@ -52,8 +52,8 @@ class Factors:
         return A.contiguous(), self.B_EOR.permute(1, 2, 0).flatten(1).contiguous()
 
     def folded(self) -> "Factors":
-        """The same with the scaling in B, multiplied in float32 and rounded to B's dtype."""
-        return replace(self, B_EOR=(self.B_EOR.float() * self.scaling).to(self.B_EOR.dtype), scaling=1.0)
+        """The same with the scaling in B, in float32: 16 bits would lose some of the product, or overflow."""
+        return replace(self, A_ERI=self.A_ERI.float(), B_EOR=self.B_EOR.float() * self.scaling, scaling=1.0)
 
     def padded(self, rank: int) -> "Factors":
         """The same with rank `rank`, by rows and columns of zeros."""

@@ -64,6 +64,9 @@ def test_what_cannot_be_swapped_leaves_the_adapter(tmp_path):
         hotswap_adapter(tuned, tmp_path)
     with pytest.raises(OrdMoEConfigError, match=r"no adapter 'other' to replace, only \['default'\]"):
         hotswap_adapter(tuned, tmp_path, "other")
+    adapted(models.qwen3_moe(), modules_to_save=["lm_head"]).save_pretrained(tmp_path / "whole")
+    with pytest.raises(OrdMoEConfigError, match=r"whole' has modules_to_save=\['lm_head'\].*not swapped"):
+        hotswap_adapter(tuned, tmp_path / "whole")
     assert list(tuned.peft_config) == ["default"]
     assert torch.equal(logits(tuned, batch), wanted)
     tuned.merge_adapter()

@@ -33,6 +33,8 @@ def test_plain_peft_loads_what_is_written(adapter, tmp_path, capsys):
 def test_dropping_routers_prints_what_that_changes(adapter, tmp_path, capsys):
     out = ["--output", str(tmp_path / "out"), "--to", "sglang"]
     assert "Pass --router fold" in error_of(capsys, ["export", adapter, *out])
+    unserved = ["export", adapter, "--output", str(tmp_path / "out"), "--to", "vllm-3d", "--router", "drop"]
+    assert "Pass --to vllm-2d" in error_of(capsys, unserved), "before the base runs"
     assert main(["export", adapter, *out, "--router", "drop"]) == 0
     printed = capsys.readouterr().out
     assert "Routing without LoRA on routers" in printed and "mean" in printed and "No server has run" in printed

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def export_folder(output: str | Path, form: str, adapter: Path) -> Iterator[Path
     Raises:
         [`OrdMoEConfigError`]: `output` holds something else.
     """
-    output = Path(output)
+    output = Path(output).resolve()  # a link stays, and the folder that it points to is written
     others = _no_export(output)
     if others:
         raise OrdMoEConfigError(
@@ -43,6 +43,7 @@ def _no_export(output: Path) -> list[str]:
     if not output.is_dir():
         return [output.name] if output.exists() else []
     names = sorted(path.name for path in output.iterdir())
-    record = output / EXPORT_NAME
-    known = json.loads(record.read_text())["files"] if record.is_file() else []
-    return [name for name in names if name not in (*known, EXPORT_NAME)]
+    known: list[str] = []
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no such record, or one that no export wrote
+        known = [str(name) for name in json.loads((output / EXPORT_NAME).read_text())["files"]] + [EXPORT_NAME]
+    return [name for name in names if name not in known]

@@ -31,7 +31,8 @@ from ...adapter.renaming import PREFIX, name_before, renamings_of
 from ...adapter.saved import SavedAdapter
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...moe_model import without_wrappers
-from ..merge_on_disk.weightless_model import weightless
+from ..base_on_meta import recorded_config
+from ..merge_on_disk.weightless_model import make_weightless_
 from .card import plain_card
 from .folder import export_folder
 
@@ -92,9 +93,7 @@ def _base_without_weights(saved: SavedAdapter, base: str | Path | None) -> nn.Mo
     """The base of an adapter, with zeros that take no memory, or its configuration alone where it is of no class of
     transformers."""
     if base is None and saved.record is not None:
-        class_name, text = saved.record["base"]["class"], json.dumps(saved.record["base"]["config"])
-        # transformers writes infinity so, and reads it from files alone.
-        values = json.loads(text, object_hook=lambda part: float(part["__float__"]) if "__float__" in part else part)
+        class_name, values = saved.record["base"]["class"], recorded_config(saved.record["base"])
     else:
         source = base or saved.settings.get("base_model_name_or_path")
         try:
@@ -113,10 +112,7 @@ def _base_without_weights(saved: SavedAdapter, base: str | Path | None) -> nn.Mo
     config_class = CONFIG_MAPPING.get(values.get("model_type"), model_class.config_class)
     with torch.device("meta"):
         model = model_class(config_class.from_dict(values))
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            setattr(module, name, weightless(tensor))
-    return model
+    return make_weightless_(model)
 
 
 def _without_converted_targets(settings: dict[str, Any], names: list[str], model: nn.Module) -> dict[str, Any]:

@@ -86,7 +86,12 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
     check_lora_alone(saved)
     stored = None
     if options.router == "fold":  # then the base's own weights say whether it is the adapter's
-        folder = checkpoint_folder(options.base or base_name(saved), options.revision)
+        name = options.base or base_name(saved)
+        if not name:
+            raise OrdMoEConfigError(
+                f"{saved.folder} does not name its base, whose routers are read: give `base` (--base)."
+            )
+        folder = checkpoint_folder(name, options.revision)
         stored = StoredRouters(bare, open_checkpoint(folder))
     known = stored.weights() if stored else None
     skeleton = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ import torch
 from peft import get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ...adapter.config import ROLES, OrdMoEConfig
+from ...adapter.saved import opened, read_json
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...files import whole_folder
 from ...merging.in_memory import lora_layers
@@ -30,8 +31,23 @@ from .layouts import SOURCE_LAYOUTS, told_layout
 from .places import Meaning, Place, Places, split_key
 
 
-# What a LoRA adapter may have beside the two factors, which is not imported.
-NOT_IMPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication")
+# What a LoRA adapter may have beside the two factors, or what makes another forward of them, which is not imported
+# (`peft/tuners/lora/config.py`, peft 0.21.2).
+NOT_IMPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Values of init_lora_weights that leave the base as it is. PEFT changes the base's weights by the others when it loads.
+INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,18 +152,14 @@ def read_source(source: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Ten
             f"{source} has no {' and no '.join(missing)}. Weights that are there: {others or 'none'}; pickle files are "
             "not read."
         )
-    text = (source / CONFIG_NAME).read_text()
-    settings = json.loads(text)
-    if settings.get("peft_type") != "LORA":
-        raise OrdMoEConfigError(f"{source} holds a {settings.get('peft_type')} adapter; plain LoRA is imported.")
-    for name in NOT_IMPORTED:
-        if settings.get(name):
-            raise OrdMoEConfigError(f"{source} has {name}={settings[name]!r}, which is not imported.")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(settings.get(name), int | float):
-            raise OrdMoEConfigError(f"{source / CONFIG_NAME} has {name}={settings.get(name)!r}, not a number.")
+    settings = read_json(source / CONFIG_NAME)
+    check_settings(settings, source / CONFIG_NAME)
     halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(source / SAFETENSORS_WEIGHTS_NAME).items():
+    with opened(source / SAFETENSORS_WEIGHTS_NAME) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise OrdMoEModelError(f"{source / SAFETENSORS_WEIGHTS_NAME} has no tensors. Save the adapter again.")
+    for key, tensor in tensors.items():
         module, factor = split_key(key)
         if tensor.dtype not in DTYPES or tensor.dim() != 2 or not torch.isfinite(tensor).all():
             raise OrdMoEModelError(
@@ -162,8 +174,40 @@ def read_source(source: Path) -> tuple[dict[str, Any], dict[str, tuple[torch.Ten
             f"{source} has lora_{there} of {incomplete[0]} without the other. Save the adapter again."
         )
     card = source / "README.md"
-    hints = text + (card.read_text(errors="replace") if card.is_file() else "")
+    hints = json.dumps(settings) + (card.read_text(errors="replace") if card.is_file() else "")
     return settings, {module: (pair["A"], pair["B"]) for module, pair in halves.items()}, hints
+
+
+def check_settings(settings: Any, file: Path) -> None:
+    """See that an `adapter_config.json` is of plain LoRA, which is the two factors and a scaling.
+
+    Raises:
+        [`OrdMoEConfigError`]: it is not.
+    """
+    kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+    if kind != "LORA":
+        raise OrdMoEConfigError(f"{file.parent} holds a {kind} adapter; plain LoRA is imported.")
+    for name in NOT_IMPORTED:
+        if settings.get(name) not in (None, False, [], {}):
+            raise OrdMoEConfigError(f"{file.parent} has {name}={settings[name]!r}, which is not imported.")
+    start = settings.get("init_lora_weights")
+    if start not in INITIALIZATIONS:
+        raise OrdMoEConfigError(
+            f"{file} has init_lora_weights={start!r}, with which PEFT changes the base's weights when it loads the "
+            "adapter. Save it as plain LoRA (`path_initial_model_for_weight_conversion` of PEFT's `save_pretrained`)."
+        )
+    values = {name: settings.get(name) for name in ("r", "lora_alpha")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(field) or {}
+        try:
+            values |= {f"{field}[{re.compile(pattern).pattern!r}]": value for pattern, value in patterns.items()}
+        except (AttributeError, re.error) as error:
+            raise OrdMoEConfigError(f"{file} has {field}={patterns!r}, no mapping of patterns: {error}.") from error
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise OrdMoEConfigError(f"{file} has {name}={value!r}, not a number.")
+    if not isinstance(settings.get("use_rslora", False), bool | None):
+        raise OrdMoEConfigError(f"{file} has use_rslora={settings['use_rslora']!r}, not true or false.")
 
 
 def updates(
@@ -179,6 +223,13 @@ def updates(
         [`OrdMoEConfigError`], [`OrdMoEModelError`]: as [`import_adapter`].
     """
     meanings = {module: places.meaning(module) for module in pairs}
+    by_meaning: dict[Meaning, str] = {}
+    for module, meaning in meanings.items():
+        if by_meaning.setdefault(meaning, module) != module:
+            raise OrdMoEModelError(
+                f"The adapter has {by_meaning[meaning]} and {module}, which are one place on this base, so one of them "
+                "would be lost. Save the adapter again."
+            )
     fused = {module: meaning for module, meaning in meanings.items() if meaning.is_inner is not None}
     single = {module: meaning for module, meaning in meanings.items() if meaning.expert is not None}
     if fused and single:
@@ -288,10 +339,14 @@ def _scaling(
         [`OrdMoEConfigError`]: its matrices have another rank than the settings say, so its scaling is not known.
     """
 
+    # PEFT matches a linear layer that it has as a parameter by that name alone.
+    parameters = [f".{parameter}" for parameter in settings.get("target_parameters") or []]
+    is_parameter = any(f".{name}.weight".endswith(parameter) for parameter in parameters)
+    key = f"{name}.weight" if is_parameter else name
+
     def setting(field: str, patterns: str) -> Any:
         by_name = settings.get(patterns) or {}
-        matching = (get_pattern_key(by_name.keys(), key) for key in (name, f"{name}.weight"))
-        return next((by_name[key] for key in matching if key in by_name), settings[field])
+        return by_name.get(get_pattern_key(by_name.keys(), key), settings[field])
 
     rank, expected = pair[0].shape[0] / num_experts, setting("r", "rank_pattern")
     if rank != expected:

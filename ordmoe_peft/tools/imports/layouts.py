@@ -104,8 +104,11 @@ def _sides(A: torch.Tensor, B: torch.Tensor, place: Place) -> tuple[bool, bool]:
 def _by_version(version: str | None, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor, Place]]) -> set[bool]:
     """Whether the PEFT of a version writes the stacks the other way round; nothing where that is not known."""
     try:
-        release = Version(str(version).partition("@")[0]).release
+        parsed = Version(str(version).partition("@")[0])
     except InvalidVersion:
+        return set()
+    release = parsed.release
+    if parsed.is_prerelease and (0, 18) < release <= (0, 19, 1):  # it changed between commits of one such version
         return set()
     if release >= (0, 19, 1):
         return {False}

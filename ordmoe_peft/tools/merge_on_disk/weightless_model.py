@@ -77,13 +77,17 @@ class WeightlessModel:
 
 
 def make_weightless_(model: PreTrainedModel, known: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
-    """Give a model on the meta device zeros on the CPU that take no memory, or what is `known`, and return it."""
+    """Give a model on the meta device zeros on the CPU that take no memory, or what is `known`, and return it.
+
+    What is known gets the model's dtype: PEFT rounds an adapter's factors to that of the weight they are for.
+    """
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             setattr(module, name, weightless(tensor))
     for name, value in (known or {}).items():
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
+        value = value.to(getattr(owner, attribute).dtype)
         is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     return model

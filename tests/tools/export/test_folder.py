@@ -42,3 +42,24 @@ def test_what_is_no_export_is_left_alone(tmp_path, kind):
     with pytest.raises(OrdMoEConfigError, match="out holds notes.txt" if kind != "file" else "out holds out"):
         write(output)
     assert (output if kind == "file" else output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("record", ["{}", "[", '{"files": 3}'])
+def test_a_record_that_no_export_wrote(tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / EXPORT_NAME).write_text(record)
+    with pytest.raises(OrdMoEConfigError, match=f"out holds {EXPORT_NAME}, which no earlier export wrote"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / EXPORT_NAME).read_text() == record
+
+
+def test_through_a_link_and_into_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert write(tmp_path / "link") == write(tmp_path / "link") == {"weights", EXPORT_NAME}
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "weights").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with export_folder(".", "peft", tmp_path) as folder:
+        (folder / "weights").write_text("new")
+    assert (tmp_path / "here" / "weights").is_file()

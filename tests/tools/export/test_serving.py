@@ -184,6 +184,25 @@ def test_routers_of_another_base_are_not_folded(tmp_path):
         export(tmp_path, "sglang", "fold")
 
 
+def test_folding_into_16_bits_rounds_the_sum_alone(tmp_path):
+    saved("qwen3_moe", tmp_path)
+    models.qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    export(tmp_path, "sglang", "fold")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    lora = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, weight in load_file(tmp_path / "out" / "router.safetensors").items():
+        A, B = (lora[f"base_model.model.{name}".replace("weight", f"lora_{part}.weight")].double() for part in "AB")
+        assert torch.equal(weight, (base[name].double() + B @ A * 4 / 6).to(torch.bfloat16))
+
+
+def test_without_a_base_no_routers_are_folded(tmp_path, monkeypatch):
+    """The current folder, which holds a model, is not taken for it."""
+    saved("qwen3_moe", tmp_path)
+    monkeypatch.chdir(tmp_path / "base")
+    with pytest.raises(OrdMoEConfigError, match="does not name its base, whose routers are read"):
+        export_for_server(tmp_path / "adapter", tmp_path / "out", ServingOptions("sglang", "fold"))
+
+
 def test_what_a_server_does_not_take_is_refused_by_name(tmp_path):
     saved("qwen3_moe", tmp_path)
     with pytest.raises(OrdMoEModelError, match="mix them without a word, by its version. Pass --to vllm-2d"):

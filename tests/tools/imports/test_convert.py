@@ -215,6 +215,35 @@ def test_scalings_that_agree_stay_as_they_are(tmp_path):
     assert all(torch.equal(after[f"base_model.model.{name}.weight"], tensor) for name, tensor in tensors.items())
 
 
+def test_scalings_that_differ_lose_nothing_of_16_bits(tmp_path):
+    name = "model.layers.0.self_attn"
+    sides = {"q_proj": 64, "v_proj": 32}
+    tensors = {f"{name}.{part}.lora_A": draw(R, H).to(torch.float16) for part in sides}
+    tensors |= {f"{name}.{part}.lora_B": (draw(side, R) * 1e3).to(torch.float16) for part, side in sides.items()}
+    source = write(tmp_path / "source", tensors, lora_alpha=400, alpha_pattern={"q_proj": 5})
+    imported(models.qwen3_moe(), source, tmp_path)
+    after = load_file(tmp_path / "imported" / "adapter_model.safetensors")
+    for part, alpha in {"q_proj": 5, "v_proj": 400}.items():
+        B = tensors[f"{name}.{part}.lora_B"].float() * (alpha / R)
+        assert torch.equal(after[f"base_model.model.{name}.{part}.lora_B.weight"], B)
+
+
+def test_patterns_of_a_router_that_peft_has_as_a_parameter(tmp_path):
+    """PEFT matches them with `mlp.gate.weight` alone: the first is of nothing."""
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.gate.weight"],
+        alpha_pattern={"mlp.gate": 32, r"layers.1.mlp.gate.weight": 9},
+    )
+    plain = get_peft_model(models.qwen3_moe(), config).eval()
+    models.randomize_adapter(plain)
+    plain.save_pretrained(tmp_path / "source")
+    tuned, _ = imported(models.qwen3_moe(), tmp_path / "source", tmp_path)
+    torch.testing.assert_close(outputs(tuned), outputs(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_a_folder_with_the_bases_weights_is_known_again(tmp_path):
     tensors, _ = fused_file(models.qwen3_moe(), False, False)
     source = write(tmp_path / "source", tensors)
@@ -251,6 +280,19 @@ WRONG = {
     "lora_alpha=None, not a number": lambda t, s: s.update(lora_alpha=None),
     "--source_layout unsloth for one trained": lambda t, s: s.update(base_model_name_or_path="unsloth/Qwen3"),
     "known are": lambda t, s: s.update(lora_B_layout="other"),
+    "init_lora_weights='pissa', with which PEFT changes the base": lambda t, s: s.update(init_lora_weights="pissa"),
+    "has alora_invocation_tokens=[5]": lambda t, s: s.update(alora_invocation_tokens=[5]),
+    "lora_alpha=nan, not a number": lambda t, s: s.update(lora_alpha=math.nan),
+    "lora_alpha=True, not a number": lambda t, s: s.update(lora_alpha=True),
+    "alpha_pattern['experts']='8', not a number": lambda t, s: s.update(alpha_pattern={"experts": "8"}),
+    "no mapping of patterns": lambda t, s: s.update(rank_pattern={"(": 3}),
+    "use_rslora='false', not true or false": lambda t, s: s.update(use_rslora="false"),
+    "has no tensors": lambda t, s: t.clear(),
+    "experts.0.w3, which are one place": lambda t, s: (
+        t.clear(),
+        t.update({f"{EXPERTS}.0.{part}.lora_A": draw(R, H) for part in ("up_proj", "w3")}),
+        t.update({f"{EXPERTS}.0.{part}.lora_B": draw(F, R) for part in ("up_proj", "w3")}),
+    ),
 }
 
 

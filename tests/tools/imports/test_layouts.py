@@ -47,7 +47,7 @@ def test_sides_tell_which_way_round():
 def test_the_version_tells_where_sides_do_not(version, is_transposed, is_reversed):
     files = pairs((4, 4), shape=(E, 4, 4), is_transposed=is_transposed)
     assert told(files, peft_version=version) == (is_reversed, False)
-    for unknown in (None, "UNKNOWN"):
+    for unknown in (None, "UNKNOWN", "0.18.2.dev0", "0.19.1.dev0@abc"):
         with pytest.raises(OrdMoEConfigError, match="both ways round"):
             told(files, peft_version=unknown)
     assert told(files, "peft") == (False, False)
