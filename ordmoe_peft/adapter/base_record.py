@@ -144,10 +144,11 @@ def check_base_record(expected: dict[str, Any], found: dict[str, Any], adapter: 
             weights that cannot be told apart.
     """
     differences = list(_differences(expected, found))
-    name = expected["id"] or expected["config"].get("model_type")
+    name = expected["id"] or expected.get("name") or f"a {expected['class']}"
     if differences:
+        at = f", revision {expected['revision']}" if expected["revision"] else ""
         message = (
-            f"The adapter in {adapter} was trained on another base ({name}, revision {expected['revision']}): "
+            f"The adapter in {adapter} was trained on another base ({name}{at}): "
             f"{'; '.join(differences[:5])}{f'; and {len(differences) - 5} more' if len(differences) > 5 else ''}."
         )
         if not ignore:
@@ -158,10 +159,10 @@ def check_base_record(expected: dict[str, Any], found: dict[str, Any], adapter: 
         warnings.warn(message, stacklevel=2)
     trained, now = recipe(expected["quantization"]), recipe(found["quantization"])
     if (trained is None) != (now is None):
-        was, is_now = ("dense", now) if trained is None else (trained, "dense")
+        was, is_now = ("dense", _in_short(now)) if trained is None else (_in_short(trained), "dense")
         warnings.warn(
-            f"The adapter in {adapter} was trained on a base with weights {was}, and this one's are {is_now}. It "
-            "learned beside the other rounding, so expect somewhat other likelihoods; `ordmoe verify` measures them.",
+            f"The adapter in {adapter} was trained on a base that was {was}; this one is {is_now}. Likelihoods are "
+            "somewhat other, which `ordmoe verify` measures.",
             stacklevel=2,
         )
         return
@@ -189,7 +190,7 @@ def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[st
             )
     trained, now = recipe(expected["quantization"]), recipe(found["quantization"])
     if None not in (trained, now) and trained != now:
-        yield f"it was quantised by {trained} (this model: {now})"
+        yield f"it was {_in_short(trained)} (this model: {_in_short(now)})"
 
 
 def _of_dtypes(expected: dict[str, Any], found: dict[str, Any]) -> str:
@@ -220,3 +221,9 @@ def recipe(quantization: dict[str, Any] | None) -> dict[str, Any] | None:
     """Of a quantisation, what decides which numbers the base computes with."""
     known = {key: (quantization or {}).get(key) for key in OF_THE_RECIPE}
     return quantization and {key: getattr(value, "value", value) for key, value in known.items() if value is not None}
+
+
+def _in_short(recipe: dict[str, Any] | None) -> str:
+    """A recipe in a few words: the values that it has."""
+    values = recipe or {}
+    return "quantised (" + ", ".join(f"{key}={value}" for key, value in values.items()) + ")"

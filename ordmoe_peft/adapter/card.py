@@ -34,19 +34,13 @@ TASKS = (
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text-generation", "AutoModelForCausalLM"),
 )
 
-USE = """`ADAPTER` is this folder, or its id on the hub. With the package `ordmoe-peft`, which `pip install .` in its
+USE = """`ADAPTER` is this folder, or its id on the hub{local}. With the package `ordmoe-peft`, which `pip install .` in its
 repository installs:
 
 ```python
 {code}
 ```
-
-`ordmoe verify` says whether the adapter does on your base and machine what it did where it was saved:
-
-```bash
-ordmoe verify ADAPTER --base {base}
-```
-
+{verify}
 Without the package PEFT stops with `KeyError: 'ORDMOE'`, because it does not know this type of adapter. Export it once
 as plain LoRA, where the package is installed:
 
@@ -54,11 +48,24 @@ as plain LoRA, where the package is installed:
 ordmoe export ADAPTER --output my-plain-lora
 ```
 
-Then PEFT loads it without the package:
+Then PEFT loads it without the package, on the dense base{rounded}:
 
 ```python
+from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "my-plain-lora")
 ```"""
+LOCAL = "; `BASE` is the folder of the base, which is on no hub ({name})"
+VERIFY = """
+`ordmoe verify` says whether the adapter does on your base and machine what it did where it was saved:
+
+```bash
+ordmoe verify ADAPTER --base {base}
+```
+"""
+ROUNDED = ", where likelihoods are somewhat other than on the 4-bit one of training"
 
 
 def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
@@ -75,16 +82,25 @@ def adapter_card(config: OrdMoEConfig, record: Mapping[str, Any]) -> ModelCard:
     base, training = _mapping(record.get("base")), _mapping(record.get("training"))
     recipe = _mapping(base.get("quantization") or config.base_quantization)
     name, loader = base_name(config, base), _task(base)[1]
+    source = _line(base.get("id") or base.get("name") or "BASE")
+    use = {
+        "code": _code_to_load(config, base, source, loader, recipe),
+        "local": LOCAL.format(name=_code(name)) if source == "BASE" else "",
+        "verify": VERIFY.format(base=shlex.quote(source)) if record.get("probes") else "",
+        "rounded": ROUNDED if recipe else "",
+        "loader": loader,
+        "base": _literal(source),
+    }
     rows = [
-        *_rows_of_adapter(config, base, name, recipe),
+        *_rows_of_adapter(config, base, name, recipe, is_trained=bool(training)),
         *_rows_of_training(training),
         ("versions", _named(record.get("versions"))),
     ]
     parts = [
         f"# {TITLE}{_code(name)}",
-        _summary(config, name),
+        _summary(config, name, is_trained=bool(training)),
         "## Use",
-        USE.format(code=_code_to_load(config, name, loader, recipe), base=shlex.quote(name)),
+        USE.format(**use),
         "## What it is, and how it was trained",
         _table(("", ""), [row for row in rows if row[1]]),
         *_results(_mappings(training.get("evaluations"))),
@@ -143,9 +159,12 @@ def _task(base: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
-def _summary(config: OrdMoEConfig, name: str) -> str:
+def _summary(config: OrdMoEConfig, name: str, is_trained: bool) -> str:
     places = " and ".join(role.replace("_", " ") for role in config.targets)
-    text = f"LoRA of rank {config.r} on {places} of the Mixture-of-Experts model {_code(name)}, trained by"
+    text = f"LoRA of rank {config.r} on {places} of the Mixture-of-Experts model {_code(name)}"
+    if not is_trained:
+        return f"{text}. How it was trained is not recorded."
+    text += ", trained by"
     if config.num_tiers == 1:
         return f"{text} supervised fine-tuning with the package `ordmoe_peft`."
     return (
@@ -155,9 +174,13 @@ def _summary(config: OrdMoEConfig, name: str) -> str:
     )
 
 
-def _code_to_load(config: OrdMoEConfig, name: str, loader: str, recipe: Mapping[str, Any]) -> str:
+def _code_to_load(
+    config: OrdMoEConfig, base: Mapping[str, Any], source: str, loader: str, recipe: Mapping[str, Any]
+) -> str:
     lines = ["from peft import PeftModel", f"from transformers import {loader}", "", "import ordmoe_peft", "", ""]
-    arguments = [_literal(name)]
+    arguments, dtype = [_literal(source)], _mapping(base.get("config")).get("dtype")
+    if isinstance(dtype, str):
+        arguments.append(f"dtype={_literal(dtype)}")
     if recipe.get("quant_method") == "ordmoe_peft":
         options = [f"{option}={_literal(recipe[option])}" for option in RECIPE[:3] if recipe.get(option)]
         lines[-1] = f"in_4_bits = ordmoe_peft.MoeBitsAndBytesConfig({', '.join(options)})"
@@ -174,19 +197,20 @@ def _code_to_load(config: OrdMoEConfig, name: str, loader: str, recipe: Mapping[
 
 
 def _rows_of_adapter(
-    config: OrdMoEConfig, base: Mapping[str, Any], name: str, recipe: Mapping[str, Any]
+    config: OrdMoEConfig, base: Mapping[str, Any], name: str, recipe: Mapping[str, Any], is_trained: bool
 ) -> Iterator[tuple[str, str]]:
     revision = f"revision {_code(base['revision'])}" if base.get("revision") else ""
     yield "base", _joined([_code(name), revision, _code(base["class"]) if base.get("class") else ""])
     packed = {option: recipe.get(option) for option in ("quant_method", *RECIPE)}
-    yield "its weights in training", _named(packed) if recipe else "not quantised"
+    if recipe or is_trained:
+        yield "its weights in training", _named(packed) if recipe else "not quantised"
     patterns = {option: getattr(config, option) or None for option in ("rank_pattern", "alpha_pattern")}
     scaling = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None}
     yield "LoRA", _joined([f"on {', '.join(config.targets)}", _named(scaling | patterns)])
     if config.num_tiers == 1:
-        yield "method", "supervised fine-tuning (one tier)"
+        yield "method", "supervised fine-tuning (one tier)" if is_trained else ""
         return
-    yield "method", "OrdMoE"
+    yield "method", "OrdMoE" if is_trained else ""
     options = ("num_tiers", "grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages")
     seed = ("tier_seed",) if config.grouping == "random" else ()
     yield "tiers", _named({option: getattr(config, option) for option in (*options, *seed)})

@@ -109,8 +109,9 @@ def updated(earlier: ModelCard, card: ModelCard) -> ModelCard:
     found = OURS.search(text)
     text = f"{text.rstrip()}\n\n{ours[0]}\n" if found is None else text[: found.start()] + ours[0] + text[found.end() :]
     old, new = earlier.data.to_dict(), card.data.to_dict()
-    old.pop("base_model", None)
-    old["tags"] = [tag for tag in _as_list(old.get("tags")) if not str(tag).startswith(ADAPTER_OF)]
+    if "base_model" in new:  # of a base on no hub the owner may have named one
+        old.pop("base_model", None)
+        old["tags"] = [tag for tag in _as_list(old.get("tags")) if not str(tag).startswith(ADAPTER_OF)]
     if not str(earlier.data.get("model_name", TITLE)).startswith(TITLE):
         new.pop("model-index", None)
     else:

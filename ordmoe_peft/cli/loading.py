@@ -1,5 +1,6 @@
 """Load what options name: models, processors, adapters, data sets."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from ..adapter.base_record import hub_id
 from ..data.samples import check_processing_class, subsample
 from ..errors import OrdMoEDataError, OrdMoEModelError
 from ..quantization.other_quantizers import check_unquantised
@@ -18,6 +20,14 @@ from .cpu_speed import WORTH_A_WORD, slowdown
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_is_somewhere(base: str, adapter: str) -> None:
+    """Raise [`OrdMoEModelError`] for the name of an adapter's base that is no folder here and no id on the hub."""
+    if not Path(base).is_dir() and hub_id(base)[0] is None:
+        raise OrdMoEModelError(
+            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give --base, its folder or id."
+        )
 
 
 def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any = None) -> PreTrainedModel:

@@ -18,7 +18,10 @@ class MergeArguments(ModelArguments):
 
     model_name_or_path: str = field(
         default="",
-        metadata={"help": "Folder or hub id of the dense base; the one that the adapter names by default."},
+        metadata={
+            "aliases": ["--base"],
+            "help": "Folder or hub id of the dense base; the one that the adapter names by default.",
+        },
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of what is written; auto keeps each tensor's own."})
     attn_implementation: str | None = field(default=None, init=False)

@@ -14,7 +14,7 @@ from ..errors import OrdMoEConfigError
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ..tools.verify import TOLERANCE, deviation_table, replay_probes
 from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
-from .loading import load_base
+from .loading import check_is_somewhere, load_base
 from .tables import print_tables, write_json
 
 
@@ -27,7 +27,11 @@ class VerifyArguments(ModelArguments):
         metadata={"aliases": ["--base"], "help": "Folder or hub id of the base; the adapter's own by default."},
     )
     load_in_4bit: bool | None = field(  # type: ignore[assignment] # None is for what was used in training
-        default=None, metadata={"help": "Load experts and decoder linears in 4 bits; as in training by default."}
+        default=None,
+        metadata={
+            "help": "Load experts and decoder linears in 4 bits; as in training by default.",
+            **{"nargs": "?", "const": True},
+        },
     )
     adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
     tolerance: float = field(
@@ -63,7 +67,10 @@ def main(arguments: Sequence[str]) -> int:
     base = options.model_name_or_path or saved.settings.get("base_model_name_or_path")
     if not base:
         raise OrdMoEConfigError(f"{options.adapter} does not name its base: give --base.")
+    check_is_somewhere(base, options.adapter)
     options.model_name_or_path = base
+    if options.dtype == "auto":
+        options.dtype = saved.record["base"]["config"].get("dtype") or "auto"
     config = AutoConfig.from_pretrained(
         base, revision=options.model_revision, trust_remote_code=options.trust_remote_code
     )

@@ -37,7 +37,7 @@ START = {
 }
 FOLDED = """
 `router.safetensors` holds the base's routers with the adapter's update added, under the names that the base's own files
-have. Serve a copy of the base with them: put the file beside the copy's weights, and in its
+have. `PATCHED_BASE` is a copy of the base with them: put the file beside the copy's weights, and in its
 `model.safetensors.index.json` (a base in one file needs one) let these names point to `router.safetensors`. Without
 that the experts' LoRA runs on routing that it was not trained with.
 """
@@ -87,7 +87,7 @@ def serving_card(base: str | None, to: str, source: str, summary: ServingExport)
     base = _shown(base)
     data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora", to])
     routers = FOLDED if summary.folded else DROPPED if summary.dropped else ""
-    start = START[to].format(base=base or "BASE", rank=summary.rank)
+    start = START[to].format(base="PATCHED_BASE" if summary.folded else base or "BASE", rank=summary.rank)
     return ModelCard(f"""---
 {data}
 ---
@@ -105,8 +105,8 @@ def serving_card(base: str | None, to: str, source: str, summary: ServingExport)
 {start}
 ```
 
-No server has run with this file. Its names and shapes are those that the server's sources read, and read back they give
-the adapter's own outputs on the base.
+No server has run with this file. Its names and shapes are those that the server's sources read. So before it serves,
+compare what it answers to a few prompts with what the adapter answers in PEFT.
 {routers}""")
 
 

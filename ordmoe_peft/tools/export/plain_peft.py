@@ -24,6 +24,7 @@ from peft.utils.transformers_weight_conversion import (
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...adapter.config import OrdMoEConfig
@@ -80,7 +81,8 @@ def export_plain_lora(
 
 def subfolder_of(adapter: Path, adapter_name: str | None) -> str | None:
     """Where in `adapter` the adapter `adapter_name` is: PEFT saves `default` there, and others in folders within."""
-    others = sorted(file.parent.name for file in adapter.glob(f"*/{CONFIG_NAME}"))
+    folders = (file.parent.name for file in adapter.glob(f"*/{CONFIG_NAME}"))
+    others = sorted(name for name in folders if not name.startswith(PREFIX_CHECKPOINT_DIR))
     names = [*["default"] * (adapter / CONFIG_NAME).is_file(), *others]
     if adapter.is_dir() and (adapter_name or "default") not in names and names:
         raise OrdMoEConfigError(f"{adapter} has the adapters {names}, not {adapter_name or 'default'!r}. Name one.")
