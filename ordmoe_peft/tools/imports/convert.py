@@ -250,7 +250,15 @@ def updates(
         for A, B, place in stacks.values():
             scaling = _scaling(settings, place.weight, (A, B), place.shape[0])
             found[place.weight] = told.factors(A, B, place, scaling)
-    return layout, found | _by_expert(single, pairs, settings, places)
+    found |= _by_expert(single, pairs, settings, places)
+    named = tuple(f".{name}" for name in settings.get("target_parameters") or [])
+    absent = [name for name in places.by_weight if f".{name}".endswith(named) and name not in found]
+    if absent:
+        raise OrdMoEModelError(
+            f"The adapter has no LoRA on {absent[0]}, which target_parameters in its adapter_config.json names: its "
+            "weights are not whole. Copy or save it again."
+        )
+    return layout, found
 
 
 def _place_of(

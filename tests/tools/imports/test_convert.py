@@ -287,6 +287,10 @@ WRONG = {
     "alpha_pattern['experts']='8', not a number": lambda t, s: s.update(alpha_pattern={"experts": "8"}),
     "no mapping of patterns": lambda t, s: s.update(rank_pattern={"(": 3}),
     "use_rslora='false', not true or false": lambda t, s: s.update(use_rslora="false"),
+    "no LoRA on model.layers.2.mlp.experts.gate_up_proj": lambda t, s: (
+        s.update(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        [t.pop(name) for name in list(t) if "layers.2.mlp.experts.base_layer" in name],
+    ),
     "has no tensors": lambda t, s: t.clear(),
     "experts.0.w3, which are one place": lambda t, s: (
         t.clear(),
