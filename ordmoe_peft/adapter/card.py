@@ -34,8 +34,8 @@ TASKS = (
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text-generation", "AutoModelForCausalLM"),
 )
 
-USE = """`ADAPTER` is this folder, or its id on the hub{local}. With the package `ordmoe-peft`, which `pip install .` in its
-repository installs:
+USE = """`ADAPTER` is this folder, or its id on the hub{local}. With the package `ordmoe-peft`, which `pip install .` in
+its repository installs:
 
 ```python
 {code}

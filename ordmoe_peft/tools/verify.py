@@ -50,8 +50,9 @@ def replay_probes(model: PeftModel, record: dict[str, Any], adapter: str) -> lis
     probes = record["probes"]
     if probes is None or not probes["log_probs"]:
         raise OrdMoEConfigError(
-            f"{adapter} has no probes: it was imported, or saved without its model at hand (sharded, or from a state_dict), "
-            "or its model does not run on tokens alone. Load it, check what it answers, and save it by `save_pretrained`."
+            f"{adapter} has no probes: it was imported, or saved without its model at hand (sharded, or from a "
+            "state_dict), or its model does not run on tokens alone. Load it, check what it answers, and save it by "
+            "`save_pretrained`."
         )
     largest, known = max(map(max, probes["token_ids"])), len(model.get_input_embeddings().weight)
     if largest >= known:

@@ -89,18 +89,23 @@ def test_what_people_read(tmp_path):
 
 
 def test_snippets_are_code(tmp_path):
-    record = RECORD | {"base": RECORD["base"] | {"quantization": IN_4_BITS}}
-    card = card_of(tmp_path, record)
+    record = RECORD | {"base": RECORD["base"] | {"quantization": IN_4_BITS, "config": {"dtype": "bfloat16"}}}
+    card = card_of(tmp_path, record | {"probes": {"token_ids": [[1]]}})
     loading, plain = code(card)
     for snippet in (loading, plain):
         compile(snippet, "README.md", "exec")
     assert 'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"' in loading
-    assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", quantization_config=' in loading
+    assert (
+        'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="bfloat16", quantization_config=' in loading
+    )
+    assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")\n' in plain
+    assert "on the dense base, where likelihoods are somewhat other" in card.text
     assert "tier_routing" in loading
     verify, export = code(card, "bash")
     assert verify == "ordmoe verify ADAPTER --base Qwen/Qwen3-30B-A3B\n"
     assert export.startswith("ordmoe export ADAPTER")
     assert "`KeyError: 'ORDMOE'`" in card.text
+    assert "ordmoe verify" not in card_of(tmp_path, record).text  # without probes
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,8 @@ def test_a_base_without_an_id_is_named_by_its_folder(tmp_path, name, expected):
     card = card_of(tmp_path, record, base_model_name_or_path=name)
     assert f"# OrdMoE adapter of `{expected or 'Qwen3VLMoeForConditionalGeneration'}`" in card.text
     assert "models" not in str(card)
+    assert "`BASE` is the folder of the base, which is on no hub (`" in card.text
+    assert '.from_pretrained("BASE")' in code(card)[0]
     assert card.data.base_model is None
     assert not any("base_model" in tag for tag in card.data.tags)
     assert card.data.pipeline_tag == "image-text-to-text"
@@ -119,9 +126,10 @@ def test_a_base_without_an_id_is_named_by_its_folder(tmp_path, name, expected):
 
 def test_without_a_run_and_with_one_tier(tmp_path):
     card = card_of(tmp_path, {"base": {"id": "a/b", "class": "MyOwnModel"}, "training": None}, num_tiers=1)
-    assert "supervised fine-tuning" in card.text
-    assert "arXiv" not in card.text
-    assert "tier_routing" not in card.text
+    assert "How it was trained is not recorded." in card.text
+    assert not any(words in card.text for words in ("supervised", "arXiv", "tier_routing", "in training"))
+    trained = card_of(tmp_path, {"base": {"id": "a/b"}, "training": {"figures": {"steps": 3}}}, num_tiers=1)
+    assert "trained by supervised fine-tuning" in trained.text and "arXiv" not in trained.text
     assert len(tables(card)) == 1
     assert "None" not in str(card)
     assert card.data.pipeline_tag is None

@@ -169,7 +169,7 @@ def test_an_adapter_that_is_trained_on_another_base_has_that_one_from_then_on(tu
 def test_an_adapter_trained_on_in_4_bits_has_that_recipe(tuned, tmp_path):
     tuned.save_pretrained(tmp_path / "dense")
     packed = quantize_experts_(models.qwen3_moe(), MoeBitsAndBytesConfig())
-    with pytest.warns(UserWarning, match="trained on a base with weights dense"):
+    with pytest.warns(UserWarning, match="trained on a base that was dense"):
         trained = PeftModel.from_pretrained(packed, tmp_path / "dense", is_trainable=True)
     trained.save_pretrained(tmp_path / "packed")
     assert record(tmp_path / "packed")["base"]["quantization"]["bnb_4bit_quant_type"] == "nf4"

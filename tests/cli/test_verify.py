@@ -60,7 +60,7 @@ def test_the_recipe_of_training_is_taken(folders, capsys):
     tuned = get_peft_model(quantize_experts_(base, recipe), OrdMoEConfig(r=4))
     tuned.save_pretrained(folders / "adapter")
     assert verify(folders) == 0
-    with pytest.warns(UserWarning, match="weights .*fp4.* and this one's are dense"):
+    with pytest.warns(UserWarning, match="a base that was .*fp4.*; this one is dense"):
         verify(folders, "--load_in_4bit", "false", "--tolerance", 9)
 
 
