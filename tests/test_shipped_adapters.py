@@ -72,7 +72,7 @@ def test_its_files_are_whole_and_name_no_machine(name):
     card = ModelCard.load(folder / "README.md")
     assert card.data.tags == ["peft", "ordmoe", "mixture-of-experts"]
     assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "image-text-to-text")
-    assert '.from_pretrained("examples/easy_vqa/base", quantization_config=' in card.text
+    assert '    "examples/easy_vqa/base", dtype="float32", quantization_config=in_4_bits\n' in card.text
 
 
 def test_tiers_of_the_two():

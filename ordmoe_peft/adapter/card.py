@@ -185,8 +185,10 @@ def _code_to_load(
         options = [f"{option}={_literal(recipe[option])}" for option in RECIPE[:3] if recipe.get(option)]
         lines[-1] = f"in_4_bits = ordmoe_peft.MoeBitsAndBytesConfig({', '.join(options)})"
         arguments.append("quantization_config=in_4_bits")
+    given = ", ".join(arguments)
+    given = given if len(given) < 60 else f"\n    {given}\n"
     lines += [
-        f"base = {loader}.from_pretrained({', '.join(arguments)})",
+        f"base = {loader}.from_pretrained({given})",
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
     ]
     if config.num_tiers > 1:

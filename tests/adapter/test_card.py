@@ -95,9 +95,7 @@ def test_snippets_are_code(tmp_path):
     for snippet in (loading, plain):
         compile(snippet, "README.md", "exec")
     assert 'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"' in loading
-    assert (
-        'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", dtype="bfloat16", quantization_config=' in loading
-    )
+    assert '.from_pretrained(\n    "Qwen/Qwen3-30B-A3B", dtype="bfloat16", quantization_config=' in loading
     assert 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")\n' in plain
     assert "on the dense base, where likelihoods are somewhat other" in card.text
     assert "tier_routing" in loading
