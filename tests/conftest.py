@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers.dynamic_module_utils
 
 from tests import models
 
@@ -11,6 +12,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def code_cache(tmp_path_factory):
+    """Where transformers copies code to before it runs it: not the user's own cache.
+
+    One for all tests of a process: Python looks for a package's modules where it found the first of them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("modules")
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(params=models.FAMILIES)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import transformers
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ordmoe_peft.cli.main import main
@@ -65,8 +64,7 @@ class OwnForCausalLM(Qwen3MoeForCausalLM):
 """
 
 
-def test_a_model_that_brings_its_own_code(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_model_that_brings_its_own_code(folder, code_cache, capsys):
     (folder / "modeling_own.py").write_text(OWN_CODE)
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}

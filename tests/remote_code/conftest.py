@@ -3,22 +3,12 @@
 from pathlib import Path
 
 import pytest
-import transformers.dynamic_module_utils
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families.tiny import tiny_model
 
 
 CODE = Path(__file__).parent / "tiny_moe"
-
-
-@pytest.fixture(scope="session")
-def code_cache(tmp_path_factory):
-    """Where transformers copies code to before it runs it: not the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("modules")
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")
