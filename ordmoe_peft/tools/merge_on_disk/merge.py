@@ -13,6 +13,7 @@ merged model computes what was trained. `requantize` packs the merged weights ag
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +159,9 @@ def _prepared(
         for name, value in source.to_parameters(checkpoint.read(source.names)).items()
     }
     bare.config.quantization_config = recipe
-    model = WeightlessModel(bare, adapter, known, options.ignore_fingerprint)
+    with warnings.catch_warnings():  # of dense against 4 bits; `_check_recipes` has said which option helps
+        warnings.filterwarnings("ignore", message="The adapter in .* was trained on a base that was")
+        model = WeightlessModel(bare, adapter, known, options.ignore_fingerprint)
     # A model in 4 bits is stored under its own names; a dense base that becomes one changes the names of all tensors.
     renamed = set() if stored or not options.requantize else set(sources)
     unpacked = set() if options.requantize else in_4_bits

@@ -134,7 +134,7 @@ def test_4_bit_options_round_the_base_as_training_saw_it(build, tmp_path):
         torch.testing.assert_close(value, in_memory[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_merging_past_the_recipe_of_training_is_said(tmp_path, caplog):
+def test_merging_past_the_recipe_of_training_is_said_once(tmp_path, caplog, recwarn):
     saved(models.qwen3_moe(), tmp_path)
     merged(tmp_path)
     assert "as they are stored" not in caplog.text
@@ -145,8 +145,10 @@ def test_merging_past_the_recipe_of_training_is_said(tmp_path, caplog):
     dense = type(models.qwen3_moe()).from_pretrained(tmp_path / "base")
     PeftModel.from_pretrained(dense, tmp_path / "adapter").save_pretrained(tmp_path / "adapter")
     shutil.rmtree(tmp_path / "merged")
+    recwarn.clear()
     merged(tmp_path)
     assert "trained on its base quantised by ordmoe_peft, fp4" in caplog.text
+    assert not [warning for warning in recwarn if "The adapter in" in str(warning.message)]
 
 
 @pytest.mark.parametrize("build", [models.qwen3_moe, models.gpt_oss, models.mixtral, models.qwen3_vl_moe])
