@@ -90,7 +90,7 @@ NLLB = {"tiers": WITHOUT_EFFECT, "lora": WITHOUT_EFFECT}
 NOTHING = dict.fromkeys(["tiers", "lora", "4 bits"], PRODUCT_KEYS)
 
 RENAMED_BY_PEFT = {
-    "attention": r"it reads .*\.sconv\.weight_proj\.lora_A\.weight as .*\.sconv\.weight_proj\.weight\.lora_A"
+    "attention": r"it reads .*sconv\.weight_proj\.lora_A\.weight as .*sconv\.weight_proj\.weight\.lora_A"
 }
 OTHER_LOGITS_WITH_A_CACHE = {
     "test_tiers_are_held_while_decoding": "the untouched model's logits with a cache are not those without"
