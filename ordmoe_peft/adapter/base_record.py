@@ -26,7 +26,7 @@ NOT_OF_THE_FORWARD = {
     *("torch_dtype", "id2label", "label2id", "problem_type", "use_cache", "return_dict", "output_attentions"),
     *("output_hidden_states", "output_router_logits", "router_aux_loss_coef", "router_z_loss_coef"),
     *("initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"),
-    *("chunk_size_feed_forward", "router_jitter_noise", "attention_dropout"),
+    *("chunk_size_feed_forward", "router_jitter_noise"),
 }
 # What of a recipe decides which numbers the base computes with.
 OF_THE_RECIPE = (

@@ -17,7 +17,6 @@ from ..files import write_whole
 from .card import ADAPTER_OF, BEGIN, END, LICENSE, TITLE, adapter_card
 from .config import OrdMoEConfig
 from .record import RECORD_NAME
-from .saved import SavedAdapter
 
 
 logger = logging.get_logger(__name__)
@@ -77,12 +76,13 @@ def write_saved_card(folder: str | Path, tags: Sequence[str] = (), data: Mapping
     """
     if not all(Path(folder, name).is_file() for name in (CONFIG_NAME, RECORD_NAME)):
         return
-    record = SavedAdapter.read(folder).record or {}
-    training = record.get("training")
+    config = OrdMoEConfig.from_pretrained(str(folder))
+    record = config.saved.record
+    training = record["training"]
     if data and isinstance(training, dict):
         known = training.get("data")
         training["data"] = {**(known if isinstance(known, dict) else {}), **data}
-    card = adapter_card(OrdMoEConfig.from_pretrained(str(folder)), record)
+    card = adapter_card(config, record)
     card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
     save_card(card, folder)
 

@@ -104,11 +104,12 @@ class OrdMoEAdapters(PeftModel):
         # What was loaded to be trained on may have been, of which nobody told.
         earlier = known["training"] if self.peft_config[name].inference_mode else None
         training = self.ordmoe_training if is_trained_here else earlier
-        probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
         config = self.peft_config[name]
         base = without_embeddings(known["base"], self.base_model.model, config)
         if not is_same_base(base, self.base_model.base_record):  # the model's answers are those of another
             probes = known["probes"]
+        else:
+            probes = make_probes(self, name) if are_own_weights and self.makes_probes else None
         named = base["id"] or config.base_model_name_or_path
         return write_record(folder, {"license": base_license(named, base["revision"]), **base}, training, probes)
 

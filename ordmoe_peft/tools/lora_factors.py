@@ -41,11 +41,6 @@ class Factors:
     def rank(self) -> int:
         return self.A_ERI.shape[1]
 
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """E, O and I."""
-        return self.A_ERI.shape[0], self.B_EOR.shape[1], self.A_ERI.shape[2]
-
     def to_peft(self) -> tuple[torch.Tensor, torch.Tensor]:
         """PEFT's matrices (E·R, I) and (O, R·E), without the scaling."""
         A = self.A_ERI.reshape(-1, self.A_ERI.shape[2])

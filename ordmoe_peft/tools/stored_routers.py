@@ -10,7 +10,7 @@ from ..errors import OrdMoEModelError
 from ..experts.expert_lora import check_finite
 from .lora_factors import Factors
 from .merge_on_disk.checkpoint import Checkpoint
-from .merge_on_disk.parameter_sources import find_sources
+from .merge_on_disk.parameter_sources import find_sources, read_parameters
 
 
 DENSE = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,10 +35,7 @@ class StoredRouters:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All of them, under the model's names."""
-        read: dict[str, torch.Tensor] = {}
-        for source in dict.fromkeys(self.sources.values()):
-            read |= source.to_parameters(self.checkpoint.read(source.names))
-        return read
+        return read_parameters(self.checkpoint, self.sources.values())
 
     def folded(self, routers: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
         """Routers' matrices with their updates added, under the checkpoint's own names and in its dtypes.

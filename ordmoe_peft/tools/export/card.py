@@ -35,6 +35,24 @@ START = {
     "sglang": "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
     "--lora-paths ordmoe=THIS_FOLDER",
 }
+SERVED = """
+```bash
+{start}
+```
+
+No server has run with this file. Its names and shapes are those that the server's sources read. So before it serves,
+compare what it answers to a few prompts with what the adapter answers in PEFT.
+"""
+PLAIN = """
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+PEFT read it on the base's configuration when it was written. It has no tiers, and nothing here tells another base from
+its own: the adapter that it was made from has both.
+"""
 FOLDED = """
 `router.safetensors` holds the base's routers with the adapter's update added, under the names that the base's own files
 have. `PATCHED_BASE` is a copy of the base with them: put the file beside the copy's weights, and in its
@@ -57,57 +75,34 @@ def plain_card(base: str | None, settings: Mapping[str, Any], is_for_dense: bool
         settings (`dict`): its `adapter_config.json`.
         is_for_dense (`bool`): whether PEFT computes it right on a dense base alone.
     """
-    base = _shown(base)
-    data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora"])
     on = [*settings["target_modules"], *settings["target_parameters"]]
-    return ModelCard(f"""---
-{data}
----
-
-# An OrdMoE adapter of {base or "its base"} as plain LoRA
-
-| | |
-| --- | --- |
-| written by | ordmoe-peft {version("ordmoe-peft")} |
-| LoRA | rank {settings["r"]}, alpha {settings["lora_alpha"]}, on {len(on)} weights, such as `{min(on)}` |
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "THIS_FOLDER")
-```
-
-PEFT read it on the base's configuration when it was written. It has no tiers, and nothing here tells another base from
-its own: the adapter that it was made from has both.
-{FOR_DENSE if is_for_dense else ""}""")
+    rows = {
+        "LoRA": f"rank {settings['r']}, alpha {settings['lora_alpha']}, on {len(on)} weights, such as `{min(on)}`",
+    }
+    return _card(base, "as plain LoRA", [], rows, PLAIN + (FOR_DENSE if is_for_dense else ""))
 
 
 def serving_card(base: str | None, to: str, source: str, summary: ServingExport) -> ModelCard:
     """The card of an adapter of `base` in the form `to`: what it is, how to start a server, and what was not tried."""
-    base = _shown(base)
-    data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora", to])
+    served = "PATCHED_BASE" if summary.folded else _shown(base) or "BASE"
     routers = FOLDED if summary.folded else DROPPED if summary.dropped else ""
-    start = START[to].format(base="PATCHED_BASE" if summary.folded else base or "BASE", rank=summary.rank)
-    return ModelCard(f"""---
-{data}
----
+    rows = {
+        "LoRA": f"rank {summary.rank} and alpha the same: scalings are in `lora_B`",
+        "on": f"experts of {summary.experts} layers, {summary.linears} linear layers, {summary.routers} routers",
+        "source of the form": source,
+    }
+    text = SERVED.format(start=START[to].format(base=served, rank=summary.rank)) + routers
+    return _card(base, f"for {to}", [to], rows, text)
 
-# An OrdMoE adapter of {base or "its base"} for {to}
 
-| | |
-| --- | --- |
-| written by | ordmoe-peft {version("ordmoe-peft")} |
-| LoRA | rank {summary.rank} and alpha the same: scalings are in `lora_B` |
-| on | experts of {summary.experts} layers, {summary.linears} linear layers, {summary.routers} routers |
-| source of the form | {source} |
-
-```bash
-{start}
-```
-
-No server has run with this file. Its names and shapes are those that the server's sources read. So before it serves,
-compare what it answers to a few prompts with what the adapter answers in PEFT.
-{routers}""")
+def _card(base: str | None, form: str, tags: list[str], rows: Mapping[str, str], text: str) -> ModelCard:
+    """A card: what it is of and in which form, a table of `rows`, and `text`."""
+    base = _shown(base)
+    data = ModelCardData(base_model=base, library_name="peft", tags=["ordmoe", "lora", *tags])
+    rows = {"written by": f"ordmoe-peft {version('ordmoe-peft')}", **rows}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    title = f"# An OrdMoE adapter of {base or 'its base'} {form}"
+    return ModelCard(f"---\n{data}\n---\n\n{title}\n\n| | |\n| --- | --- |\n{table}\n{text}")
 
 
 def _shown(base: str | None) -> str | None:

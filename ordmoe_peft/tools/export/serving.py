@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ...adapter.saved import SavedAdapter
+from ...adapter.saved import SavedAdapter, opened
 from ...adapter.targets import find_targets
 from ...errors import OrdMoEConfigError, OrdMoEModelError
 from ...experts.expert_lora import ExpertLora
@@ -94,7 +94,8 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
         folder = checkpoint_folder(name, options.revision)
         stored = StoredRouters(bare, open_checkpoint(folder))
     known = stored.weights() if stored else None
-    skeleton = base_on_meta(saved, options.base, options.revision, options.trust_remote_code)
+    # The adapter is attached to a base that changes; the files are read by one that does not.
+    skeleton = base_on_meta(saved, options.base, options.revision, options.trust_remote_code) if stored else bare
     parts = AdapterParts.of(WeightlessModel(skeleton, saved.folder, known, options.ignore_fingerprint), row, options.to)
     choice = _router_choice(parts, row, options)
     patched = stored.folded(parts.routers) if stored else {}
@@ -116,7 +117,8 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
 
 def check_lora_alone(saved: SavedAdapter) -> None:
     """Raise [`OrdMoEModelError`] for what servers have no place for: tensors beside LoRA's two factors."""
-    other = [name for name in saved.tensors() if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    with opened(saved.weights_file) as tensors:
+        other = [name for name in tensors.keys() if not name.endswith((".lora_A.weight", ".lora_B.weight"))]  # noqa: SIM118
     if other:
         raise OrdMoEModelError(
             f"{saved.weights_file} has {other[0]}, which is none of LoRA's two factors, and servers read nothing else "

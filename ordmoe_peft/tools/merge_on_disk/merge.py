@@ -31,7 +31,7 @@ from ...quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 from .card import model_card
 from .checkpoint import Checkpoint, ShardWriter, checkpoint_folder, files_beside, open_checkpoint
-from .parameter_sources import find_sources
+from .parameter_sources import find_sources, read_parameters
 from .units import UnitMerger, plan_units
 from .weightless_model import WeightlessModel, meta_model
 
@@ -153,11 +153,7 @@ def _prepared(
         quantizer.preprocess_model(model=skeleton, device_map=None)
     in_4_bits = set() if quantizer is None else set(quantizer.packed_names(skeleton))
     sources = find_sources(skeleton, checkpoint.tensors, quantizer if stored else None)
-    known = {
-        name: value
-        for source in {sources[name]: None for name in hashed_tensors(bare) if name in sources}
-        for name, value in source.to_parameters(checkpoint.read(source.names)).items()
-    }
+    known = read_parameters(checkpoint, [sources[name] for name in hashed_tensors(bare) if name in sources])
     bare.config.quantization_config = recipe
     with warnings.catch_warnings():  # of dense against 4 bits; `_check_recipes` has said which option helps
         warnings.filterwarnings("ignore", message="The adapter in .* was trained on a base that was")

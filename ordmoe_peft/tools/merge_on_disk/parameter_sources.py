@@ -13,7 +13,7 @@ so any form that `from_pretrained` reads can be read here, and what is written g
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from ...errors import OrdMoEModelError
 from ...quantization.quantizer import MoeBnb4BitHfQuantizer
 from ...quantization.storage import is_packed
+from .checkpoint import Checkpoint
 
 
 @dataclass(eq=False)
@@ -116,6 +117,14 @@ class ParameterSource:
                 "transformers can read and not write. Load the base with transformers, save it again, and merge into "
                 "that."
             )
+
+
+def read_parameters(checkpoint: Checkpoint, sources: Iterable[ParameterSource]) -> dict[str, torch.Tensor]:
+    """The parameters that `sources` make of the tensors in `checkpoint`, by name; each is read once."""
+    read: dict[str, torch.Tensor] = {}
+    for source in dict.fromkeys(sources):
+        read |= source.to_parameters(checkpoint.read(source.names))
+    return read
 
 
 def find_sources(
