@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
+from ...adapter.renaming import PREFIX
 from ...adapter.targets import Target, find_targets
 from ...errors import OrdMoEModelError
 from ...moe_model import MoELayer, MoEModel, parameter_of
@@ -15,7 +16,6 @@ from ...quantization.storage import logical_shape
 
 # Names of an expert's linear layers in files with keys for each expert → which of its matrices.
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
