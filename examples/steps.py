@@ -16,7 +16,7 @@ SFT, ORDMOE = "SFT (C = 1)", f"OrdMoE (C = {len(TIERS)})"
 
 def ordmoe(*arguments: object) -> None:
     """Run an `ordmoe` command, printing what it prints."""
-    command = [sys.executable, "-m", "ordmoe_peft.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "ordmoe", *map(str, arguments)]
     print("\n$ ordmoe", *command[3:], flush=True)
     subprocess.run(command, check=True)
 

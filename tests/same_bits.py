@@ -23,6 +23,7 @@ from peft import get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.data import load_easy_vqa, write_parquet
+from ordmoe import main as command
 from ordmoe_peft import (
     MoeBitsAndBytesConfig,
     OrdMoEConfig,
@@ -31,7 +32,6 @@ from ordmoe_peft import (
     quantize_experts_,
     tier_routing,
 )
-from ordmoe_peft.cli.main import main as command
 from tests import models, text
 from tests.training.test_trainer import SETTINGS
 

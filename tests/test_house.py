@@ -87,6 +87,12 @@ def imports(name: str, tree: ast.Module) -> Iterator[str]:
                 yield full if full in MODULES else ".".join(base)
 
 
+def imported_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
 def is_within(name: str, parents: set[str] | tuple[str, ...]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
@@ -94,6 +100,11 @@ def is_within(name: str, parents: set[str] | tuple[str, ...]) -> bool:
 def test_every_module_is_core_or_workshop():
     unknown = {name.split(".")[0] for name in MODULES} - CORE - {"tools", "cli", "__init__"}
     assert not unknown, "name it in CORE, or put it in tools or cli"
+
+
+def test_the_command_imports_the_standard_library_until_it_runs():
+    tree = ast.parse((PACKAGE.parent / "ordmoe.py").read_text())
+    assert {name.split(".")[0] for node in tree.body for name in imported_by(node)} <= sys.stdlib_module_names
 
 
 def test_the_core_imports_no_tool():

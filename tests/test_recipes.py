@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from examples.easy_vqa.data import load_easy_vqa
-from ordmoe_peft.cli.main import main
+from ordmoe import main
 from tests import models, text
 
 

@@ -1,6 +1,6 @@
 """`ordmoe train --config recipe.yaml`: train an adapter and leave it in `output_dir`.
 
-On several processes: `accelerate launch --config_file FILE -m ordmoe_peft.cli.main train --config recipe.yaml`, with a
+On several processes: `accelerate launch --config_file FILE -m ordmoe train --config recipe.yaml`, with a
 file of `examples/accelerate`. With `--resume_from_checkpoint auto` the same command starts a run and goes on with one
 that was killed.
 """

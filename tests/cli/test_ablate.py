@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from ordmoe_peft.cli.main import main
+from ordmoe import main
 from ordmoe_peft.tools.ablate import runner
 from ordmoe_peft.tools.ablate.run import train_run
 from tests import models, text
@@ -68,7 +68,7 @@ def files(folder):
 @pytest.mark.slow
 def test_a_killed_ablation_goes_on_and_gives_the_results_of_a_whole_one(inputs, tmp_path, capsys):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "ordmoe_peft.cli.main", *recipe(killed, inputs)]
+    command = [sys.executable, "-m", "ordmoe", *recipe(killed, inputs)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(files(killed)) < 3 and process.poll() is None and time.monotonic() < deadline:

@@ -1,8 +1,8 @@
-"""`ordmoe evaluate` as a user types it; with an adapter, see test_main.py."""
+"""`ordmoe evaluate` as a user types it; with an adapter, see test_ordmoe.py."""
 
 import json
 
-from tests.cli.test_main import base, data, main  # noqa: F401 (fixtures)
+from tests.test_ordmoe import base, data, main  # noqa: F401 (fixtures)
 
 
 def test_each_tier_is_a_row_with_the_accuracy_of_each_group(base, data, tmp_path, capsys):  # noqa: F811

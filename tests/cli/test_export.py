@@ -3,11 +3,11 @@
 import pytest
 from peft import PeftModel, get_peft_model
 
+from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.export import build_parser
-from ordmoe_peft.cli.main import main
 from tests import models
-from tests.cli.test_main import error_of, save_base
+from tests.test_ordmoe import error_of, save_base
 
 
 @pytest.fixture

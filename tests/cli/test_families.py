@@ -5,10 +5,10 @@ import json
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from ordmoe_peft.cli.main import main
+from ordmoe import main
 from ordmoe_peft.tools.plan import known_models
 from tests import models
-from tests.cli.test_main import error_of
+from tests.test_ordmoe import error_of
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from ordmoe import main
 from ordmoe_peft.adapter.config import OrdMoEConfig
-from ordmoe_peft.cli.main import main
 from tests import models
-from tests.cli.test_main import error_of
+from tests.test_ordmoe import error_of
 
 
 def test_a_plain_adapter_is_imported(tmp_path, capsys):

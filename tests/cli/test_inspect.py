@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.moe_model import MoEModel
 from tests import models
-from tests.cli.test_main import base, data, error_of, save_base  # noqa: F401 (fixtures)
+from tests.test_ordmoe import base, data, error_of, save_base  # noqa: F401 (fixtures)
 
 
 def run(*arguments) -> int:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.cli.merge import build_parser
 from tests import models
 

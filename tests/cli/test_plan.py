@@ -6,12 +6,12 @@ import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from ordmoe import main
 from ordmoe_peft import MoeBitsAndBytesConfig
 from ordmoe_peft.cli.arguments import ModelArguments
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.tools.plan import known_models
 from tests import models
-from tests.cli.test_main import error_of
+from tests.test_ordmoe import error_of
 
 
 def run(*arguments) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
+from ordmoe import main
 from ordmoe_peft.cli import rollouts as command
-from ordmoe_peft.cli.main import main
 from tests import models, text
 
 
@@ -58,7 +58,7 @@ def error_of(capsys, arguments) -> str:
 def test_a_killed_run_goes_on_to_the_same_rows(base, data, tmp_path):
     options = {"samples_per_shard": 1, "batch_size": 1, "max_completion_length": 16}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "ordmoe_peft.cli.main", *arguments(base, data, killed, **options)]
+    command = [sys.executable, "-m", "ordmoe", *arguments(base, data, killed, **options)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     first = killed / f"data/train-00000-of-{SHARDS:05d}.parquet"
     while not first.exists():

@@ -5,8 +5,8 @@ import json
 import pytest
 from peft import get_peft_model
 
+from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.monitoring.diagnostics import quality_findings
 from tests import models, text
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ordmoe_peft.cli.main import main
+from ordmoe import main
 from ordmoe_peft.training.run_record import RECORD_NAME, RunFolder
 from tests import models
-from tests.cli.test_main import base, data, error_of, save_base, train_arguments  # noqa: F401 (fixtures)
+from tests.test_ordmoe import base, data, error_of, save_base, train_arguments  # noqa: F401 (fixtures)
 
 
 def test_the_seed_decides_the_adapter(base, data, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from ordmoe import main
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
-from ordmoe_peft.cli.main import main
 from tests import models
 
 

@@ -12,8 +12,8 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import TrainerCallback, training_args
 
+from ordmoe import main
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.quantization.config import MoeBitsAndBytesConfig

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests import text
-from tests.cli.test_main import save_base, save_data, train_arguments
 from tests.distributed import runs
 from tests.distributed.comparison import largest_difference
 from tests.distributed.processes import run_processes
 from tests.models import qwen3_moe
+from tests.test_ordmoe import save_base, save_data, train_arguments
 
 
 # Random groups and responses are drawn by micro-batch of the step, whichever process has it.
@@ -69,7 +69,7 @@ def test_checkpoints_are_written_once_and_resumed_from(tmp_path):
 
 
 def test_the_command_trains_on_two_processes(tmp_path):
-    """What `accelerate launch -m ordmoe_peft.cli.main train` starts on each process."""
+    """What `accelerate launch -m ordmoe train` starts on each process."""
     base, data = save_base(qwen3_moe(), tmp_path / "base"), save_data(text.conversations(), tmp_path / "data")
     arguments = train_arguments(
         base, data, tmp_path / "out", resume_from_checkpoint="auto", per_device_train_batch_size=2

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Qwen3MoeForCausalL
 
 from examples.reasoning.data import SIZES, TASKS, load_reasoning, question_key, write_parquet
 from examples.reasoning.make_base import build_tokenizer, common_phrases, make_base
-from ordmoe_peft.cli.main import main
+from ordmoe import main
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ordmoe import main
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, tier_routing
 from ordmoe_peft.adapter import model as model_module
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
 from ordmoe_peft.tiers.router_check import check_router
 from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from ordmoe_peft.training import router_health
 from tests import models, reference, text
-from tests.cli.test_main import error_of, save_base, save_data, train_arguments
 from tests.families.subject import relative_error
+from tests.test_ordmoe import error_of, save_base, save_data, train_arguments
 
 
 LAYOUTS = ["mixtral", "deepseek", "rows", "stacks"]

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 
 from examples.easy_vqa.data import load_easy_vqa
+from ordmoe import main
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, OrdMoETrainer, rollout, tier_routing
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.data.samples import scoring_inputs
 from ordmoe_peft.tools.measure.evaluation import evaluate_tiers
 from tests import models

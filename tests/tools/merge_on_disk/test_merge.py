@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ordmoe import main
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from ordmoe_peft.tools.merge_on_disk.checkpoint import open_checkpoint
 from ordmoe_peft.tools.merge_on_disk.merge import MergeOptions, merge_checkpoint

@@ -3,7 +3,7 @@ import sys
 
 from ordmoe_peft.tools.report import train_report
 from tests import models, text
-from tests.cli.test_main import error_of, main, save_base, save_data, train_arguments
+from tests.test_ordmoe import error_of, main, save_base, save_data, train_arguments
 from tests.tools.report.pages import Page, log_history
 
 

@@ -1,13 +1,18 @@
 """The `ordmoe` command as a user types it: what it does, and one line for what goes wrong."""
 
 import json
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from datasets import Dataset
 
-from ordmoe_peft.cli.main import COMMANDS, main
+import ordmoe_peft
+from ordmoe import COMMANDS, main
 from ordmoe_peft.training.run_summary import peak_memory
 from tests import models, text
 
@@ -98,14 +103,39 @@ def test_train_from_a_recipe_and_evaluate(base, data, tmp_path, capsys):
     assert "log-likelihood" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_names_every_command_and_each_has_its_own(command, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_its_help(command, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--help"] if command is None else [command, "--help"])
+        main([command, "--help"])
     assert end.value.code == 0
-    printed = capsys.readouterr().out
-    for expected in COMMANDS if command is None else [f"ordmoe {command}"]:
-        assert expected in printed
+    assert f"ordmoe {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=str)
+def test_help_names_every_command_and_imports_none(arguments):
+    code = f"import sys; sys.argv = ['ordmoe', *{arguments}]; import ordmoe\n"
+    code += "try: ordmoe.main()\nfinally: print({name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    printed, _, imported = result.stdout.strip().rpartition("\n")
+    assert all(f"\n  {command} " in printed for command in COMMANDS)
+    assert eval(imported) & {"torch", "transformers", "trl", "numpy", "yaml", "ordmoe_peft"} == set()
+
+
+def test_version(capsys, monkeypatch):
+    assert main(["--version"]) == 0
+    installed = capsys.readouterr().out
+    monkeypatch.setattr("ordmoe.metadata.version", Mock(side_effect=metadata.PackageNotFoundError))
+    assert main(["--version"]) == 0
+    assert installed == capsys.readouterr().out == f"ordmoe {ordmoe_peft.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("evalute", "did you mean evaluate?"), ("fly", "there are families,")]
+)
+def test_commands_that_there_are_not(command, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--traceback"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"ordmoe: error: unknown command '{command}'; {message}")
 
 
 @pytest.mark.parametrize(
