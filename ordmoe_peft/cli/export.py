@@ -107,7 +107,9 @@ def change_without_router(saved: SavedAdapter, options: ExportArguments) -> Rout
     """Run the base with the adapter on the probes that are saved with it, or on a few sentences."""
     options.model_name_or_path = options.model_name_or_path or base_name(saved)
     if not options.model_name_or_path:
-        raise OrdMoEConfigError(f"{saved.folder} does not name its base: give --base, which is run for --router drop.")
+        raise OrdMoEConfigError(
+            f"{saved.folder} does not name its base: give `ordmoe export ADAPTER MODEL`, since --router drop runs it."
+        )
     base = load_base(options, options.trust_remote_code)
     model = PeftModel.from_pretrained(base, saved.folder, ignore_fingerprint=options.ignore_fingerprint)
     token_ids = ((saved.record or {}).get("probes") or {}).get("token_ids")

@@ -27,7 +27,8 @@ def check_is_somewhere(base: str, adapter: str) -> None:
     """Raise [`OrdMoEModelError`] for the name of an adapter's base that is no folder here and no id on the hub."""
     if not Path(base).is_dir() and hub_id(base)[0] is None:
         raise OrdMoEModelError(
-            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give --base, its folder or id."
+            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give its folder or id "
+            "after the adapter."
         )
 
 

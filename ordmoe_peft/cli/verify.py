@@ -1,4 +1,4 @@
-"""`ordmoe verify ADAPTER --base BASE`: whether an adapter does on a base what it did when it was saved."""
+"""`ordmoe verify ADAPTER MODEL`: whether an adapter does on a base what it did when it was saved."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         raise OrdMoEConfigError(f"{options.adapter} has no ordmoe.json, and so no probes. Load it and save it again.")
     base = options.model_name_or_path or saved.settings.get("base_model_name_or_path")
     if not base:
-        raise OrdMoEConfigError(f"{options.adapter} does not name its base: give --base.")
+        raise OrdMoEConfigError(f"{options.adapter} does not name its base: give `ordmoe verify ADAPTER MODEL`.")
     check_is_somewhere(base, options.adapter)
     options.model_name_or_path = base
     if options.dtype == "auto":
