@@ -46,10 +46,10 @@ class Story:
     def train(self, name: str, num_tiers: int) -> dict:
         """Train the adapter `name` and return its training metrics."""
         folder = self.output / name
-        options = ["--model_name_or_path", self.base, "--dataset_name", self.output / "data"]
+        options = ["--dataset_name", self.output / "data"]
         options += ["--num_tiers", num_tiers, "--max_steps", self.steps, "--output_dir", folder]
         options += ["--overwrite_output_dir", "true"]
-        ordmoe("train", "--config", self.recipe, *options)
+        ordmoe("train", self.base, "--config", self.recipe, *options)
         return json.loads((folder / "train_results.json").read_text())
 
     def evaluate(self, name: str, adapter: Path | None = None) -> list[dict]:
@@ -58,8 +58,9 @@ class Story:
         options = ["--adapter", adapter] if adapter else []
         options += ["--dataset_name", self.output / "data", "--limit", self.questions]
         options += ["--tiers", *TIERS, "--num_tiers", len(TIERS), "--group_by", "kind"]
-        options += ["--batch_size", 128, "--max_new_tokens", self.max_new_tokens, "--output", results]
-        ordmoe("evaluate", "--model_name_or_path", self.base, "--load_in_4bit", "true", *options)
+        options += ["--per_device_eval_batch_size", 128, "--max_new_tokens", self.max_new_tokens]
+        options += ["--output_file", results]
+        ordmoe("evaluate", self.base, "--load_in_4bit", *options)
         return json.loads(results.read_text())
 
     def compare(self, title: str) -> None:

@@ -149,7 +149,7 @@ def on_disk(folder: Path) -> Iterator[tuple[str, object]]:
         model.save_pretrained(adapter)
         for options in ([], ["--load_in_4bit"]):
             output = folder / f"{family}-merged{len(options)}"
-            assert command(["merge", str(adapter), "--output", str(output), *options]) == 0
+            assert command(["merge", str(adapter), "--output_dir", str(output), *options]) == 0
             files = b"".join(file.read_bytes() for file in sorted(output.glob("*.safetensors")))
             yield f"{family}{' 4 bits' if options else ''}/merged files", hashlib.sha256(files).hexdigest()
 
@@ -161,11 +161,11 @@ def commands(folder: Path) -> Iterator[tuple[str, object]]:
         "plan": ["plan", BASE, "--gpu_memory_gb", "8", "--load_in_4bit"],
         "tiers": ["tiers", BASE, *data, "--max_new_tokens", "2"],
         "inspect": ["inspect", BASE, *data],
-        "evaluate": ["evaluate", "--model_name_or_path", BASE, *data, "--max_new_tokens", "2"],
+        "evaluate": ["evaluate", BASE, *data, "--max_new_tokens", "2"],
     }
     for name, arguments in calls.items():
         output = folder / f"{name}.json"
-        assert command([*arguments, "--output", str(output)]) == 0
+        assert command([*arguments, "--output_file", str(output)]) == 0
         yield f"{name}/results", json.loads(output.read_text())
 
 

@@ -3,7 +3,7 @@
 The images and questions are those of the PyPI package `easy-vqa` (MIT). A tenth of the training images, with all
 their questions, becomes the validation split, so that settings can be chosen without looking at the test split.
 
-    python examples/easy_vqa/data.py --output outputs/easy_vqa
+    python examples/easy_vqa/data.py --output_dir outputs/easy_vqa
 
 writes one Parquet file per split, which `load_dataset("outputs/easy_vqa")` reads like any data set of the hub.
 """
@@ -83,11 +83,15 @@ def write_parquet(splits: DatasetDict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for the Parquet files")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/easy_vqa"), help="folder for the Parquet files"
+    )
     args = parser.parse_args()
     splits = load_easy_vqa()
-    write_parquet(splits, args.output)
-    print(f"easy-VQA in {args.output}: " + ", ".join(f"{name} {split.num_rows:,}" for name, split in splits.items()))
+    write_parquet(splits, args.output_dir)
+    print(
+        f"easy-VQA in {args.output_dir}: " + ", ".join(f"{name} {split.num_rows:,}" for name, split in splits.items())
+    )
 
 
 if __name__ == "__main__":

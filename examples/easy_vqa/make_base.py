@@ -10,7 +10,7 @@ Three stages, each under transformers' `Trainer` or TRL's `SFTTrainer`:
 
 Each stage ends when held-out validation images show what `STOP_AT` asks.
 
-    python examples/easy_vqa/make_base.py --output examples/easy_vqa/base
+    python examples/easy_vqa/make_base.py --output_dir examples/easy_vqa/base
 
 The test split is read at the end, for the card.
 """
@@ -501,7 +501,7 @@ Versions: {versions_line}.
 # --------------------------------------------------------------------------------------------------------------- main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("examples/easy_vqa/base"))
+    parser.add_argument("--output_dir", type=Path, default=Path("examples/easy_vqa/base"))
     parser.add_argument("--work", type=Path, default=Path("outputs/make_base"), help="folder for trainer state")
     parser.add_argument("--tower-steps", type=int, default=1200, help="upper bound; see STOP_AT")
     parser.add_argument("--answer-steps", type=int, default=2000, help="upper bound for stages 2 and 3 each")
@@ -521,8 +521,8 @@ def main() -> None:
     tower_accuracy = train_tower(model, processor, splits, args)
     steps = train_answers(model, processor, splits, args)
     model.config.text_config.output_router_logits = False
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
 
     record = {
         "script": "examples/easy_vqa/make_base.py",
@@ -542,8 +542,8 @@ def main() -> None:
         "test_accuracy": accuracy_by_kind(model, processor, splits["test"]),
         "question_only_test_accuracy": question_only_baseline(splits["train"], splits["test"]),
     }
-    (args.output / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.output / "README.md").write_text(model_card(record))
+    (args.output_dir / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (args.output_dir / "README.md").write_text(model_card(record))
     print(json.dumps(record, indent=2))
 
 

@@ -1,6 +1,6 @@
 """easy-VQA in domains that the shipped base never saw, to learn from few labels.
 
-    python examples/easy_vqa/shifted.py --domain negative --output outputs/easy_vqa_negative
+    python examples/easy_vqa/shifted.py --domain negative --output_dir outputs/easy_vqa_negative
 
 `negative`: the photographic negatives of the images, with the same questions and answers: red is seen as cyan, white
 ground as black. `describe`: the images as they are, with one question of a kind that the base was never asked, answered
@@ -60,12 +60,13 @@ def load_shifted(domain: str) -> DatasetDict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", choices=sorted(DOMAINS), default="negative")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the Parquet files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the Parquet files")
     args = parser.parse_args()
     splits = load_shifted(args.domain)
-    write_parquet(splits, args.output)
+    write_parquet(splits, args.output_dir)
     print(
-        f"{args.domain} in {args.output}: " + ", ".join(f"{name} {split.num_rows:,}" for name, split in splits.items())
+        f"{args.domain} in {args.output_dir}: "
+        + ", ".join(f"{name} {split.num_rows:,}" for name, split in splits.items())
     )
 
 

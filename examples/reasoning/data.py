@@ -4,7 +4,7 @@ The PyPI package `reasoning-gym` (Apache-2.0) draws questions with verifiable an
 have answers of a few characters and are of different difficulty for a model of two million weights: in minutes it
 learns to spell words backward, partly to find greatest common divisors, and hardly to add and subtract two numbers.
 
-    python -m examples.reasoning.data --output outputs/reasoning/data
+    python -m examples.reasoning.data --output_dir outputs/reasoning/data
 
 writes one Parquet file per split, which `load_dataset("outputs/reasoning/data")` reads like any data set of the hub.
 """
@@ -87,11 +87,13 @@ def write_parquet(splits: DatasetDict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/reasoning/data"), help="folder for the files")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reasoning/data"), help="folder for the files")
     args = parser.parse_args()
     splits = load_reasoning()
-    write_parquet(splits, args.output)
-    print(f"reasoning-gym in {args.output}: " + ", ".join(f"{name} {len(split):,}" for name, split in splits.items()))
+    write_parquet(splits, args.output_dir)
+    print(
+        f"reasoning-gym in {args.output_dir}: " + ", ".join(f"{name} {len(split):,}" for name, split in splits.items())
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m examples.reasoning.demo
 
-A base that an earlier run left in `--output` is used again.
+A base that an earlier run left in `--output_dir` is used again.
 """
 
 import argparse
@@ -16,21 +16,21 @@ from examples.steps import Story
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/reasoning"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reasoning"))
     parser.add_argument("--steps", type=int, default=100, help="training steps of 64 questions, for each adapter")
     parser.add_argument("--questions", type=int, default=1000, help="held-out questions to evaluate on")
     args = parser.parse_args()
 
     started = time.perf_counter()
     splits = load_reasoning()
-    write_parquet(splits, args.output / "data")
-    base = args.output / "base"
+    write_parquet(splits, args.output_dir / "data")
+    base = args.output_dir / "base"
     if not (base / "model.safetensors").exists():
         print(make_base(splits, base, MOST_STEPS))
     story = Story(
         recipe="examples/recipes/reasoning.yaml",
         base=base,
-        output=args.output,
+        output=args.output_dir,
         steps=args.steps,
         questions=args.questions,
         kinds=tuple(TASKS),

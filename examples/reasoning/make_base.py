@@ -3,7 +3,7 @@
 TRL's `SFTTrainer` trains until held-out validation questions show the accuracy in `STOP_AT`, so that fine-tuning has
 room: 500 steps, about two minutes of one CPU core.
 
-    python -m examples.reasoning.make_base --output outputs/reasoning/base
+    python -m examples.reasoning.make_base --output_dir outputs/reasoning/base
 
 `AutoModelForCausalLM` and `AutoTokenizer` load the folder; `training_record.json` says how it came about.
 """
@@ -190,11 +190,11 @@ def make_base(splits: DatasetDict, output: Path, most_steps: int, seed: int = 0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/reasoning/base"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reasoning/base"))
     parser.add_argument("--most-steps", type=int, default=MOST_STEPS, help="upper bound; see STOP_AT")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(json.dumps(make_base(load_reasoning(), args.output, args.most_steps, args.seed), indent=2))
+    print(json.dumps(make_base(load_reasoning(), args.output_dir, args.most_steps, args.seed), indent=2))
 
 
 if __name__ == "__main__":

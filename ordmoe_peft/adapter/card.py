@@ -45,7 +45,7 @@ Without the package PEFT stops with `KeyError: 'ORDMOE'`, because it does not kn
 as plain LoRA, where the package is installed:
 
 ```bash
-ordmoe export ADAPTER --output my-plain-lora
+ordmoe export ADAPTER --output_dir my-plain-lora
 ```
 
 Then PEFT loads it without the package, on the dense base{rounded}:
@@ -62,7 +62,7 @@ VERIFY = """
 `ordmoe verify` says whether the adapter does on your base and machine what it did where it was saved:
 
 ```bash
-ordmoe verify ADAPTER --base {base}
+ordmoe verify ADAPTER {base}
 ```
 """
 ROUNDED = ", where likelihoods are somewhat other than on the 4-bit one of training"

@@ -64,23 +64,23 @@ class OrdMoEConfig(LoraConfig):
 
     targets: list[str] = field(
         default_factory=lambda: ["router", "experts"],
-        metadata={"help": f"Roles to adapt, out of {ROLES}."},
+        metadata={"help": "Roles to adapt.", "choices": list(ROLES)},
     )
     num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
-    grouping: str = field(default="uniform", metadata={"help": f"How tiers are cut: one of {GROUPINGS}."})
+    grouping: str = field(default="uniform", metadata={"help": "How tiers are cut.", "choices": list(GROUPINGS)})
     layer_scope: str | list[int] = field(
         default="all", metadata={"help": f"MoE layers held to tiers: one of {LAYER_SCOPES}, or a list of indices."}
     )
     token_scope: str = field(
-        default="sequence", metadata={"help": f"Positions of a row that follow its tier: one of {TOKEN_SCOPES}."}
+        default="sequence", metadata={"help": "Positions of a row that follow its tier.", "choices": list(TOKEN_SCOPES)}
     )
     tier_weights: str = field(
-        default="router", metadata={"help": f"Weights of a tier's experts: one of {TIER_WEIGHTS}."}
+        default="router", metadata={"help": "Weights of a tier's experts.", "choices": list(TIER_WEIGHTS)}
     )
     rewards: list[float] | None = field(
         default=None, metadata={"help": "One reward per tier, descending; evenly spaced from 1 to 0 by default."}
     )
-    advantages: str = field(default="zscore", metadata={"help": f"What rewards become: one of {tuple(ADVANTAGES)}."})
+    advantages: str = field(default="zscore", metadata={"help": "What rewards become.", "choices": list(ADVANTAGES)})
     tier_seed: int = field(default=0, metadata={"help": "Seed of random grouping."})
     base_moe: dict | None = field(default=None, metadata={"help": "Sizes of the base's MoE layers; filled in."})
     base_quantization: dict | None = field(

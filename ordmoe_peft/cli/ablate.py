@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from ..files import write_whole
 from ..tools.ablate import tables
 from ..tools.ablate.ablation import Ablation
@@ -19,15 +17,17 @@ from ..tools.tables import markdown
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
+from .parser import CommandParser
 from .tables import print_table
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "ablate",
         (ModelArguments, AdapterArguments, AblateArguments, OrdMoETrainingArguments),
-        prog="ordmoe ablate",
-        description="Compare settings with a baseline over several seeds. Options can also stand in a YAML file given "
-        "as --config; those of `ordmoe train` are the settings common to all cells.",
+        needed="--dataset_name DATA --output_dir DIR",
+        description="Compare settings with a baseline over several seeds. Options of `ordmoe train` are the settings "
+        "common to all cells.",
     )
 
 
@@ -63,8 +63,8 @@ def show(results: dict[str, Any], options: AblateArguments, folder: Path) -> Non
     """Print the table and write the results as JSON and Markdown, and the report on request."""
     rows = tables.result_rows(results)
     title = (
-        f"{results['metric']} ({results['unit']}) and log-likelihood (nats per token) on {options.test_split}, with "
-        f"differences to {results['baseline']}"
+        f"{results['metric']} ({results['unit']}) and log-likelihood (nats per token) on {options.dataset_test_split}, "
+        f"with differences to {results['baseline']}"
     )
     # Two tables, because one of all columns is wider than most terminals.
     shown = {title: tables.METRIC_COLUMNS, "Log-likelihood of the answers": tables.LIKELIHOOD_COLUMNS}

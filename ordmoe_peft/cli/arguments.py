@@ -1,8 +1,8 @@
 """Options that commands share, under TRL's names where TRL has them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -10,29 +10,41 @@ from transformers import PretrainedConfig
 from ..adapter.config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
+from ..tiers.plan import TIER_WEIGHTS
+from ..tiers.ranking import GROUPINGS
 
 
 IGNORE_FINGERPRINT = "Load the adapter on another base than the one that it was trained on, with a warning."
+TRAIN_SPLIT = "Its split; train by default, else the only one."
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def help_of(owner: type, name: str) -> Mapping[str, str]:
-    """The metadata of an option with the help text that the field `name` of the dataclass `owner` has."""
-    return {"help": next(item.metadata["help"] for item in fields(owner) if item.name == name)}
+def help_of(owner: type, name: str) -> Mapping[str, Any]:
+    """The help text, and the choices if there are such, of the field `name` of the dataclass `owner`."""
+    return next(item.metadata for item in fields(owner) if item.name == name)
 
 
 @dataclass
 class ModelArguments:
     """Which base to load, and how."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the base model."})
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the base model.", "aliases": ["--base"]})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of unquantised weights: auto, bfloat16, float16, …"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of unquantised weights; auto is the checkpoint's.", "choices": ["auto", *DTYPES]},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation, e.g. sdpa."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load experts and decoder linears in 4 bits."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Values of 4-bit weights.", "choices": ["nf4", "fp4"]}
+    )
     bnb_4bit_compute_dtype: str | None = field(
-        default=None, metadata={"help": "dtype that 4-bit weights are computed in; `dtype` by default."}
+        default=None,
+        metadata={
+            "help": "dtype that 4-bit weights are computed in; that of `dtype` by default.",
+            "choices": [*DTYPES],
+        },
     )
     bnb_4bit_quant_storage: str = field(
         default="uint8", metadata={"help": "dtype that 4-bit bytes are presented in; FSDP2 shards those of bfloat16."}
@@ -99,7 +111,11 @@ class AdapterArguments(AdapterSizeArguments):
     layer_scope: list[str] = field(default_factory=lambda: ["all"], metadata=help_of(OrdMoEConfig, "layer_scope"))
     token_scope: str = field(default=OrdMoEConfig.token_scope, metadata=help_of(OrdMoEConfig, "token_scope"))
     tier_weights: str = field(
-        default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
+        default="router",
+        metadata={
+            "help": "Weights of a tier's experts: the router's, or those scaled to tier 1's sum.",
+            "choices": list(TIER_WEIGHTS),
+        },
     )
     tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
 
@@ -118,21 +134,21 @@ class AdapterArguments(AdapterSizeArguments):
 class SampleArguments:
     """Which samples a base or an adapter is run on."""
 
+    # The split that is taken where none is named: the first of these that there is.
+    likely_splits: ClassVar[tuple[str, ...]] = ("test", "validation")
+
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="test", metadata={"help": "Its split."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Its split; test by default, else validation, else the only one."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Use at most this many samples, drawn by seed 0."})
     num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
     grouping: str | None = field(
-        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
+        default=None,
+        metadata={"help": "How tiers are cut; the adapter's by default, else uniform.", "choices": list(GROUPINGS)},
     )
-    batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
-
-
-def with_model_first(arguments: Sequence[str], option: str = "--model_name_or_path") -> Sequence[str]:
-    """The arguments of `ordmoe <command> MODEL …` with the model's `option` spelled out."""
-    is_named = not arguments or arguments[0].startswith("-")
-    return arguments if is_named else [option, *arguments]

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from ..tools.measure.evaluation import evaluate_tiers, tier_table
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
+from .parser import CommandParser
 from .tables import print_tables, write_json
 
 
@@ -18,14 +17,15 @@ class EvaluateArguments(SampleArguments):
     tiers: list[int] = field(default_factory=lambda: [1], metadata={"help": "Tiers to evaluate; 1 is the top."})
     group_by: str | None = field(default=None, metadata={"help": "Column whose values get an accuracy of their own."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest answer to generate, greedily."})
-    output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "evaluate",
         (ModelArguments, EvaluateArguments),
-        prog="ordmoe evaluate",
-        description="Evaluate a base or an adapter. Options can also stand in a YAML file given as --config.",
+        needed="--dataset_name DATA",
+        description="Evaluate a base or an adapter: exact match of generated answers and likelihood of the data's own.",
     )
 
 
@@ -39,12 +39,12 @@ def main(arguments: Sequence[str]) -> None:
         dataset,
         options.tiers,
         group_by=options.group_by,
-        batch_size=options.batch_size,
+        batch_size=options.per_device_eval_batch_size,
         max_new_tokens=options.max_new_tokens,
         num_tiers=options.num_tiers,
         grouping=options.grouping,
     )
-    print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.split}")
+    print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.dataset_split}")
     print_tables([tier_table(results)])
-    if options.output is not None:
-        write_json(options.output, [result.to_dict() for result in results])
+    if options.output_file is not None:
+        write_json(options.output_file, [result.to_dict() for result in results])

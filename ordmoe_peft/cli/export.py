@@ -1,11 +1,10 @@
-"""`ordmoe export ADAPTER --output DIR --to FORM`: an OrdMoE adapter as a LoRA adapter that other software loads."""
+"""`ordmoe export ADAPTER --output_dir DIR --to FORM`: an OrdMoE adapter as a LoRA adapter that other software loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import PeftModel
-from trl import TrlParser
 
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
@@ -14,18 +13,19 @@ from ..tools.export.plain_peft import export_plain_lora, subfolder_of
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
 from ..tools.export.servers import FORMATS, served
 from ..tools.export.serving import ROUTER_CHOICES, ServingOptions, export_for_server
-from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
+from .arguments import IGNORE_FINGERPRINT, ModelArguments
 from .loading import load_base, load_processing_class
+from .parser import ADAPTER, CommandParser
 from .tables import print_table
 
 
 FORMS = ("peft", *FORMATS)
 LLAMA_CPP = (
-    "For llama.cpp: `ordmoe merge ADAPTER --output MODEL`, then llama.cpp's own `python convert_hf_to_gguf.py MODEL`."
+    "For llama.cpp: `ordmoe merge ADAPTER --output_dir DIR`, then llama.cpp's own `python convert_hf_to_gguf.py DIR`."
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExportArguments(ModelArguments):
     """What to export, and to what. The options of the base are for `--router drop`, which runs it."""
 
@@ -36,13 +36,11 @@ class ExportArguments(ModelArguments):
             "aliases": ["--base"],
         },
     )
-    adapter: str = field(default="", metadata={"help": "Folder or hub id of the OrdMoE adapter."})
+    adapter: str = field(metadata={"help": "Folder or hub id of the OrdMoE adapter."})
     adapter_name: str | None = field(
         default=None, metadata={"help": "Which adapter of the folder, where it holds several; `default` by default."}
     )
-    output: str = field(
-        default="", metadata={"help": "Folder to write to: not there yet, or an earlier export, which goes."}
-    )
+    output_dir: str = field(metadata={"help": "Folder to write to: not there yet, or an earlier export, which goes."})
     to: str = field(
         default="peft",
         metadata={"help": "peft, or a server's form: vllm-3d, vllm-2d, sglang.", "choices": list(FORMS)},
@@ -59,25 +57,24 @@ class ExportArguments(ModelArguments):
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "export",
         (ExportArguments,),
-        prog="ordmoe export",
+        ADAPTER,
+        needed="--output_dir DIR",
         description="Write an OrdMoE adapter as a LoRA adapter for plain PEFT or an inference server.",
         epilog=LLAMA_CPP,
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--adapter"))
-    missing = [name for name in ("adapter", "output") if not getattr(options, name)]
-    if missing:
-        raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe export ADAPTER --output DIR`.")
+    (options,) = build_parser().parse_args_and_config(arguments)
     if options.to == "peft":
         if options.router not in (None, "keep"):
             raise OrdMoEConfigError(f"router={options.router!r} is for servers: plain PEFT takes LoRA on routers.")
-        export_plain_lora(options.adapter, options.output, options.adapter_name, options.model_name_or_path or None)
-        print(f"Plain LoRA adapter in {options.output}")
+        export_plain_lora(options.adapter, options.output_dir, options.adapter_name, options.model_name_or_path or None)
+        print(f"Plain LoRA adapter in {options.output_dir}")
         return
     serving = ServingOptions(
         options.to,
@@ -94,20 +91,25 @@ def main(arguments: Sequence[str]) -> None:
         served(type(bare).__name__, options.to)  # before the base runs, which may take long
         if "router" in saved.settings["targets"]:
             print_change(change_without_router(saved, options))
-    written = export_for_server(options.adapter, options.output, serving)
+    written = export_for_server(options.adapter, options.output_dir, serving)
     print_table(
         f"{options.adapter} for {options.to}",
         ("rank", "experts", "linear layers", "routers", "routers folded", "routers dropped"),
         [tuple(str(value) for value in vars(written).values())],
     )
-    print(f"Adapter for {options.to} in {options.output}. No server has run with it: its README.md says what to check.")
+    print(
+        f"Adapter for {options.to} in {options.output_dir}. No server has run with it: its README.md says what to "
+        "check."
+    )
 
 
 def change_without_router(saved: SavedAdapter, options: ExportArguments) -> RoutingChange:
     """Run the base with the adapter on the probes that are saved with it, or on a few sentences."""
     options.model_name_or_path = options.model_name_or_path or base_name(saved)
     if not options.model_name_or_path:
-        raise OrdMoEConfigError(f"{saved.folder} does not name its base: give --base, which is run for --router drop.")
+        raise OrdMoEConfigError(
+            f"{saved.folder} does not name its base: give `ordmoe export ADAPTER MODEL`, since --router drop runs it."
+        )
     base = load_base(options, options.trust_remote_code)
     model = PeftModel.from_pretrained(base, saved.folder, ignore_fingerprint=options.ignore_fingerprint)
     token_ids = ((saved.record or {}).get("probes") or {}).get("token_ids")

@@ -1,27 +1,29 @@
-"""`ordmoe import SOURCE --output DIR --base BASE`: a LoRA adapter of another tool as an OrdMoE adapter."""
+"""`ordmoe import SOURCE MODEL --output_dir DIR`: a LoRA adapter of another tool as an OrdMoE adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
-from ..errors import OrdMoEConfigError
 from ..tools.imports.convert import import_adapter
 from ..tools.imports.layouts import SOURCE_LAYOUTS
-from .arguments import with_model_first
+from .parser import CommandParser
 
 
 @dataclass
 class ImportArguments:
     """What to import, for which base, and how the file holds its experts."""
 
-    source: str = field(default="", metadata={"help": "Folder of the LoRA adapter, in safetensors."})
-    output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
-    base: str = field(
-        default="",
-        metadata={"help": "Folder or hub id of the base; of a folder's weights, routers and embeddings are read."},
+    source: str = field(metadata={"help": "Folder of the LoRA adapter, in safetensors."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Folder or hub id of the base; of a folder's weights, routers and embeddings are read.",
+            "aliases": ["--base"],
+        }
     )
-    base_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base on the hub."})
+    output_dir: str = field(metadata={"help": "Folder to write to; must not exist."})
+    model_revision: str = field(
+        default="main",
+        metadata={"help": "Branch, tag or commit of the base on the hub.", "aliases": ["--base_revision"]},
+    )
     source_layout: str = field(
         default="auto",
         metadata={
@@ -34,30 +36,29 @@ class ImportArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "import",
         (ImportArguments,),
-        prog="ordmoe import",
+        {"source": "SOURCE", "model_name_or_path": "MODEL"},
+        needed="--output_dir DIR",
         description="Make a plain LoRA adapter of PEFT, Unsloth or with keys for each expert an OrdMoE adapter.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--source"))
-    missing = [name for name in ("source", "output", "base") if not getattr(options, name)]
-    if missing:
-        raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe import SOURCE --output DIR --base BASE`.")
+    (options,) = build_parser().parse_args_and_config(arguments)
     imported = import_adapter(
         options.source,
-        options.output,
-        options.base,
+        options.output_dir,
+        options.model_name_or_path,
         options.source_layout,
         options.num_tiers,
-        options.base_revision,
+        options.model_revision,
         options.trust_remote_code,
     )
     print(
         f"Read as {imported.layout}: LoRA of rank {imported.rank} on {', '.join(imported.targets)}, {imported.adapted} "
         f"weights; {imported.filled} more of these roles, which the source leaves alone, have zeros.\n"
-        f"OrdMoE adapter in {options.output}"
+        f"OrdMoE adapter in {options.output_dir}"
     )

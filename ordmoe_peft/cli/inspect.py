@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from trl import TrlParser
-
 from ..monitoring.diagnostics import health_findings
 from ..tools.measure.inspection import HealthReport, inspect_model
 from ..tools.measure.verdict import NEXT_STEP
 from ..tools.report import inspect_report, require_matplotlib
-from .arguments import ModelArguments, SampleArguments, with_model_first
+from .arguments import TRAIN_SPLIT, ModelArguments, SampleArguments
 from .loading import load_samples, load_subject, tier_cut
+from .parser import CommandParser
 from .tables import print_findings, print_tables, write_json
 
 
@@ -22,38 +21,41 @@ MAX_PRINTED_REASONS = 12
 class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
-    split: str = field(default="train", metadata={"help": "Its split."})
+    likely_splits = ("train",)
+
+    dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
-    output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "inspect",
         (ModelArguments, InspectArguments),
-        prog="ordmoe inspect",
-        description="Say whether a model's routing can be cut into tiers: `ordmoe inspect MODEL --dataset_name DATA`. "
-        "Whether a higher tier answers better is what `ordmoe tiers` measures. "
-        "MODEL stands first, or is given as --model_name_or_path. Options can also stand in a YAML file given as "
-        "--config.",
+        needed="--dataset_name DATA",
+        description="Say whether a model's routing can be cut into tiers. Whether a higher tier answers better is what "
+        "`ordmoe tiers` measures.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    model_options, options = build_parser().parse_args_and_config(with_model_first(arguments))
+    model_options, options = build_parser().parse_args_and_config(arguments)
     if options.report is not None:
         require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    report = inspect_model(model, processing_class, dataset, **tier_cut(model, options), batch_size=options.batch_size)
-    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}")
+    report = inspect_model(
+        model, processing_class, dataset, **tier_cut(model, options), batch_size=options.per_device_eval_batch_size
+    )
+    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.dataset_split}")
     # Module names are too wide for a terminal.
     print_tables([replace(one, frame=one.frame.drop(columns="module")) for one in report.tables()])
     print_verdict(report)
     findings = health_findings(report.to_dict())
     print_findings(findings)
-    if options.output is not None:
-        write_json(options.output, report.to_dict())
+    if options.output_file is not None:
+        write_json(options.output_file, report.to_dict())
     if options.report is not None:
         # Without findings, the verdict has said all.
         print(f"Report: {inspect_report(report, options.report, findings or None)}")
@@ -69,4 +71,4 @@ def print_verdict(report: HealthReport) -> None:
     for reason in reasons[:MAX_PRINTED_REASONS]:
         print(f"- {reason}")
     if len(reasons) > MAX_PRINTED_REASONS:
-        print(f"- … and {len(reasons) - MAX_PRINTED_REASONS} more; --output FILE has all of them.")
+        print(f"- … and {len(reasons) - MAX_PRINTED_REASONS} more; --output_file FILE has all of them.")

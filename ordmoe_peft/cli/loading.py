@@ -1,11 +1,12 @@
 """Load what options name: models, processors, adapters, data sets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import load_dataset
+from datasets import get_dataset_split_names, load_dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -26,7 +27,8 @@ def check_is_somewhere(base: str, adapter: str) -> None:
     """Raise [`OrdMoEModelError`] for the name of an adapter's base that is no folder here and no id on the hub."""
     if not Path(base).is_dir() and hub_id(base)[0] is None:
         raise OrdMoEModelError(
-            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give --base, its folder or id."
+            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give its folder or id "
+            "after the adapter."
         )
 
 
@@ -84,7 +86,7 @@ def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> A
     return processing_class
 
 
-def load_split(name: str | None, config: str | None, split: str, streaming: bool = False) -> Any:
+def load_split(name: str | None, config: str | None, split: str | None, streaming: bool = False) -> Any:
     """A split of a data set (folder or hub id)."""
     if name is None:
         raise OrdMoEDataError("No data set: give --dataset_name, a folder or a hub id.")
@@ -97,8 +99,21 @@ def load_split(name: str | None, config: str | None, split: str, streaming: bool
 
 
 def load_samples(options: SampleArguments) -> Any:
-    """The samples that a command is asked to run on."""
-    return subsample(load_split(options.dataset_name, options.dataset_config, options.split), options.limit)
+    """The samples that a command is asked to run on; the split that is chosen for it goes into `options`."""
+    if options.dataset_split is None and options.dataset_name is not None:
+        options.dataset_split = chosen_split(options.dataset_name, options.dataset_config, options.likely_splits)
+    return subsample(load_split(options.dataset_name, options.dataset_config, options.dataset_split), options.limit)
+
+
+def chosen_split(name: str, config: str | None, likely: Sequence[str]) -> str:
+    """The first of the likely splits that a data set has, else its only one."""
+    there = get_dataset_split_names(name, config)
+    found = [split for split in likely if split in there] or there
+    if len(found) > 1 and found[0] not in likely:
+        raise OrdMoEDataError(
+            f"The data set {name} has the splits {', '.join(there)}: give --dataset_split, one of them."
+        )
+    return found[0]
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:

@@ -1,18 +1,18 @@
-"""`ordmoe merge ADAPTER --output DIR`: the base with an adapter merged into it, as a model of its own."""
+"""`ordmoe merge ADAPTER --output_dir DIR`: the base with an adapter merged into it, as a model of its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
 from ..tools.merge_on_disk.merge import MergeOptions, merge_checkpoint
-from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
+from .arguments import DTYPES, IGNORE_FINGERPRINT, ModelArguments
+from .parser import ADAPTER, CommandParser
 from .tables import print_table
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergeArguments(ModelArguments):
     """What to merge, into what, and how. `load_in_4bit` and its fields say how the base was loaded in training."""
 
@@ -23,7 +23,10 @@ class MergeArguments(ModelArguments):
             "help": "Folder or hub id of the dense base; the one that the adapter names by default.",
         },
     )
-    dtype: str = field(default="auto", metadata={"help": "dtype of what is written; auto keeps each tensor's own."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of what is written; auto keeps each tensor's own.", "choices": ["auto", *DTYPES]},
+    )
     attn_implementation: str | None = field(default=None, init=False)
     load_in_4bit: bool = field(
         default=False,
@@ -32,37 +35,34 @@ class MergeArguments(ModelArguments):
     requantize: bool = field(
         default=False, metadata={"help": "Pack the merged weights in 4 bits again, as load_in_4bit or the base says."}
     )
-    adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
-    output: str = field(default="", metadata={"help": "Folder to write to; must not exist."})
+    adapter: str = field(metadata={"help": "Folder or hub id of the adapter."})
+    output_dir: str = field(metadata={"help": "Folder to write to; must not exist."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest file to write, such as 500MB."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
 
     def written_dtype(self) -> torch.dtype | None:
         """The dtype that was asked for."""
-        dtype = getattr(torch, self.dtype, None)
-        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise OrdMoEConfigError(f"dtype must be auto, bfloat16, float16 or float32, got {self.dtype!r}.")
-        return dtype
+        if self.dtype not in ("auto", *DTYPES):
+            raise OrdMoEConfigError(f"dtype must be auto or one of {tuple(DTYPES)}, got {self.dtype!r}.")
+        return DTYPES.get(self.dtype)
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "merge",
         (MergeArguments,),
-        prog="ordmoe merge",
-        description="Merge an adapter into its base on disk, stack by stack. Options can also stand in a YAML file "
-        "given as --config.",
+        ADAPTER,
+        needed="--output_dir DIR",
+        description="Merge an adapter into its base on disk, stack by stack.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--adapter"))
-    missing = [name for name in ("adapter", "output") if not getattr(options, name)]
-    if missing:
-        raise OrdMoEConfigError(f"No --{missing[0]}: give `ordmoe merge ADAPTER --output DIR`.")
+    (options,) = build_parser().parse_args_and_config(arguments)
     summary = merge_checkpoint(
         options.adapter,
-        options.output,
+        options.output_dir,
         MergeOptions(
             base=options.model_name_or_path,
             revision=options.model_revision,
@@ -92,4 +92,4 @@ def main(arguments: Sequence[str]) -> None:
         print(summary.report)
         if summary.report.warning():
             print(f"Warning: {summary.report.warning()}")
-    print(f"Merged model in {options.output}")
+    print(f"Merged model in {options.output_dir}")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from trl import TrlParser
 
 from ..errors import OrdMoEConfigError
 from ..files import write_whole
@@ -19,8 +18,10 @@ from ..tools.plan.plan import ExpertsInRam, MemoryPlan, plan_memory
 from ..tools.plan.settings import CHOICES_OF, PlanSettings
 from ..training import OrdMoETrainingArguments
 from ..training.optimizer_states import OPTIMIZERS
-from .arguments import AdapterSizeArguments, ModelArguments, help_of, weights_dtype, with_model_first
+from .arguments import AdapterSizeArguments, ModelArguments, help_of, weights_dtype
+from .parser import CommandParser
 from .tables import print_table, print_tables, write_json
+from .train import OPTIONS as TRAIN_OPTIONS
 
 
 # Options of training → what the plan calls them.
@@ -37,7 +38,11 @@ class PlannedModelArguments(ModelArguments):
     """Which base to plan; all that are known where none is given."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Folder or hub id of the base model; by default each of the known models."}
+        default="",
+        metadata={
+            "help": "Folder or hub id of the base model; by default each of the known models.",
+            "aliases": ["--base"],
+        },
     )
 
 
@@ -55,7 +60,7 @@ class CardArguments:
     usable_gb: float | None = field(default=None, metadata=help_of(Card, "usable_gb"))
     reserve_gb: float = field(default=Card.reserve_gb, metadata=help_of(Card, "reserve_gb"))
     copy_gb_per_s: float = field(default=Card.copy_gb_per_s, metadata=help_of(Card, "copy_gb_per_s"))
-    output: str | None = field(
+    output_file: str | None = field(
         default=None,
         metadata={"help": "File to write the results to, as JSON; a table goes beside it, as Markdown (.md)."},
     )
@@ -82,8 +87,9 @@ class PlanArguments(AdapterSizeArguments):
     tier_passes: str = field(
         default="auto",
         metadata={
-            "help": f"How tiers are run: one of {CHOICES_OF['tier_passes']}. 'auto' is planned as 'sequential', one "
-            "after another, which is how training begins and the least that it takes."
+            "help": "How tiers are run. 'auto' is planned as 'sequential', one "
+            "after another, which is how training begins and the least that it takes.",
+            "choices": list(CHOICES_OF["tier_passes"]),
         },
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples at a time on the card."})
@@ -95,34 +101,33 @@ class PlanArguments(AdapterSizeArguments):
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Run layers again in backward."})
     bf16: bool = field(default=True, metadata={"help": "Mixed precision in bf16."})
     fp16: bool = field(default=False, metadata={"help": "Mixed precision in fp16, in place of bf16."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": f"Optimizer: one of {tuple(OPTIMIZERS)}."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer.", "choices": list(OPTIMIZERS)})
     compute_capability: float = field(
         default=PlanSettings.compute_capability,
         metadata={"help": "Compute capability of the card: on 9 and 10 (H100, B200), dense experts keep more in bf16."},
     )
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "plan",
         (PlannedModelArguments, CardArguments, PlanArguments),
-        prog="ordmoe plan",
+        {"model_name_or_path": "[MODEL]"},
+        passed_over=TRAIN_OPTIONS,
         description="Say what training takes of a card's memory, whether it fits, and what would make it fit: "
-        "`ordmoe plan MODEL --gpu_memory_gb 24 --load_in_4bit`. MODEL, or --model_name_or_path, is a folder or a hub "
-        f"id, of which only config.json is read; {', '.join(KNOWN_MODELS)} are known without. Several sizes, or no "
-        "MODEL, give a table of what makes each model fit each card. A recipe of `ordmoe train` can be given as "
-        "--config; what has no bearing on memory is passed over. Planned are reference responses, and rows of its own "
-        "for each tier that runs at once: prompts that tiers share (token_scope='response') take less.",
+        "`ordmoe plan MODEL --gpu_memory_gb 24 --load_in_4bit`. Of MODEL only config.json is read; "
+        f"{', '.join(KNOWN_MODELS)} are known without. Several sizes, or no MODEL, give a table of what makes each "
+        "model fit each card. A recipe of `ordmoe train` can be given as --config; what has no bearing on memory is "
+        "passed over. Planned are reference responses, and rows of its own for each tier that runs at once: prompts "
+        "that tiers share (token_scope='response') take less.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    # A recipe holds options of `ordmoe train` that have no part here.
-    model_options, card_options, options = build_parser().parse_args_and_config(
-        with_model_first(arguments), fail_with_unknown_args=False
-    )
+    model_options, card_options, options = build_parser().parse_args_and_config(arguments)
     name, cards = model_options.model_name_or_path, card_options.cards()
     if not name or len(cards) > 1:
-        show_fits([name] if name else list(KNOWN_MODELS), model_options, options, cards, card_options.output)
+        show_fits([name] if name else list(KNOWN_MODELS), model_options, options, cards, card_options.output_file)
         return
     (card,) = cards
     config = load_config(name, model_options.model_revision)
@@ -135,8 +140,8 @@ def main(arguments: Sequence[str]) -> None:
         print_copies(plan.in_ram, card)
     if fit["tokens_at_once"] is not None:
         print_choice(fit["tokens_at_once"], settings)
-    if card_options.output is not None:
-        write_json(card_options.output, {"model": name, **fit})
+    if card_options.output_file is not None:
+        write_json(card_options.output_file, {"model": name, **fit})
 
 
 def show_fits(
@@ -149,7 +154,7 @@ def show_fits(
     """Print what makes each model fit each card, and write it where it is asked for."""
     if output is not None and Path(output).suffix == ".md":
         raise OrdMoEConfigError(
-            f"output={output!r} is for JSON; the table in Markdown goes beside it. End it in .json."
+            f"output_file={output!r} is for JSON; the table in Markdown goes beside it. End it in .json."
         )
     fits = []
     for name in names:

@@ -7,19 +7,28 @@ from pathlib import Path
 
 from datasets import Dataset
 from huggingface_hub import HfApi
-from trl import TrlParser
 
 from ..data.generation import sampling_arguments
 from ..data.preference_pairs import to_preference_pairs
 from ..data.rollouts import SETTINGS_FILE, RolloutOptions, rollout
+from ..data.samples import check_counts
 from ..data.shards import shards, write_shard
-from .arguments import ModelArguments, SampleArguments
+from ..errors import OrdMoEConfigError
+from .arguments import TRAIN_SPLIT, ModelArguments, SampleArguments
 from .loading import load_samples, load_subject
+from .parser import CommandParser
 from .tables import percent, print_table
 
 
 PAIRS_FOLDER = "preference_pairs"
-SOURCES = ("adapter", "dataset_name", "dataset_config", "split", "limit")
+# What settings call the sources of rollouts → the option.
+SOURCES = {
+    "adapter": "adapter",
+    "dataset_name": "dataset_name",
+    "dataset_config": "dataset_config",
+    "split": "dataset_split",
+    "limit": "limit",
+}
 SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 # Columns of the rollouts that are averaged over a tier's responses → what they are called.
 AVERAGED = {
@@ -34,8 +43,11 @@ AVERAGED = {
 class RolloutArguments(RolloutOptions, SampleArguments):
     """What to answer, how to sample, and where to write it."""
 
-    output: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
-    split: str = field(default="train", metadata={"help": "Its split."})
+    likely_splits = ("train",)
+
+    output_dir: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
+    dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
+    batch_size: int = field(default=32, init=False)  # given as per_device_eval_batch_size
     max_completion_length: int = field(default=512, metadata={"help": "Longest response, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling; 0 writes greedily."})
     top_p: float = field(default=1.0, metadata={"help": "Share of probability to sample from."})
@@ -44,14 +56,23 @@ class RolloutArguments(RolloutOptions, SampleArguments):
     preference_pairs: bool = field(
         default=False, metadata={"help": f"Also write tier 1 over the last tier, in TRL's format, to {PAIRS_FOLDER}/."}
     )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to push the rollouts to."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the rollouts to the hub, as repo_id."})
+    repo_id: str | None = field(default=None, metadata={"help": "Data set repository to push to, such as me/rollouts."})
+
+    def __post_init__(self):
+        self.batch_size = self.per_device_eval_batch_size
+        check_counts(per_device_eval_batch_size=self.batch_size)
+        super().__post_init__()
+        if self.push_to_hub and not self.repo_id:
+            raise OrdMoEConfigError("push_to_hub=True needs a data set repository: give repo_id, such as me/rollouts.")
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "rollouts",
         (ModelArguments, RolloutArguments),
-        prog="ordmoe rollouts",
-        description="Write what each tier answers. Options can also stand in a YAML file given as --config.",
+        needed="--dataset_name DATA --output_dir DIR",
+        description="Write what each tier answers, as a data set.",
     )
 
 
@@ -59,22 +80,22 @@ def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    sources = {name: getattr(options, name) for name in SOURCES}
+    sources = {name: getattr(options, option) for name, option in SOURCES.items()}
     rollouts = rollout(
         model,
         processing_class,
         dataset,
-        options.output,
+        options.output_dir,
         sources=model_options.that_decide() | sources,
         **{item.name: getattr(options, item.name) for item in fields(RolloutOptions)},
         **sampling_arguments(**{name: getattr(options, name) for name in SAMPLING}),
     )
     print_tiers(rollouts, options.scored_by)
-    print(f"{len(rollouts)} rollouts in {options.output}")
-    if options.push_to_hub is not None:
-        push(rollouts, Path(options.output), options.push_to_hub)
+    print(f"{len(rollouts)} rollouts in {options.output_dir}")
+    if options.push_to_hub:
+        push(rollouts, Path(options.output_dir), options.repo_id)
     if options.preference_pairs:
-        write_pairs(rollouts, Path(options.output) / PAIRS_FOLDER)
+        write_pairs(rollouts, Path(options.output_dir) / PAIRS_FOLDER)
 
 
 def print_tiers(rollouts: Dataset, scored_by: str) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from trl import TrlParser
-
 from ..monitoring.diagnostics import quality_findings
 from ..tools.measure.quality import QualityOptions, tier_quality
 from ..tools.report import require_matplotlib, tiers_report
-from .arguments import ModelArguments, SampleArguments, with_model_first
+from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject, tier_cut
+from .parser import CommandParser
 from .tables import print_findings, print_tables, write_json
 
 
@@ -18,22 +17,21 @@ class TiersArguments(SampleArguments, QualityOptions):
     """Whose tiers to measure, and on what."""
 
     limit: int | None = field(default=512, metadata={"help": "Measure at most this many samples, drawn by seed 0."})
-    output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "tiers",
         (ModelArguments, TiersArguments),
-        prog="ordmoe tiers",
-        usage="ordmoe tiers MODEL --dataset_name DATA [options]",
-        description="Measure what each tier of a base or an adapter is worth. MODEL may also be given as "
-        "--model_name_or_path; options can also stand in a YAML file given as --config.",
+        needed="--dataset_name DATA",
+        description="Measure what each tier of a base or an adapter is worth.",
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    model_options, options = build_parser().parse_args_and_config(with_model_first(arguments))
+    model_options, options = build_parser().parse_args_and_config(arguments)
     if options.report is not None:
         require_matplotlib()
     dataset = load_samples(options)
@@ -43,17 +41,17 @@ def main(arguments: Sequence[str]) -> None:
         processing_class,
         dataset,
         **tier_cut(model, options),
-        batch_size=options.batch_size,
+        batch_size=options.per_device_eval_batch_size,
         name=options.adapter or model_options.model_name_or_path,
         **{one.name: getattr(options, one.name) for one in fields(QualityOptions)},
     )
-    print(f"{quality.model} on {quality.num_samples} samples of {options.split}, {quality.grouping} tiers")
+    print(f"{quality.model} on {quality.num_samples} samples of {options.dataset_split}, {quality.grouping} tiers")
     print_tables(quality.tables())
     findings = quality_findings(quality.to_dict())
     print_findings(findings)
     if not findings:
         print("No known failure signature showed.")
-    if options.output is not None:
-        write_json(options.output, quality.to_dict())
+    if options.output_file is not None:
+        write_json(options.output_file, quality.to_dict())
     if options.report is not None:
         print(f"Report: {tiers_report(quality, options.report, findings)}")

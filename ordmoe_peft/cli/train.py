@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import get_peft_model
 from transformers import set_seed
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from ..adapter.targets import coverage_report
 from ..monitoring.diagnostics import training_findings
@@ -24,6 +24,7 @@ from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
+from .parser import CommandParser
 from .tables import print_table
 
 
@@ -36,11 +37,15 @@ class ReportArguments:
     )
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
-        (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments, ReportArguments),
-        prog="ordmoe train",
-        description="Train an OrdMoE adapter. Options can also stand in a YAML file given as --config.",
+OPTIONS = (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments, ReportArguments)
+
+
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "train",
+        OPTIONS,
+        needed="--dataset_name DATA --output_dir DIR",
+        description="Train an OrdMoE adapter. All of it can stand in a YAML file: `ordmoe train --config recipe.yaml`.",
     )
 
 

@@ -1,4 +1,4 @@
-"""`ordmoe verify ADAPTER --base BASE`: whether an adapter does on a base what it did when it was saved."""
+"""`ordmoe verify ADAPTER MODEL`: whether an adapter does on a base what it did when it was saved."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, PretrainedConfig
-from trl import TrlParser
 
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ..tools.verify import TOLERANCE, deviation_table, replay_probes
-from .arguments import IGNORE_FINGERPRINT, ModelArguments, with_model_first
+from .arguments import IGNORE_FINGERPRINT, ModelArguments
 from .loading import check_is_somewhere, load_base
+from .parser import ADAPTER, CommandParser
 from .tables import print_tables, write_json
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerifyArguments(ModelArguments):
     """Which adapter, on which base, and how far apart is too far."""
 
@@ -28,19 +28,16 @@ class VerifyArguments(ModelArguments):
     )
     load_in_4bit: bool | None = field(  # type: ignore[assignment] # None is for what was used in training
         default=None,
-        metadata={
-            "help": "Load experts and decoder linears in 4 bits; as in training by default.",
-            **{"nargs": "?", "const": True},
-        },
+        metadata={"help": "Load experts and decoder linears in 4 bits; as in training by default."},
     )
-    adapter: str = field(default="", metadata={"help": "Folder or hub id of the adapter."})
+    adapter: str = field(metadata={"help": "Folder or hub id of the adapter."})
     tolerance: float = field(
         default=TOLERANCE,
         metadata={"help": "Largest difference of a tier's median token, in nats, at which the exit status is 0."},
     )
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the base."})
-    output: str | None = field(default=None, metadata={"help": "File to write the differences to, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "File to write the differences to, as JSON."})
     recipe: MoeBitsAndBytesConfig | None = field(default=None, init=False)
 
     def quantization_config(self, config: PretrainedConfig | None = None) -> MoeBitsAndBytesConfig | None:
@@ -48,25 +45,24 @@ class VerifyArguments(ModelArguments):
         return self.recipe if self.load_in_4bit is None else super().quantization_config(config)
 
 
-def build_parser() -> TrlParser:
-    return TrlParser(
+def build_parser() -> CommandParser:
+    return CommandParser(
+        "verify",
         (VerifyArguments,),
-        prog="ordmoe verify",
-        description="Replay the probes of an adapter on a base: `ordmoe verify ADAPTER --base BASE`. The exit status "
-        "is 1 where they are not what they were when the adapter was saved.",
+        ADAPTER,
+        description="Replay the probes of an adapter on a base. The exit status is 1 where they are not what they were "
+        "when the adapter was saved.",
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    (options,) = build_parser().parse_args_and_config(with_model_first(arguments, "--adapter"))
-    if not options.adapter:
-        raise OrdMoEConfigError("No adapter: give `ordmoe verify ADAPTER --base BASE`.")
+    (options,) = build_parser().parse_args_and_config(arguments)
     saved = SavedAdapter.read(options.adapter)
     if saved.record is None:
         raise OrdMoEConfigError(f"{options.adapter} has no ordmoe.json, and so no probes. Load it and save it again.")
     base = options.model_name_or_path or saved.settings.get("base_model_name_or_path")
     if not base:
-        raise OrdMoEConfigError(f"{options.adapter} does not name its base: give --base.")
+        raise OrdMoEConfigError(f"{options.adapter} does not name its base: give `ordmoe verify ADAPTER MODEL`.")
     check_is_somewhere(base, options.adapter)
     options.model_name_or_path = base
     if options.dtype == "auto":
@@ -80,8 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     tuned = PeftModel.from_pretrained(model, options.adapter, ignore_fingerprint=options.ignore_fingerprint)
     deviations = replay_probes(tuned, saved.record, options.adapter)
     print_tables([deviation_table(deviations, options.adapter)])
-    if options.output is not None:
-        write_json(options.output, [asdict(deviation) for deviation in deviations])
+    if options.output_file is not None:
+        write_json(options.output_file, [asdict(deviation) for deviation in deviations])
     worst = max(deviation.median for deviation in deviations)
     is_same = worst <= options.tolerance
     verdict = "verified" if is_same else "NOT what was saved"

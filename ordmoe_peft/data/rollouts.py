@@ -21,6 +21,7 @@ from ..moe_model import MoEModel
 from ..monitoring.recording import recorded_routing_weight_sums
 from ..objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ..tiers.plan import RandomDraw, layers_in_scope
+from ..tiers.ranking import GROUPINGS
 from ..tiers.routing import adapter_config, settings_of, tier_routing
 from ..tiers.scope import tiers_of_labels
 from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses, with_samples
@@ -54,14 +55,16 @@ class RolloutOptions:
 
     num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
     grouping: str | None = field(
-        default=None, metadata={"help": "How tiers are cut; the adapter's by default, else uniform."}
+        default=None,
+        metadata={"help": "How tiers are cut; the adapter's by default, else uniform.", "choices": list(GROUPINGS)},
     )
     tiers: list[int] | None = field(default=None, metadata={"help": "Tiers that write, 1 is the top; all by default."})
     scored_by: str = field(
-        default="tier", metadata={"help": "Score under the tier that wrote (tier) or under tier 1 (policy)."}
+        default="tier",
+        metadata={"help": "Score under the tier that wrote or, as the policy, tier 1.", "choices": list(SCORED_BY)},
     )
     batch_size: int = field(default=32, metadata={"help": "Samples at a time."})
-    rows_per_call: int | None = field(
+    generation_batch_size: int | None = field(
         default=None, metadata={"help": "Most rows, prompts times tiers, to generate at once; all by default."}
     )
     samples_per_shard: int = field(default=256, metadata={"help": "Prompts in a file, the most an interruption loses."})
@@ -73,7 +76,7 @@ class RolloutOptions:
     def __post_init__(self):
         if self.scored_by not in SCORED_BY:
             raise OrdMoEConfigError(f"scored_by must be one of {SCORED_BY}, got {self.scored_by!r}.")
-        for name in ("batch_size", "samples_per_shard", "rows_per_call"):
+        for name in ("batch_size", "samples_per_shard", "generation_batch_size"):
             check_counts(**{name: getattr(self, name)})
         if self.tiers is not None and list(self.tiers) != sorted(set(self.tiers)):
             raise OrdMoEConfigError(f"tiers must rise, each named once, got {list(self.tiers)}.")
@@ -205,6 +208,7 @@ class _TierWriter:
         """All that decides what is written, with the model's own generation defaults spelled out."""
         options = asdict(self.options)
         options.pop("keep_columns")
+        options["rows_per_call"] = options.pop("generation_batch_size")  # its name in folders of earlier versions
         defaults = self.model.generation_config.to_diff_dict()
         defaults.pop("transformers_version", None)
         routing = {"tier_seed" if name == "seed" else name: value for name, value in self.routing.items()}
@@ -232,7 +236,7 @@ class _TierWriter:
             seed=int(np.random.SeedSequence([self.options.seed, first_sample]).generate_state(1)[0]),
             end_ids=end_ids,
             pad_token_id=tokenizer.pad_token_id,
-            rows_per_call=self.options.rows_per_call,
+            rows_per_call=self.options.generation_batch_size,
             routing=routing,
             **self.generation,
         )

@@ -37,7 +37,7 @@ def base_on_meta(
         return model
     name = base or base_name(adapter)
     if not name:
-        raise OrdMoEConfigError(f"{adapter.folder} does not say what its base is: give `base` (`--base`).")
+        raise OrdMoEConfigError(f"{adapter.folder} does not say what its base is: give `base` (MODEL).")
     return build_model(find_config(name, revision, trust_remote_code), trust_remote_code)
 
 

@@ -44,8 +44,8 @@ ACT_ON_ERL = ("objective", "objective_beta", "lower_tier_floor", "responses", "s
 CUT_TIERS = ("grouping", "layer_scope", "token_scope", "tier_weights", "rewards", "advantages", "tier_seed")
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclass
@@ -81,8 +81,9 @@ class OrdMoETrainingArguments(SFTConfig):
     )
     objective: str = _option(
         "erl",
-        f"What L_ERL is over the ordered responses: one of {tuple(OBJECTIVES)}, of which 'erl' is the paper's loss. "
-        "'dpo' and 'ipo' compare with the frozen base, the same model with its adapter off.",
+        "What L_ERL is over the ordered responses; 'erl' is the paper's loss. 'dpo' and 'ipo' compare with the frozen "
+        "base, the same model with its adapter off.",
+        choices=CHOICES["objective"],
     )
     objective_beta: float | None = _option(
         None,
@@ -95,9 +96,12 @@ class OrdMoETrainingArguments(SFTConfig):
         "reference",
         "'reference': all tiers score the reference response; 'generated': in each step every tier with a part in the "
         "objective writes its own.",
+        choices=CHOICES["responses"],
     )
     scored_by: str = _option(
-        "tier", "Whether the 'tier' that wrote a generated response or the 'policy', tier 1, scores it."
+        "tier",
+        "Whether the 'tier' that wrote a generated response or the 'policy', tier 1, scores it.",
+        choices=CHOICES["scored_by"],
     )
     share_prompt: bool = _option(
         True, "With token_scope='response', compute each prompt once for all tiers where the model allows."
@@ -111,6 +115,7 @@ class OrdMoETrainingArguments(SFTConfig):
         "batches run at once, which is faster, where they are expected to fit into four fifths of the memory that "
         "gradients and optimizer states leave free. It says up to how many tokens that is and why, and keeps to it "
         "when resumed. Batches that do not fit are measured again where they have more than twice the tokens.",
+        choices=CHOICES["tier_passes"],
     )
     max_nonfinite_steps: int = _option(
         10,

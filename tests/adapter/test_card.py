@@ -100,7 +100,7 @@ def test_snippets_are_code(tmp_path):
     assert "on the dense base, where likelihoods are somewhat other" in card.text
     assert "tier_routing" in loading
     verify, export = code(card, "bash")
-    assert verify == "ordmoe verify ADAPTER --base Qwen/Qwen3-30B-A3B\n"
+    assert verify == "ordmoe verify ADAPTER Qwen/Qwen3-30B-A3B\n"
     assert export.startswith("ordmoe export ADAPTER")
     assert "`KeyError: 'ORDMOE'`" in card.text
     assert "ordmoe verify" not in card_of(tmp_path, record).text  # without probes

@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.cli.arguments import AdapterArguments, ModelArguments, help_of, with_model_first
+from ordmoe_peft.cli.arguments import AdapterArguments, ModelArguments, help_of
 from ordmoe_peft.errors import OrdMoEConfigError
 
 
@@ -38,10 +38,3 @@ def test_a_run_may_go_on_with_experts_elsewhere():
     on_device, in_ram = (ModelArguments("base", load_in_4bit=True, offload_experts=given) for given in (False, True))
     assert on_device.that_decide() == in_ram.that_decide()
     assert {item.name for item in fields(ModelArguments)} - set(in_ram.that_decide()) == {"offload_experts"}
-
-
-def test_the_model_may_stand_first():
-    assert with_model_first(["base", "--limit", "3"]) == ["--model_name_or_path", "base", "--limit", "3"]
-    assert with_model_first(["adapter"], "--adapter") == ["--adapter", "adapter"]
-    for named in ([], ["--model_name_or_path", "base"]):
-        assert with_model_first(named) == named

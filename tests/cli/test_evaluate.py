@@ -8,7 +8,7 @@ from tests.test_ordmoe import base, data, main  # noqa: F401 (fixtures)
 def test_each_tier_is_a_row_with_the_accuracy_of_each_group(base, data, tmp_path, capsys):  # noqa: F811
     output = tmp_path / "results.json"
     arguments = ["evaluate", "--model_name_or_path", base, "--dataset_name", data, "--tiers", 1, 2]
-    arguments += ["--num_tiers", 2, "--group_by", "kind", "--max_new_tokens", 1, "--output", output]
+    arguments += ["--num_tiers", 2, "--group_by", "kind", "--max_new_tokens", 1, "--output_file", output]
     assert main(list(map(str, arguments))) == 0
     printed = capsys.readouterr().out
     assert "samples of test" in printed

@@ -15,8 +15,8 @@ def test_a_plain_adapter_is_imported(tmp_path, capsys):
     get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names)).save_pretrained(
         tmp_path / "lora"
     )
-    arguments = ["import", str(tmp_path / "lora"), "--base", str(tmp_path / "base"), "--num_tiers", "2"]
-    assert main([*arguments, "--output", str(tmp_path / "ours")]) == 0
+    arguments = ["import", str(tmp_path / "lora"), str(tmp_path / "base"), "--num_tiers", "2"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "ours")]) == 0
     assert "Read as peft: LoRA of rank 2 on experts, 6 weights" in capsys.readouterr().out
     config = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path / "ours").peft_config["default"]
     assert isinstance(config, OrdMoEConfig) and config.num_tiers == 2
@@ -24,4 +24,4 @@ def test_a_plain_adapter_is_imported(tmp_path, capsys):
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):
-    assert "No --base" in error_of(capsys, ["import", "somewhere", "--output", str(tmp_path)])
+    assert "MODEL is missing" in error_of(capsys, ["import", "somewhere", "--output_dir", str(tmp_path)])

@@ -20,7 +20,7 @@ def run(*arguments) -> int:
 
 def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F811
     results = tmp_path / "out" / "health.json"
-    assert run(base, "--dataset_name", data, "--limit", 4, "--output", results) == 0
+    assert run(base, "--dataset_name", data, "--limit", 4, "--output_file", results) == 0
     output = capsys.readouterr().out
     assert "Tiers can be cut: 3 (uniform)." in output
     assert "run `ordmoe tiers`" in output
@@ -35,7 +35,15 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
     model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=2, grouping="high_only"))
     models.randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
-    arguments = ("--adapter", tmp_path / "adapter", "--split", "test", "--output", results, "--load_in_4bit")
+    arguments = (
+        "--adapter",
+        tmp_path / "adapter",
+        "--dataset_split",
+        "test",
+        "--output_file",
+        results,
+        "--load_in_4bit",
+    )
     assert run("--model_name_or_path", base, "--dataset_name", data, *arguments) == 0
     assert "overlap" in capsys.readouterr().out
     report = json.loads(results.read_text())
@@ -59,19 +67,19 @@ def test_dead_experts_are_named_in_the_log_and_the_report(data, tmp_path, capsys
 def test_a_model_that_is_not_fit_is_a_result_not_an_error(data, tmp_path, capsys):  # noqa: F811
     olmoe = save_base(models.olmoe(num_hidden_layers=14), tmp_path / "olmoe")
     results = tmp_path / "health.json"
-    arguments = ("--num_tiers", 5, "--limit", 2, "--grouping", "high_only", "--output", results)
+    arguments = ("--num_tiers", 5, "--limit", 2, "--grouping", "high_only", "--output_file", results)
     assert run(olmoe, "--dataset_name", data, *arguments) == 0
     output = capsys.readouterr().out
     assert "Not fit to be cut into 5 tiers (high_only):" in output
     assert "the largest num_tiers that fits is 4" in output
     hidden = len(json.loads(results.read_text())["reasons"]) - MAX_PRINTED_REASONS
     assert hidden >= 2
-    assert f"… and {hidden} more; --output FILE has all of them." in output
+    assert f"… and {hidden} more; --output_file FILE has all of them." in output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--grouping", "best"], "got 'best'"), (["--num_tiers", "0"], "num_tiers must be at least 1")],
+    [(["--grouping", "best"], "invalid choice: 'best'"), (["--num_tiers", "0"], "num_tiers must be at least 1")],
 )
 def test_what_users_get_wrong_is_one_line(base, data, capsys, arguments, message):  # noqa: F811
     assert message in error_of(capsys, ["inspect", str(base), "--dataset_name", str(data), *arguments])

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def test_a_model_that_fits(folder, tmp_path, capsys):
     results = tmp_path / "plan.json"
-    assert run(folder, "--gpu_memory_gb", 24, "--load_in_4bit", "--max_length", 32, "--output", results) == 0
+    assert run(folder, "--gpu_memory_gb", 24, "--load_in_4bit", "--max_length", 32, "--output_file", results) == 0
     printed = capsys.readouterr().out
     assert "3 MoE layers, E 8, K 2" in printed
     assert "8 rows of 32 tokens; tiers 1, 3 one after another" in printed
@@ -49,7 +49,7 @@ def test_a_model_that_fits(folder, tmp_path, capsys):
 def test_near_the_limit_it_says_so(folder, tmp_path, capsys, beyond, begins):
     """The card is made as large as the plan and its share of `beyond`."""
     results = tmp_path / "plan.json"
-    arguments = (folder, "--max_length", 16, "--reserve_gb", 0, "--output", results)
+    arguments = (folder, "--max_length", 16, "--reserve_gb", 0, "--output_file", results)
     run(*arguments)
     capsys.readouterr()
     total = json.loads(results.read_text())["total"]
@@ -81,7 +81,7 @@ def test_the_shipped_base(capsys):
 
 def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys):
     results = tmp_path / "plan.json"
-    arguments = ("--usable_gb", 0.05, "--reserve_gb", 0, "--per_device_train_batch_size", 4, "--output", results)
+    arguments = ("--usable_gb", 0.05, "--reserve_gb", 0, "--per_device_train_batch_size", 4, "--output_file", results)
     assert run(folder, *arguments, "--tier_passes", "batched") == 0
     printed = capsys.readouterr().out
     assert "Does not fit: " in printed
@@ -106,7 +106,7 @@ def test_nothing_makes_it_fit(folder, capsys):
 def test_experts_in_ram(folder, tmp_path, capsys):
     results = tmp_path / "plan.json"
     arguments = ("--load_in_4bit", "--offload_experts", "true", "--max_length", 32, "--copy_gb_per_s", 12)
-    assert run(folder, *arguments, "--optim", "adamw_torch", "--output", results) == 0
+    assert run(folder, *arguments, "--optim", "adamw_torch", "--output_file", results) == 0
     printed = capsys.readouterr().out
     assert "slots for experts in RAM" in printed
     assert "at an assumed 12 GB/s" in printed
@@ -119,7 +119,7 @@ def test_experts_in_ram(folder, tmp_path, capsys):
 
 def test_several_cards_give_a_table(folder, tmp_path, capsys):
     results = tmp_path / "fits.json"
-    assert run(folder, "--gpu_memory_gb", 8, 24, "--max_length", 32, "--output", results) == 0
+    assert run(folder, "--gpu_memory_gb", 8, 24, "--max_length", 32, "--output_file", results) == 0
     printed = capsys.readouterr().out
     assert "What makes training fit a card: 8 rows of 32 tokens; tiers 1, 3 one after another" in printed
     assert " | fits | fits | — | — |" in (tmp_path / "fits.md").read_text()
@@ -184,10 +184,10 @@ def test_images(tmp_path, capsys):
         (("--reserve_gb", 23.6), "of gpu_memory_gb=24.0 is 23.51 GiB, got 23.6"),
         (("--usable_gb", 22, "--gpu_memory_gb", 24, 48), "is what one card has, but gpu_memory_gb has 2 sizes"),
         (("--offload_experts", "true"), "set load_in_4bit=True"),
-        (("--gpu_memory_gb", 8, 16, "--output", "fits.md"), "output='fits.md' is for JSON"),
+        (("--gpu_memory_gb", 8, 16, "--output_file", "fits.md"), "output_file='fits.md' is for JSON"),
         (("--max_length", 0), "sequence_length must be at least 1, got 0"),
         (("--num_tiers", 5), "num_tiers=5 does not fit"),
-        (("--dtype", "int3"), "dtype must be 'auto' or one of"),
+        (("--dtype", "int3"), "argument --dtype: invalid choice: 'int3'"),
         (("--images_per_sample", 1, "--image_tokens", 4), "needs a vision tower"),
     ],
 )

@@ -14,6 +14,7 @@ from datasets import load_dataset
 from ordmoe import main
 from ordmoe_peft.cli import rollouts as command
 from tests import models, text
+from tests.test_ordmoe import error_of
 
 
 SHARDS = 16
@@ -39,24 +40,17 @@ def arguments(base, data, output, **changes) -> list[str]:
     options = {
         "model_name_or_path": base,
         "dataset_name": data,
-        "output": output,
+        "output_dir": output,
         "max_completion_length": 5,
-        "batch_size": 4,
+        "per_device_eval_batch_size": 4,
         **changes,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return ["rollouts", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 
-def error_of(capsys, arguments) -> str:
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
-
-
 def test_a_killed_run_goes_on_to_the_same_rows(base, data, tmp_path):
-    options = {"samples_per_shard": 1, "batch_size": 1, "max_completion_length": 16}
+    options = {"samples_per_shard": 1, "per_device_eval_batch_size": 1, "max_completion_length": 16}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "ordmoe", *arguments(base, data, killed, **options)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
@@ -93,7 +87,8 @@ def test_rollouts_and_pairs_are_data_sets(base, data, tmp_path, capsys):
     assert [row["chosen"][0]["content"] for row in pairs] == [texts[0] for texts in different]
     assert [row["rejected"][0]["content"] for row in pairs] == [texts[2] for texts in different]
     settings = json.loads((output / "rollout_settings.json").read_text())
-    assert settings["sources"]["limit"] == 6
+    assert (settings["sources"]["limit"], settings["sources"]["split"]) == (6, "train")
+    assert "rows_per_call" in settings, "the name that folders of earlier versions have"
     assert settings["generation"]["do_sample"] is False
 
     # The pairs in the folder are no rows of the rollouts, and no obstacle to going on.
@@ -105,7 +100,7 @@ def test_rollouts_are_pushed_with_their_settings(base, data, tmp_path, monkeypat
     sent = []
     monkeypatch.setattr("datasets.Dataset.push_to_hub", lambda self, repo: sent.append((repo, len(self))))
     monkeypatch.setattr(command.HfApi, "upload_file", lambda self, **options: sent.append(options))
-    assert main(arguments(base, data, tmp_path / "out", limit=2, push_to_hub="me/rollouts")) == 0
+    assert main(arguments(base, data, tmp_path / "out", limit=2, push_to_hub=True, repo_id="me/rollouts")) == 0
     assert sent[0] == ("me/rollouts", 2)
     assert sent[1]["path_or_fileobj"] == tmp_path / "out/rollout_settings.json"
     assert (sent[1]["repo_id"], sent[1]["repo_type"]) == ("me/rollouts", "dataset")
@@ -118,7 +113,8 @@ def test_rollouts_are_pushed_with_their_settings(base, data, tmp_path, monkeypat
         ({"dataset_name": "/no/such/folder"}, "/no/such/folder"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"tiers": 4}, "from 1 (the top) to num_tiers=3"),
-        ({"split": "nosuch"}, "nosuch"),
+        ({"dataset_split": "nosuch"}, "nosuch"),
+        ({"push_to_hub": True}, "push_to_hub=True needs a data set repository"),
         ({"adapter": "/no/such/adapter"}, "/no/such/adapter"),
         ({"temperature": -1}, "temperature"),
     ],

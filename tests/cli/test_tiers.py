@@ -9,6 +9,7 @@ from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
 from ordmoe_peft.monitoring.diagnostics import quality_findings
 from tests import models, text
+from tests.test_ordmoe import error_of
 
 
 @pytest.fixture
@@ -29,20 +30,13 @@ def run(*arguments) -> int:
     return main(["tiers", *map(str, arguments)])
 
 
-def error_of(capsys, *arguments) -> str:
-    assert run(*arguments) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err.splitlines()[-1]
-
-
 def test_measures_an_adapter_on_a_4_bit_base(base, data, tmp_path, capsys):
     adapted = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=4, grouping="high_only"))
     models.randomize_adapter(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     output, reports = tmp_path / "out" / "quality.json", tmp_path / "report"
     arguments = ["--dataset_name", data, "--adapter", tmp_path / "adapter", "--load_in_4bit", "--max_new_tokens", 2]
-    arguments += ["--limit", 6, "--group_by", "kind", "--show", 2, "--output", output, "--report", reports]
+    arguments += ["--limit", 6, "--group_by", "kind", "--show", 2, "--output_file", output, "--report", reports]
     assert run(base, *arguments) == 0
     quality = json.loads(output.read_text())
     assert quality["model"] == str(tmp_path / "adapter")
@@ -62,7 +56,7 @@ def test_options_override_the_adapters_settings(base, data, tmp_path, capsys):
     output = tmp_path / "quality.json"
     arguments = ["--model_name_or_path", base, "--dataset_name", data, "--num_tiers", 2, "--grouping", "high_only"]
     arguments += ["--rating_column", "stars", "--random_control", "false", "--max_new_tokens", 1, "--show", 0]
-    assert run(*arguments, "--output", output) == 0
+    assert run(*arguments, "--output_file", output) == 0
     quality = json.loads(output.read_text())
     assert (quality["num_tiers"], quality["grouping"]) == (2, "high_only")
     assert quality["spearman"]["quality"] == "rating"
@@ -78,11 +72,11 @@ def test_options_override_the_adapters_settings(base, data, tmp_path, capsys):
         (["--num_tiers", 1], "num_tiers must be at least 2"),
         (["--rating_column", "kind"], "needs a finite number in each row; row 0 has"),
         (["--rating_column", "score"], "rating_column='score' is not a column"),
-        (["--split", "nosuch"], "nosuch"),
+        (["--dataset_split", "nosuch"], "nosuch"),
     ],
     ids=str,
 )
 def test_what_users_get_wrong_is_one_line(base, data, capsys, options, message):
-    error = error_of(capsys, base, "--dataset_name", data, *options)
+    error = error_of(capsys, ["tiers", str(base), "--dataset_name", str(data), *map(str, options)]).splitlines()[-1]
     assert error.startswith("ordmoe tiers: error: ")
     assert message in error

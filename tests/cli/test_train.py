@@ -99,7 +99,7 @@ def test_experts_in_ram(base, data, tmp_path, capsys):
         output = tmp_path / f"{in_ram}.json"
         arguments = ["evaluate", "--model_name_or_path", base, "--dataset_name", data, "--max_new_tokens", 1]
         arguments += ["--adapter", tmp_path / "True-True", "--load_in_4bit", True, "--offload_experts", in_ram]
-        assert main([*map(str, arguments), "--output", str(output)]) == 0
+        assert main([*map(str, arguments), "--output_file", str(output)]) == 0
         results[in_ram] = output.read_text()
     assert results[True] == results[False]
     assert "set load_in_4bit=True" in error_of(

@@ -208,7 +208,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ({"num_tiers": 5}, OrdMoEConfigError, "num_tiers=5 does not fit"),
         ({"scored_by": "judge"}, OrdMoEConfigError, "got 'judge'"),
         ({"batch_size": 0}, OrdMoEConfigError, "batch_size must be at least 1, got 0"),
-        ({"rows_per_call": 0}, OrdMoEConfigError, "rows_per_call must be at least 1"),
+        ({"generation_batch_size": 0}, OrdMoEConfigError, "generation_batch_size must be at least 1"),
         ({"num_return_sequences": 2}, OrdMoEConfigError, "num_return_sequences=2"),
     ],
     ids=lambda value: str(value)[:30],

@@ -98,5 +98,5 @@ def test_recipe_trains_and_evaluates_the_base(base, splits, tmp_path):
     assert main(["train", "--config", "examples/recipes/reasoning.yaml", *shared, *options, "--use_cpu", "true"]) == 0
     options = ["--adapter", str(tmp_path / "adapter"), "--limit", "6", "--tiers", "1", "2", "3", "--group_by", "kind"]
     results = tmp_path / "results.json"
-    assert main(["evaluate", *shared, *options, "--max_new_tokens", "3", "--output", str(results)]) == 0
+    assert main(["evaluate", *shared, *options, "--max_new_tokens", "3", "--output_file", str(results)]) == 0
     assert [result["tier"] for result in json.loads(results.read_text())] == [1, 2, 3]

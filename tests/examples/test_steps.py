@@ -23,7 +23,7 @@ def fake_ordmoe(calls: list[list[str]]):
             results = [
                 {"accuracy": {"a": 0.5 / tier, "overall": 0.25}, "log_likelihood": -float(tier)} for tier in steps.TIERS
             ]
-            Path(option["--output"]).write_text(json.dumps(results))
+            Path(option["--output_file"]).write_text(json.dumps(results))
 
     return run
 

@@ -420,7 +420,7 @@ def test_commands_run_on_remote_code(load, tmp_path, capsys, monkeypatch):
 
     def run(command: str, **options) -> list | dict:
         shared = {"model_name_or_path": base, "dataset_name": data, "adapter": adapter, "trust_remote_code": True}
-        options = shared | options | {"output": tmp_path / "results.json"}
+        options = shared | options | {"output_file": tmp_path / "results.json"}
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         assert main([command, *arguments]) == 0
         return json.loads((tmp_path / "results.json").read_text())

@@ -25,8 +25,10 @@ class AblateArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split that settings are chosen on."})
-    test_split: str = field(default="test", metadata={"help": "Split that is read once, for the chosen settings."})
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Split that settings are chosen on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split that is read once, for the chosen settings."}
+    )
     train_limit: int | None = field(
         default=None,
         metadata={"help": "Train on this many samples, drawn by each run's seed, or by data_seed where it is set."},
@@ -42,7 +44,7 @@ class AblateArguments:
     tune: dict | str | None = field(
         default=None, metadata={"help": "Option → values to choose from on validation, for each cell. A mapping."}
     )
-    metric: str = field(default="accuracy", metadata={"help": f"What validation chooses by: one of {tuple(METRICS)}."})
+    metric: str = field(default="accuracy", metadata={"help": "What validation chooses by.", "choices": list(METRICS)})
     baseline: dict | str | None = field(
         default_factory=lambda: {"num_tiers": 1}, metadata={"help": "What the cells are compared with. A mapping."}
     )
@@ -63,7 +65,7 @@ class AblateArguments:
             setattr(self, name, _from_json(name, getattr(self, name), kind) or kind())
         if not all(isinstance(cell, dict) for cell in self.cells or ()):
             raise OrdMoEConfigError(f"cells must be mappings of options to values, got {self.cells}.")
-        splits = (self.dataset_train_split, self.validation_split, self.test_split)
+        splits = (self.dataset_train_split, self.dataset_validation_split, self.dataset_test_split)
         if len(set(splits)) < 3:
             raise OrdMoEConfigError(f"Training, validation and test need a split each, got {splits}.")
         for name in ("train_limit", "validation_limit", "test_limit", "max_new_tokens"):

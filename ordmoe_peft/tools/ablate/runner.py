@@ -49,14 +49,14 @@ class AblationRunner:
     def check_data(self) -> None:
         """See that all splits are there, with answers to learn from or to judge by, before anything runs."""
         checked_data(self.split(self.arguments.dataset_train_split), self.settings.training, "training")
-        for name in (self.arguments.validation_split, self.arguments.test_split):
+        for name in (self.arguments.dataset_validation_split, self.arguments.dataset_test_split):
             check_samples(self.split(name), self.arguments.group_by)
 
     def key(self, run: Run) -> dict[str, Any]:
         """All that tells a run from others, as JSON."""
         given, training = self.arguments, self.settings.training
         evaluation = {
-            "split": given.validation_split if run.phase == "tune" else given.test_split,
+            "split": given.dataset_validation_split if run.phase == "tune" else given.dataset_test_split,
             "limit": given.validation_limit if run.phase == "tune" else given.test_limit,
             "group_by": given.group_by,
             "max_new_tokens": given.max_new_tokens,

@@ -89,7 +89,7 @@ def export_for_server(adapter: str | Path, output: str | Path, options: ServingO
         name = options.base or base_name(saved)
         if not name:
             raise OrdMoEConfigError(
-                f"{saved.folder} does not name its base, whose routers are read: give `base` (--base)."
+                f"{saved.folder} does not name its base, whose routers are read: give `base` (MODEL)."
             )
         folder = checkpoint_folder(name, options.revision)
         stored = StoredRouters(bare, open_checkpoint(folder))

@@ -19,6 +19,7 @@ from ordmoe_peft.tools.export.plain_peft import export_plain_lora
 from ordmoe_peft.tools.merge_on_disk.checkpoint import open_checkpoint
 from ordmoe_peft.tools.merge_on_disk.merge import MergeOptions, merge_checkpoint
 from tests import models, text
+from tests.test_ordmoe import error_of as wrong
 
 
 FAMILIES = {
@@ -53,16 +54,13 @@ def saved(model, folder, **settings):
 
 
 def merged(folder, *options):
-    arguments = ["merge", folder / "adapter", "--output", folder / "merged", *options]
+    arguments = ["merge", folder / "adapter", "--output_dir", folder / "merged", *options]
     assert main(list(map(str, arguments))) == 0
     return folder / "merged"
 
 
 def error_of(capsys, *arguments) -> str:
-    assert main(["merge", *map(str, arguments)]) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err
+    return wrong(capsys, ["merge", *map(str, arguments)])
 
 
 def layout(checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -242,7 +240,7 @@ def test_a_stored_weight_without_its_scales_is_refused(tmp_path, capsys):
     kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp.experts.down_proj." not in name}
     save_file(kept, file)
     error = error_of(
-        capsys, tmp_path / "adapter", "--output", tmp_path / "merged", "--model_name_or_path", tmp_path / "base"
+        capsys, tmp_path / "adapter", "--output_dir", tmp_path / "merged", "--model_name_or_path", tmp_path / "base"
     )
     assert "layers.1.mlp.experts.down_proj is in 4 bits, but lacks its scales" in error
 
@@ -307,21 +305,21 @@ class TestRefusals:
         assert {path.name for path in tmp_path.iterdir()} <= {"base", "adapter", "other", "taken"}
 
     def test_what_is_no_ordmoe_adapter(self, folder, capsys):
-        output = ("--output", folder / "merged")
+        output = ("--output_dir", folder / "merged")
         assert "not a saved adapter" in error_of(capsys, folder / "base", *output)
         export_plain_lora(folder / "adapter", folder / "other")
         assert "holds an adapter of type LORA" in error_of(capsys, folder / "other", *output)
 
     def test_an_adapter_with_more_than_factors(self, tmp_path, capsys):
         saved(models.qwen3_moe(), tmp_path, modules_to_save=["lm_head"])
-        error = error_of(capsys, tmp_path / "adapter", "--output", tmp_path / "merged")
+        error = error_of(capsys, tmp_path / "adapter", "--output_dir", tmp_path / "merged")
         assert "was trained with modules_to_save=['lm_head']" in error
         assert not (tmp_path / "merged").exists()
 
     def test_output_that_is_taken(self, folder, capsys):
         (folder / "taken").mkdir()
         (folder / "taken" / "notes.txt").write_text("mine")
-        error = error_of(capsys, folder / "adapter", "--output", folder / "taken")
+        error = error_of(capsys, folder / "adapter", "--output_dir", folder / "taken")
         assert "exists already" in error
         assert [path.name for path in (folder / "taken").iterdir()] == ["notes.txt"]
 
@@ -335,39 +333,39 @@ class TestRefusals:
     )
     def test_another_base(self, folder, capsys, build, message):
         build().save_pretrained(folder / "other")
-        arguments = ("--output", folder / "merged", "--model_name_or_path", folder / "other")
+        arguments = ("--output_dir", folder / "merged", "--model_name_or_path", folder / "other")
         assert message in error_of(capsys, folder / "adapter", *arguments)
 
     def test_a_base_that_is_not_there(self, folder, capsys):
-        arguments = ("--output", folder / "merged", "--model_name_or_path", "/no/such/model")
+        arguments = ("--output_dir", folder / "merged", "--model_name_or_path", "/no/such/model")
         assert "/no/such/model" in error_of(capsys, folder / "adapter", *arguments)
 
     def test_a_base_that_others_quantised(self, folder, capsys):
         config = json.loads((folder / "base" / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "mxfp4"}
         (folder / "base" / "config.json").write_text(json.dumps(config))
-        arguments = (folder / "adapter", "--output", folder / "merged")
+        arguments = (folder / "adapter", "--output_dir", folder / "merged")
         assert "is quantised by 'mxfp4'" in error_of(capsys, *arguments)
         config["quantization_config"] = MoeBitsAndBytesConfig().to_dict()
         (folder / "base" / "config.json").write_text(json.dumps(config))
         assert "stored in 4 bits already" in error_of(capsys, *arguments, "--load_in_4bit", "true")
 
     def test_requantising_without_a_recipe(self, folder, capsys):
-        error = error_of(capsys, folder / "adapter", "--output", folder / "merged", "--requantize", "true")
+        error = error_of(capsys, folder / "adapter", "--output_dir", folder / "merged", "--requantize", "true")
         assert "is stored dense, so give `quantization_config` (`load_in_4bit`)" in error
 
     def test_weights_that_are_not_in_safetensors(self, folder, capsys):
         for path in (folder / "base").glob("model*"):
             path.unlink()
         torch.save({}, folder / "base" / "pytorch_model.bin")
-        error = error_of(capsys, folder / "adapter", "--output", folder / "merged")
+        error = error_of(capsys, folder / "adapter", "--output_dir", folder / "merged")
         assert "lacks model.safetensors" in error
         assert "['pytorch_model.bin']" in error
 
     def test_weights_of_another_shape_than_the_config_says(self, folder, capsys):
         config = json.loads((folder / "base" / "config.json").read_text())
         (folder / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-        error = error_of(capsys, folder / "adapter", "--output", folder / "merged")
+        error = error_of(capsys, folder / "adapter", "--output_dir", folder / "merged")
         assert "of shape [96, 64]" in error
         assert "[100, 64]" in error
 
@@ -377,7 +375,7 @@ class TestRefusals:
         (folder / "other").mkdir()
         save_file(state, folder / "other" / "model.safetensors")
         model.config.save_pretrained(folder / "other")
-        arguments = ("--output", folder / "merged", "--model_name_or_path", folder / "other")
+        arguments = ("--output_dir", folder / "merged", "--model_name_or_path", folder / "other")
         error = error_of(capsys, folder / "adapter", *arguments)
         assert "The adapter changes model.layers.1.mlp.experts." in error
 
@@ -386,10 +384,10 @@ class TestRefusals:
         state = load_file(file)
         state[next(name for name in state if "layers.2.mlp.experts.lora_B" in name)][0, 0] = float("nan")
         save_file(state, file)
-        assert "NaN" in error_of(capsys, folder / "adapter", "--output", folder / "merged")
+        assert "NaN" in error_of(capsys, folder / "adapter", "--output_dir", folder / "merged")
 
     def test_sizes_and_dtypes_that_are_none(self, folder, capsys):
-        arguments = (folder / "adapter", "--output", folder / "merged")
+        arguments = (folder / "adapter", "--output_dir", folder / "merged")
         assert "dtype must be auto, bfloat16" in error_of(capsys, *arguments, "--dtype", "int8")
         assert "max_shard_size='five'" in error_of(capsys, *arguments, "--max_shard_size", "five")
         assert "got 'fp8'" in error_of(capsys, *arguments, "--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp8")
