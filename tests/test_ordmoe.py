@@ -1,6 +1,7 @@
 """The `ordmoe` command as a user types it: what it does, and one line for what goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -11,10 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+import ordmoe
 import ordmoe_peft
-from ordmoe import COMMANDS, main
+from ordmoe import COMMANDS, main, parser_for_completion, shipped_help
+from ordmoe_peft.cli.parser import CommandParser
 from ordmoe_peft.training.run_summary import peak_memory
 from tests import models, text
+from tests.help_texts import help_text
 
 
 @pytest.fixture
@@ -108,11 +112,41 @@ def test_train_from_a_recipe_and_evaluate(base, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_its_help(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    assert f"ordmoe {command}" in capsys.readouterr().out
+def test_the_shipped_help_is_what_the_parser_prints(command, capsys, monkeypatch):
+    shipped = (ordmoe.HELP_TEXTS / f"{command}.txt").read_text(encoding="utf-8").partition("\n")[2]
+    if shipped_help(command) is not None:
+        assert main([command, "--limit", "--help"]) == 0
+        assert capsys.readouterr().out == shipped == help_text(command), "run `python -m tests.help_texts`"
+    monkeypatch.setattr("ordmoe.metadata.version", lambda name: "0.0")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "-h"])
+    assert capsys.readouterr().out == help_text(command)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ordmoe ev", {"evaluate"}),
+        ("ordmoe --traceback me", {"merge"}),
+        ("ordmoe evaluate --dataset_s", {"--dataset_split"}),
+        ("ordmoe evaluate base --dtype b", {"bfloat16"}),
+        ("ordmoe train --targets router exp", {"experts"}),
+        ("ordmoe train base --bf16 f", {"false"}),
+    ],
+    ids=str,
+)
+def test_the_shell_completes_commands_and_options(line, expected):
+    """Asked as argcomplete's shell function asks; the answer is what descriptor 8 gets."""
+    pytest.importorskip("argcomplete", reason="the extra `completion`")
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    command = ["bash", "-c", '"$0" -m ordmoe 8>&1 9>/dev/null >/dev/null', sys.executable]
+    result = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert {word.strip() for word in result.stdout.split("\n")} == expected, result.stderr
+
+
+def test_under_other_versions_the_parser_itself_completes(monkeypatch):
+    monkeypatch.setattr("ordmoe.shipped_help", lambda command: None)
+    assert isinstance(parser_for_completion("verify"), CommandParser)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]], ids=str)
