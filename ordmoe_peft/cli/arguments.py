@@ -47,7 +47,11 @@ class ModelArguments:
         },
     )
     bnb_4bit_quant_storage: str = field(
-        default="uint8", metadata={"help": "dtype that 4-bit bytes are presented in; FSDP2 shards those of bfloat16."}
+        default="uint8",
+        metadata={
+            "help": "dtype that 4-bit bytes are presented in; FSDP2 shards those of bfloat16.",
+            "choices": ["uint8", "int8", *DTYPES, "float64"],
+        },
     )
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits, too."})
     offload_experts: bool = field(

@@ -189,7 +189,7 @@ def test_equal_runs_that_remain_count_once(tmp_path):
         ({"tune": {"erl_coef": 0.1}}, "tune: erl_coef needs a list of values to try, got 0.1"),
         ({"cells": [{"name": "SFT"}]}, "Two rows of the table are called 'SFT'"),
         ({"cells": [{"name": "base"}]}, "Two rows of the table are called 'base'"),
-        ({"cells": [{"name": "wrong", "grouping": "sorted"}]}, "grouping must be one of"),
+        ({"cells": [{"name": "wrong", "grouping": "sorted"}]}, "grouping='sorted' cannot work: invalid choice"),
     ],
     ids=str,
 )
