@@ -16,7 +16,7 @@ from ..tiers.ranking import GROUPINGS
 from ..tiers.scope import TOKEN_SCOPES
 from .base_record import hub_id
 from .field_types import check_field_types
-from .lora_fields import check_any_target, check_parameter_targets
+from .lora_fields import RANK_OVER_K, check_any_target, check_expert_rank, check_parameter_targets
 from .record import RECORD_NAME
 from .saved import SavedAdapter
 
@@ -40,6 +40,11 @@ class OrdMoEConfig(LoraConfig):
     Args:
         targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
             `"shared_experts"` and `"attention"`.
+        expert_rank (`int` or `"r/K"`, *optional*): the LoRA rank on experts; `r` by default. With `"r/K"` the ranks of
+            a token's K experts come to r: it is r / K, rounded up, and becomes that number when the adapter is
+            attached. It fills `rank_pattern`, under whose rule each place is scaled by alpha over its own rank
+            (`use_rslora`: over the root of that), so `lora_alpha` weighs K times as much on experts of rank r / K.
+            For the same scaling give them `alpha_pattern`.
         num_tiers (`int`, defaults to 3): C, the number of tiers; 1 is plain supervised fine-tuning.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut from the ranked experts: `"uniform"`,
             `"high_only"` or `"random"`.
@@ -65,6 +70,9 @@ class OrdMoEConfig(LoraConfig):
     targets: list[str] = field(
         default_factory=lambda: ["router", "experts"],
         metadata={"help": f"Roles to adapt, out of {ROLES}."},
+    )
+    expert_rank: int | str | None = field(
+        default=None, metadata={"help": f"LoRA rank on experts: a number, or {RANK_OVER_K}, rounded up; r by default."}
     )
     num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
     grouping: str = field(default="uniform", metadata={"help": f"How tiers are cut: one of {GROUPINGS}."})
@@ -114,6 +122,11 @@ class OrdMoEConfig(LoraConfig):
         config.saved = saved
         return config
 
+    @property
+    def rank_in_words(self) -> str:
+        """The rank, and that of experts where it is another."""
+        return str(self.r) if self.expert_rank is None else f"{self.r} ({self.expert_rank} on experts)"
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's; names a base from the hub by its id, not by the folder that it was loaded from."""
         written = copy.copy(self)
@@ -142,6 +155,7 @@ class OrdMoEConfig(LoraConfig):
             raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
         tier_rewards(self.rewards, self.num_tiers)
         check_any_target(self)
+        check_expert_rank(self)
 
 
 def _check_fields(config: OrdMoEConfig) -> None:

@@ -96,7 +96,7 @@ class OrdMoEModel(LoraModel):
         if not is_loaded:
             config.base_quantization = base_quantization(model)
         config.base_moe = base_moe(model)
-        fill_in_targets(config, targets)
+        fill_in_targets(config, targets, moe.layers)
         rewritten = sorted(config.target_modules) if changes_base_weights(config) else []
         with weights_unchanged_on_error([model.get_submodule(name) for name in rewritten]), warnings.catch_warnings():
             # PEFT looks for patterns among modules alone; `fill_in_targets` has found all.

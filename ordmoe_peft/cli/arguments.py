@@ -84,9 +84,17 @@ class AdapterSizeArguments:
 
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     targets: list[str] = field(default_factory=lambda: ["router", "experts"], metadata=help_of(OrdMoEConfig, "targets"))
+    expert_rank: str | None = field(
+        default=OrdMoEConfig.expert_rank,  # type: ignore[assignment]
+        metadata=help_of(OrdMoEConfig, "expert_rank"),
+    )
     num_tiers: int = field(default=OrdMoEConfig.num_tiers, metadata=help_of(OrdMoEConfig, "num_tiers"))
     rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
     advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
+
+    def __post_init__(self):
+        if isinstance(self.expert_rank, str) and self.expert_rank.isdecimal():
+            self.expert_rank = int(self.expert_rank)
 
 
 @dataclass

@@ -39,6 +39,13 @@ def test_defaults_are_the_methods():
         ({"layer_scope": "middle"}, "layer_scope must be one of .*'middle'"),
         ({"rewards": [1, 0]}, r"3 tiers, got \[1, 0\]"),
         ({"rewards": [0, 0.5, 1]}, "not rise"),
+        ({"expert_rank": 0}, "expert_rank must be at least 1, or 'r/K', got 0"),
+        ({"expert_rank": "r / K"}, "expert_rank must be at least 1, or 'r/K', got 'r / K'"),
+        ({"expert_rank": 2.0}, "expert_rank must be a whole number or a string or None, got 2.0"),
+        (
+            {"expert_rank": 2, "targets": ["router"]},
+            r"expert_rank=2 is for experts, which targets=\['router'\] has not",
+        ),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
         ({"use_dora": True}, "use_dora=True"),
         ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] has no effect"),

@@ -20,6 +20,11 @@ def test_layers_that_nothing_names(given):
         AdapterArguments(layer_scope=given).adapter_config()
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("2", 2), (2, 2), ("r/K", "r/K"), (None, None)])
+def test_the_rank_of_experts_as_options_and_recipes_give_it(given, wanted):
+    assert AdapterArguments(expert_rank=given).adapter_config().expert_rank == wanted
+
+
 def test_options_of_the_adapter_default_to_its_configuration():
     options, config = AdapterArguments(), OrdMoEConfig()
     own = [item.name for item in fields(AdapterArguments) if item.name not in ("lora_r", "lora_alpha", "layer_scope")]
