@@ -23,6 +23,8 @@ from .saved import SavedAdapter
 
 PEFT_METHOD = "ordmoe"
 ROLES = ("router", "experts", "shared_experts", "attention")
+# Experts in part: what reads hidden states, with a gate or without, and what writes them.
+PROJECTIONS = ("experts.gate_up", "experts.up", "experts.down")
 # More than any MoE layer has experts; what a model has room for is checked when the adapter is attached.
 MOST_TIERS = 4096
 
@@ -39,7 +41,9 @@ class OrdMoEConfig(LoraConfig):
 
     Args:
         targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
-            `"shared_experts"` and `"attention"`.
+            `"shared_experts"` and `"attention"`. `"experts.gate_up"` and `"experts.down"` are one projection of the
+            experts alone, whatever a model calls it: what reads hidden states, the gate and the up-projection, in one
+            matrix or in two, and what writes them. `"experts.up"` is the former where there is no gate.
         expert_rank (`int` or `"r/K"`, *optional*): the LoRA rank on experts; `r` by default. With `"r/K"` the ranks of
             a token's K experts come to r: it is r / K, rounded up, and becomes that number when the adapter is
             attached. It fills `rank_pattern`, under whose rule each place is scaled by alpha over its own rank
@@ -69,7 +73,7 @@ class OrdMoEConfig(LoraConfig):
 
     targets: list[str] = field(
         default_factory=lambda: ["router", "experts"],
-        metadata={"help": f"Roles to adapt, out of {ROLES}."},
+        metadata={"help": f"What to adapt, out of {ROLES}, or of experts {PROJECTIONS}."},
     )
     expert_rank: int | str | None = field(
         default=None, metadata={"help": f"LoRA rank on experts: a number, or {RANK_OVER_K}, rounded up; r by default."}
@@ -150,9 +154,14 @@ class OrdMoEConfig(LoraConfig):
         _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
         if isinstance(self.layer_scope, str):
             _check_choice("layer_scope", self.layer_scope, LAYER_SCOPES)
-        unknown = [role for role in self.targets if role not in ROLES]
+        unknown = [target for target in self.targets if target not in (*ROLES, *PROJECTIONS)]
         if unknown or not self.targets:
-            raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
+            raise OrdMoEConfigError(f"targets must be one or more of {(*ROLES, *PROJECTIONS)}, got {self.targets}.")
+        if "experts" in self.targets and set(PROJECTIONS) & set(self.targets):
+            raise OrdMoEConfigError(
+                f"targets={self.targets} has 'experts', which is all of their projections, and one of these. Leave one "
+                "of the two out."
+            )
         tier_rewards(self.rewards, self.num_tiers)
         check_any_target(self)
         check_expert_rank(self)

@@ -38,6 +38,11 @@ RANK_OVER_K = "r/K"
 HEADS_OF_TASKS = {"classifier", "score", "qa_outputs"}
 
 
+def roles_of(config: Any) -> set[str]:
+    """The roles that `config.targets` names, in whole or in part."""
+    return {target.partition(".")[0] for target in config.targets}
+
+
 def check_any_target(config: LoraConfig) -> None:
     """See that no setting is made that has no effect, or a wrong one, whatever is adapted.
 
@@ -55,7 +60,7 @@ def check_parameter_targets(config: LoraConfig) -> None:
     Raises:
         [`OrdMoEConfigError`]: one cannot.
     """
-    if not {"router", "experts"} & set(config.targets):
+    if not {"router", "experts"} & roles_of(config):
         return
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -84,7 +89,7 @@ def check_expert_rank(config: Any) -> None:
         return
     if rank != RANK_OVER_K if isinstance(rank, str) else rank < 1:
         raise OrdMoEConfigError(f"expert_rank must be at least 1, or {RANK_OVER_K!r}, got {rank!r}.")
-    if "experts" not in config.targets:
+    if "experts" not in roles_of(config):
         raise OrdMoEConfigError(
             f"expert_rank={rank!r} is for experts, which targets={config.targets} has not. Leave it unset, or add "
             "'experts' to targets."
