@@ -208,7 +208,9 @@ def _rows_of_adapter(
         yield "its weights in training", _named(packed) if recipe else "not quantised"
     patterns = {option: _by_layer(getattr(config, option)) or None for option in ("rank_pattern", "alpha_pattern")}
     scaling = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None}
-    yield "LoRA", _joined([f"on {', '.join(config.targets)}", _named(scaling | patterns)])
+    chosen = config.expert_selection or {}
+    number = f"trained on {sum(map(len, chosen.values()))} experts of {len(chosen)} layers" if chosen else ""
+    yield "LoRA", _joined([f"on {', '.join(config.targets)}", number, _named(scaling | patterns)])
     if config.num_tiers == 1:
         yield "method", "supervised fine-tuning (one tier)" if is_trained else ""
         return

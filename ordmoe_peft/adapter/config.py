@@ -15,6 +15,7 @@ from ..tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from ..tiers.ranking import GROUPINGS
 from ..tiers.scope import TOKEN_SCOPES
 from .base_record import hub_id
+from .expert_selection import checked_selection
 from .field_types import check_field_types
 from .lora_fields import RANK_OVER_K, check_any_target, check_expert_rank, check_parameter_targets
 from .record import RECORD_NAME
@@ -49,6 +50,10 @@ class OrdMoEConfig(LoraConfig):
             attached. It fills `rank_pattern`, under whose rule each place is scaled by alpha over its own rank
             (`use_rslora`: over the root of that), so `lora_alpha` weighs K times as much on experts of rank r / K.
             For the same scaling give them `alpha_pattern`.
+        expert_selection (`dict[int, list[int]]`, *optional*): the experts that LoRA is trained on, by MoE layer from
+            0; all by default. [`~ordmoe_peft.adapter.expert_selection.most_used_experts`] makes it of what `ordmoe
+            inspect` wrote. The factors of the others are and stay zero. They do not move, and they are there: memory,
+            time and file are those of LoRA on all experts.
         num_tiers (`int`, defaults to 3): C, the number of tiers; 1 is plain supervised fine-tuning.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut from the ranked experts: `"uniform"`,
             `"high_only"` or `"random"`.
@@ -77,6 +82,9 @@ class OrdMoEConfig(LoraConfig):
     )
     expert_rank: int | str | None = field(
         default=None, metadata={"help": f"LoRA rank on experts: a number, or {RANK_OVER_K}, rounded up; r by default."}
+    )
+    expert_selection: dict | None = field(
+        default=None, metadata={"help": "Experts that LoRA is trained on, as lists by MoE layer; all by default."}
     )
     num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
     grouping: str = field(default="uniform", metadata={"help": f"How tiers are cut: one of {GROUPINGS}."})
@@ -165,6 +173,7 @@ class OrdMoEConfig(LoraConfig):
         tier_rewards(self.rewards, self.num_tiers)
         check_any_target(self)
         check_expert_rank(self)
+        self.expert_selection = checked_selection(self)
 
 
 def _check_fields(config: OrdMoEConfig) -> None:

@@ -11,6 +11,7 @@ from ..tiers.plan import TierPlan, make_plan
 from ..tiers.router_check import calls_experts, check_router
 from ..tiers.routing import check_weights, settings_of
 from .config import OrdMoEConfig
+from .expert_selection import check_selection
 from .lora_fields import (
     check_modules_to_save,
     check_whole_model,
@@ -35,6 +36,7 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Targe
     check_base(config, model)
     plan = make_plan(moe.layers, 1, settings_of(config))
     targets = check_targets(config, model)
+    check_selection(config, moe.layers)
     check_routers_are_reached(moe.layers, targets)
     check_experts_are_reached(moe.layers, targets)
     check_unshared_targets(model, targets)

@@ -237,6 +237,14 @@ class Coverage:
         return "\n".join(lines)
 
 
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers in `model`, each with the name of what it adapts, a module or a parameter."""
+    for wrapped_name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            parameter_name = getattr(module, "parameter_name", None)
+            yield without_wrappers(wrapped_name) + (f".{parameter_name}" if parameter_name else ""), module
+
+
 def coverage_report(model: nn.Module) -> Coverage:
     """Count, by kind, the targets that `model` has, those that LoRA is on, and their trainable parameters.
 
@@ -245,11 +253,7 @@ def coverage_report(model: nn.Module) -> Coverage:
     """
     trainable: dict[str, int] = {}
     adapted: set[str] = set()
-    for wrapped_name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        parameter_name = getattr(module, "parameter_name", None)
-        name = without_wrappers(wrapped_name) + (f".{parameter_name}" if parameter_name else "")
+    for name, module in adapted_modules(model):
         adapted.add(name)
         factors = [*module.lora_A.parameters(), *module.lora_B.parameters()]
         trainable[name] = sum(factor.numel() for factor in factors if factor.requires_grad)

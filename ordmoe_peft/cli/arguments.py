@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..adapter.config import OrdMoEConfig
+from ..adapter.expert_selection import most_used_experts
 from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
 
@@ -110,10 +111,28 @@ class AdapterArguments(AdapterSizeArguments):
         default="router", metadata={"help": "Weights of a tier's experts: router, or match, scaled to tier 1's sum."}
     )
     tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
+    expert_selection: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of `ordmoe inspect`: train LoRA on the most-used experts of each layer alone, the "
+            "fewest that get expert_share of its tokens. A recipe may have lists of experts by layer instead."
+        },
+    )
+    expert_share: float | None = field(
+        default=None, metadata={"help": "Share of a layer's tokens that the chosen experts get, above 0, at most 1."}
+    )
 
     def adapter_config(self) -> OrdMoEConfig:
         """The configuration that was asked for."""
         settings = dict(vars(self))
+        share = settings.pop("expert_share")
+        if (share is not None) != isinstance(self.expert_selection, str):
+            raise OrdMoEConfigError(
+                f"expert_selection={self.expert_selection!r} and expert_share={share!r}: a file of `ordmoe inspect` "
+                "needs a share of tokens, and a share such a file. Give both, or none."
+            )
+        if isinstance(self.expert_selection, str):
+            settings["expert_selection"] = most_used_experts(self.expert_selection, share)
         # A recipe may give one name or index instead of a list.
         given = self.layer_scope if isinstance(self.layer_scope, list) else [self.layer_scope]
         scope = [str(part) for part in given]
