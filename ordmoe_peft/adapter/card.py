@@ -161,7 +161,7 @@ def _task(base: Mapping[str, Any]) -> tuple[str | None, str]:
 # ------------------------------------------------------------------------------------------------------------ sections
 def _summary(config: OrdMoEConfig, name: str, is_trained: bool) -> str:
     places = " and ".join(role.replace("_", " ") for role in config.targets)
-    text = f"LoRA of rank {config.r} on {places} of the Mixture-of-Experts model {_code(name)}"
+    text = f"LoRA of rank {config.rank_in_words} on {places} of the Mixture-of-Experts model {_code(name)}"
     if not is_trained:
         return f"{text}. How it was trained is not recorded."
     text += ", trained by"
@@ -206,9 +206,11 @@ def _rows_of_adapter(
     packed = {option: recipe.get(option) for option in ("quant_method", *RECIPE)}
     if recipe or is_trained:
         yield "its weights in training", _named(packed) if recipe else "not quantised"
-    patterns = {option: getattr(config, option) or None for option in ("rank_pattern", "alpha_pattern")}
+    patterns = {option: _by_layer(getattr(config, option)) or None for option in ("rank_pattern", "alpha_pattern")}
     scaling = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None}
-    yield "LoRA", _joined([f"on {', '.join(config.targets)}", _named(scaling | patterns)])
+    chosen = config.expert_selection or {}
+    number = f"trained on {sum(map(len, chosen.values()))} experts of {len(chosen)} layers" if chosen else ""
+    yield "LoRA", _joined([f"on {', '.join(config.targets)}", number, _named(scaling | patterns)])
     if config.num_tiers == 1:
         yield "method", "supervised fine-tuning (one tier)" if is_trained else ""
         return
@@ -289,6 +291,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _mappings(values: Any) -> list[Mapping[str, Any]]:
     return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
+
+
+def _by_layer(pattern: Mapping[str, int]) -> Mapping[str, int]:
+    """A pattern with a star for the number of the layer, where that says all."""
+    starred = {name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in pattern}
+    short = {starred[name]: value for name, value in pattern.items()}
+    return short if all(short[starred[name]] == value for name, value in pattern.items()) else pattern
 
 
 def _named(values: Any) -> str:

@@ -15,14 +15,17 @@ from ..tiers.plan import LAYER_SCOPES, TIER_WEIGHTS
 from ..tiers.ranking import GROUPINGS
 from ..tiers.scope import TOKEN_SCOPES
 from .base_record import hub_id
+from .expert_selection import checked_selection
 from .field_types import check_field_types
-from .lora_fields import check_any_target, check_parameter_targets
+from .lora_fields import RANK_OVER_K, check_any_target, check_expert_rank, check_parameter_targets
 from .record import RECORD_NAME
 from .saved import SavedAdapter
 
 
 PEFT_METHOD = "ordmoe"
 ROLES = ("router", "experts", "shared_experts", "attention")
+# Experts in part: what reads hidden states, with a gate or without, and what writes them.
+PROJECTIONS = ("experts.gate_up", "experts.up", "experts.down")
 # More than any MoE layer has experts; what a model has room for is checked when the adapter is attached.
 MOST_TIERS = 4096
 
@@ -39,7 +42,18 @@ class OrdMoEConfig(LoraConfig):
 
     Args:
         targets (`list[str]`, defaults to `["router", "experts"]`): roles to adapt, out of `"router"`, `"experts"`,
-            `"shared_experts"` and `"attention"`.
+            `"shared_experts"` and `"attention"`. `"experts.gate_up"` and `"experts.down"` are one projection of the
+            experts alone, whatever a model calls it: what reads hidden states, the gate and the up-projection, in one
+            matrix or in two, and what writes them. `"experts.up"` is the former where there is no gate.
+        expert_rank (`int` or `"r/K"`, *optional*): the LoRA rank on experts; `r` by default. With `"r/K"` the ranks of
+            a token's K experts come to r: it is r / K, rounded up, and becomes that number when the adapter is
+            attached. It fills `rank_pattern`, under whose rule each place is scaled by alpha over its own rank
+            (`use_rslora`: over the root of that), so `lora_alpha` weighs K times as much on experts of rank r / K.
+            For the same scaling give them `alpha_pattern`.
+        expert_selection (`dict[int, list[int]]`, *optional*): the experts that LoRA is trained on, by MoE layer from
+            0; all by default. [`~ordmoe_peft.adapter.expert_selection.most_used_experts`] makes it of what `ordmoe
+            inspect` wrote. The factors of the others are and stay zero. They do not move, and they are there: memory,
+            time and file are those of LoRA on all experts.
         num_tiers (`int`, defaults to 3): C, the number of tiers; 1 is plain supervised fine-tuning.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut from the ranked experts: `"uniform"`,
             `"high_only"` or `"random"`.
@@ -64,7 +78,16 @@ class OrdMoEConfig(LoraConfig):
 
     targets: list[str] = field(
         default_factory=lambda: ["router", "experts"],
-        metadata={"help": "Roles to adapt.", "choices": list(ROLES)},
+        metadata={
+            "help": "What to adapt: roles, or one projection of the experts.",
+            "choices": [*ROLES, *PROJECTIONS],
+        },
+    )
+    expert_rank: int | str | None = field(
+        default=None, metadata={"help": f"LoRA rank on experts: a number, or {RANK_OVER_K}, rounded up; r by default."}
+    )
+    expert_selection: dict | None = field(
+        default=None, metadata={"help": "Experts that LoRA is trained on, as lists by MoE layer; all by default."}
     )
     num_tiers: int = field(default=3, metadata={"help": "Number of tiers C; 1 is plain supervised fine-tuning."})
     grouping: str = field(default="uniform", metadata={"help": "How tiers are cut.", "choices": list(GROUPINGS)})
@@ -114,6 +137,11 @@ class OrdMoEConfig(LoraConfig):
         config.saved = saved
         return config
 
+    @property
+    def rank_in_words(self) -> str:
+        """The rank, and that of experts where it is another."""
+        return str(self.r) if self.expert_rank is None else f"{self.r} ({self.expert_rank} on experts)"
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's; names a base from the hub by its id, not by the folder that it was loaded from."""
         written = copy.copy(self)
@@ -137,11 +165,18 @@ class OrdMoEConfig(LoraConfig):
         _check_choice("advantages", self.advantages, tuple(ADVANTAGES))
         if isinstance(self.layer_scope, str):
             _check_choice("layer_scope", self.layer_scope, LAYER_SCOPES)
-        unknown = [role for role in self.targets if role not in ROLES]
+        unknown = [target for target in self.targets if target not in (*ROLES, *PROJECTIONS)]
         if unknown or not self.targets:
-            raise OrdMoEConfigError(f"targets must be one or more of {ROLES}, got {self.targets}.")
+            raise OrdMoEConfigError(f"targets must be one or more of {(*ROLES, *PROJECTIONS)}, got {self.targets}.")
+        if "experts" in self.targets and set(PROJECTIONS) & set(self.targets):
+            raise OrdMoEConfigError(
+                f"targets={self.targets} has 'experts', which is all of their projections, and one of these. Leave one "
+                "of the two out."
+            )
         tier_rewards(self.rewards, self.num_tiers)
         check_any_target(self)
+        check_expert_rank(self)
+        self.expert_selection = checked_selection(self)
 
 
 def _check_fields(config: OrdMoEConfig) -> None:

@@ -11,7 +11,15 @@ from ..tiers.plan import TierPlan, make_plan
 from ..tiers.router_check import calls_experts, check_router
 from ..tiers.routing import check_weights, settings_of
 from .config import OrdMoEConfig
-from .lora_fields import check_modules_to_save, check_whole_model, resolve_patterns
+from .expert_selection import check_selection
+from .lora_fields import (
+    check_modules_to_save,
+    check_whole_model,
+    expert_rank_of,
+    in_few_patterns,
+    resolve_patterns,
+    with_expert_rank,
+)
 from .offloading import check_offloading
 from .targets import Target, base_moe, matrices_beside_linears, resolve_targets
 
@@ -28,6 +36,7 @@ def check_fits_model(config: OrdMoEConfig, model: nn.Module) -> tuple[list[Targe
     check_base(config, model)
     plan = make_plan(moe.layers, 1, settings_of(config))
     targets = check_targets(config, model)
+    check_selection(config, moe.layers)
     check_routers_are_reached(moe.layers, targets)
     check_experts_are_reached(moe.layers, targets)
     check_unshared_targets(model, targets)
@@ -162,16 +171,21 @@ def check_targets(config: OrdMoEConfig, model: nn.Module) -> list[Target]:
     return targets
 
 
-def fill_in_targets(config: OrdMoEConfig, targets: list[Target]) -> None:
-    """Write explicit names into `config`. They are saved with the adapter, so that plain PEFT can load it.
+def fill_in_targets(config: OrdMoEConfig, targets: list[Target], layers: list[MoELayer]) -> None:
+    """Write explicit names and ranks into `config`. They are saved with the adapter, so that plain PEFT can load it.
 
     Raises:
-        [`OrdMoEConfigError`]: a pattern of `config` stands for none of `targets`.
+        [`OrdMoEConfigError`]: a pattern of `config` stands for none of `targets`, or for another rank of experts.
+        [`OrdMoEModelError`]: the rank of experts is not known.
     """
     config.target_modules = {target.name for target in targets if not target.is_parameter}
     config.target_parameters = sorted(target.name for target in targets if target.is_parameter)
     for field in ("rank_pattern", "alpha_pattern"):
-        setattr(config, field, resolve_patterns(field, getattr(config, field) or {}, targets))
+        patterns = resolve_patterns(field, getattr(config, field) or {}, targets)
+        if field == "rank_pattern" and config.expert_rank is not None:
+            config.expert_rank = expert_rank_of(config, layers)
+            patterns = with_expert_rank(patterns, config.expert_rank, targets)
+        setattr(config, field, in_few_patterns(patterns, targets))
 
 
 def _names_meant(model: nn.Module, endings: str | Iterable[str]) -> set[str]:

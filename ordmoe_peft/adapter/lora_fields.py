@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
-from ..moe_model import without_wrappers
+from ..moe_model import MoELayer, without_wrappers
 from .targets import Target
 
 
@@ -32,8 +32,15 @@ NOT_ON_PARAMETERS = (
     "loftq_config",
 )
 INITIALISATIONS_ON_PARAMETERS = (True, False, "gaussian")
+# The value of `expert_rank` that stands for r over the experts of a token.
+RANK_OVER_K = "r/K"
 # What PEFT adds to `modules_to_save` by itself for a task, in the hope that one of them is there.
 HEADS_OF_TASKS = {"classifier", "score", "qa_outputs"}
+
+
+def roles_of(config: Any) -> set[str]:
+    """The roles that `config.targets` names, in whole or in part."""
+    return {target.partition(".")[0] for target in config.targets}
 
 
 def check_any_target(config: LoraConfig) -> None:
@@ -53,7 +60,7 @@ def check_parameter_targets(config: LoraConfig) -> None:
     Raises:
         [`OrdMoEConfigError`]: one cannot.
     """
-    if not {"router", "experts"} & set(config.targets):
+    if not {"router", "experts"} & roles_of(config):
         return
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -69,6 +76,24 @@ def _refuse_on_parameters(config: LoraConfig, name: str, remedy: str) -> None:
         f"{name}={getattr(config, name)!r} cannot be applied to routers and fused experts, which targets="
         f"{config.targets} names. {remedy}, or set targets to 'attention' or 'shared_experts' alone."
     )
+
+
+def check_expert_rank(config: Any) -> None:
+    """See that `config.expert_rank` can be the rank of experts.
+
+    Raises:
+        [`OrdMoEConfigError`]: it cannot, or no expert is adapted.
+    """
+    rank = config.expert_rank
+    if rank is None:
+        return
+    if rank != RANK_OVER_K if isinstance(rank, str) else rank < 1:
+        raise OrdMoEConfigError(f"expert_rank must be at least 1, or {RANK_OVER_K!r}, got {rank!r}.")
+    if "experts" not in roles_of(config):
+        raise OrdMoEConfigError(
+            f"expert_rank={rank!r} is for experts, which targets={config.targets} has not. Leave it unset, or add "
+            "'experts' to targets."
+        )
 
 
 def changes_base_weights(config: LoraConfig) -> bool:
@@ -146,6 +171,57 @@ def resolve_patterns(field: str, patterns: dict[str, Any], targets: list[Target]
             f"{[target.name for target in targets if target.layer == last]}."
         )
     return resolved
+
+
+def expert_rank_of(config: Any, layers: list[MoELayer]) -> int:
+    """The number that `config.expert_rank` stands for in a model with these MoE layers.
+
+    Raises:
+        [`OrdMoEModelError`]: it is `"r/K"`, and K is not known, or not the same in all layers.
+    """
+    if config.expert_rank != RANK_OVER_K:
+        return config.expert_rank
+    top_ks = sorted({layer.top_k for layer in layers})
+    if len(top_ks) > 1 or 0 in top_ks:
+        raise OrdMoEModelError(
+            f"expert_rank={RANK_OVER_K!r} needs one K for all MoE layers, and this model's have {top_ks} experts per "
+            "token (0: not known). Give expert_rank as a number."
+        )
+    return -(-config.r // top_ks[0])
+
+
+def with_expert_rank(patterns: dict[str, int], rank: int, targets: list[Target]) -> dict[str, int]:
+    """`patterns` of ranks by the full names of `targets`, with `rank` for all experts.
+
+    Raises:
+        [`OrdMoEConfigError`]: the patterns give experts another rank.
+    """
+    names = [target.name for target in targets if target.role == "experts"]
+    other = next((name for name in names if patterns.get(name, rank) != rank), None)
+    if other is not None:
+        raise OrdMoEConfigError(
+            f"expert_rank stands for {rank}, and rank_pattern gives {other} the rank {patterns[other]}. Set one of the "
+            "two for experts."
+        )
+    return patterns | dict.fromkeys(names, rank)
+
+
+def in_few_patterns(patterns: dict[str, Any], targets: list[Target]) -> dict[str, Any]:
+    """`patterns` by full names, with one for a layer's experts that are modules, where they have the same value.
+
+    PEFT tries every pattern on every module, of which a model can have thousands then.
+    """
+    alike: dict[str, list[str]] = {}
+    for target in targets:
+        if target.role == "experts" and not target.is_parameter and target.name in patterns:
+            layer, within = re.match(r"(.*?\.\d+\.)(.*)", target.name).groups()  # type: ignore[union-attr]
+            alike.setdefault(layer + re.sub(r"(?<=[._])\d+(?=\.)", r"\\d+", within), []).append(target.name)
+    few = dict(patterns)
+    for pattern, names in alike.items():
+        meant = [target.name for target in targets if _matches(pattern, target.name)]
+        if meant == names and len({patterns[name] for name in names}) == 1:
+            few = {name: value for name, value in few.items() if name not in names} | {pattern: patterns[names[0]]}
+    return few
 
 
 def _matches(pattern: str, name: str) -> bool:

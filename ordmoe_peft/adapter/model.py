@@ -27,6 +27,7 @@ from ..tiers.routing import install_tier_hooks, note_adapter_configs, ranked_lay
 from .attachment import attached_or_unchanged, unchanged_on_error, weights_unchanged_on_error
 from .base_record import base_record, check_base_record, without_embeddings
 from .config import OrdMoEConfig
+from .expert_selection import clear_, others_of
 from .fitting import check_fits_model, fill_in_targets
 from .lora_fields import changes_base_weights
 from .offloading import bring_offloaded_routers
@@ -96,12 +97,15 @@ class OrdMoEModel(LoraModel):
         if not is_loaded:
             config.base_quantization = base_quantization(model)
         config.base_moe = base_moe(model)
-        fill_in_targets(config, targets)
+        fill_in_targets(config, targets, moe.layers)
         rewritten = sorted(config.target_modules) if changes_base_weights(config) else []
         with weights_unchanged_on_error([model.get_submodule(name) for name in rewritten]), warnings.catch_warnings():
             # PEFT looks for patterns among modules alone; `fill_in_targets` has found all.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.expert_selection is not None:
+            for module, experts in others_of(model, config, adapter_name):
+                clear_(module, adapter_name, experts)
         if self.read_by_transformers:
             names = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
             check_read_by_transformers((name.removeprefix("model.") for name in names), model)

@@ -179,11 +179,12 @@ class OrdMoEAdapters(PeftModel):
         """
         config = self.peft_config[adapter_name]
         shapes = saved.check_weights()
-        for name in OF_THE_SCALE:
-            if saved.settings.get(name, getattr(config, name)) != getattr(config, name):
+        earlier = {name: getattr(config, name) for name in OF_THE_SCALE} | {"expert_selection": None}
+        for name, default in earlier.items():  # files of an older version may not have one
+            if saved.settings.get(name, default) != getattr(config, name):
                 raise OrdMoEConfigError(
-                    f"{saved.folder} was saved with {name}={saved.settings[name]!r}; the adapter {adapter_name!r} of "
-                    f"this model has {getattr(config, name)!r}. Load it under another name."
+                    f"{saved.folder} was saved with {name}={saved.settings.get(name)!r}; the adapter "
+                    f"{adapter_name!r} of this model has {getattr(config, name)!r}. Load it under another name."
                 )
         attached = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
         check_fits(shapes, attached, str(saved.weights_file))

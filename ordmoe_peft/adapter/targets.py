@@ -22,6 +22,9 @@ class Target:
         name (`str`): full name in the unwrapped model.
         is_parameter (`bool`): goes to `target_parameters` rather than to `target_modules`.
         layer (`int`): place of its decoder layer.
+        projection (`str`, defaults to `""`): of experts, which projection it is or is a part of, whatever its name:
+            `gate_up` reads the hidden states for a gated activation, in one matrix or in two, `up` for one without a
+            gate, `down` writes them. Empty where the shapes do not say.
     """
 
     role: str
@@ -29,6 +32,12 @@ class Target:
     name: str
     is_parameter: bool
     layer: int
+    projection: str = ""
+
+    def is_meant_by(self, wish: str) -> bool:
+        """Whether `wish` names its role, or its projection as `experts.down`."""
+        role, _, projection = wish.partition(".")
+        return self.role == role and projection in ("", self.projection)
 
 
 def find_targets(model: nn.Module) -> list[Target]:
@@ -54,14 +63,47 @@ def _expert_targets(layer: MoELayer) -> list[Target]:
     """The stacks of a layer's experts, or the linear layers of experts that are modules; nothing of flat stacks, on
     which LoRA would be one for all experts."""
     if layer.kind == "modules":
-        return [
-            Target("experts", name.rpartition(".")[2], f"{layer.experts_name}.{name}", False, layer.decoder_layer)
-            for name in linears_in(layer.experts)
-        ]
+        projections = _projections_of_linears(layer)
+        kinds = {name: name.rpartition(".")[2] for name in projections}
+    else:
+        projections = _projections_of_stacks(layer) if layer.kind != "flat" else {}
+        kinds = {name: _kind_of(name) for name in projections}
     return [
-        Target("experts", _kind_of(name), f"{layer.experts_name}.{name}", True, layer.decoder_layer)
-        for name in (() if layer.kind == "flat" else layer.projections)
+        Target(
+            *("experts", kinds[name], f"{layer.experts_name}.{name}", layer.kind != "modules", layer.decoder_layer),
+            projection,
+        )
+        for name, projection in projections.items()
     ]
+
+
+def _projections_of_linears(layer: MoELayer) -> dict[str, str]:
+    """Linear layers in experts that are modules → `Target.projection`, by which side is as wide as hidden states."""
+    linears = {name: module_of(layer.experts, name) for name in linears_in(layer.experts)}
+    width = layer.router_weight.shape[1] if layer.router is not None else None
+    is_down = {name: part.out_features == width for name, part in linears.items()}
+    is_told = all(is_down[name] != (part.in_features == width) for name, part in linears.items())
+    up = sum(part.out_features for name, part in linears.items() if not is_down[name])
+    down = sum(part.in_features for name, part in linears.items() if is_down[name])
+    return {name: _projection(is_down[name], has_gate=up > down) if is_told else "" for name in linears}
+
+
+def _projections_of_stacks(layer: MoELayer) -> dict[str, str]:
+    """Stacks → `Target.projection`. Of two that are no class of transformers' experts interface, the larger is the
+    gate's and the up-projection's, and of two alike the first reads; of more, the one that no other is like writes."""
+    shapes = {name: tuple(logical_shape(stack)[1:]) for name, stack in layer.stacks.items()}
+    names, sizes = list(shapes), [rows * columns for rows, columns in shapes.values()]
+    if layer.kind == "fused":
+        downs, has_gate = names[1:], layer.experts.has_gate
+    elif len(names) == 2:
+        downs, has_gate = [names[0] if sizes[0] < sizes[1] else names[1]], sizes[0] != sizes[1]
+    else:
+        downs, has_gate = [name for name in names if list(shapes.values()).count(shapes[name]) == 1], True
+    return {name: _projection(name in downs, has_gate) if len(downs) == 1 < len(names) else "" for name in names}
+
+
+def _projection(is_down: bool, has_gate: bool) -> str:
+    return "down" if is_down else "gate_up" if has_gate else "up"
 
 
 def _kind_of(projection: str) -> str:
@@ -107,36 +149,43 @@ def _linears(model: nn.Module, parent_name: str, *words: str) -> Iterator[tuple[
             yield (f"{name}.weight", True) if is_own else (name, False)
 
 
-def resolve_targets(model: nn.Module, roles: list[str]) -> list[Target]:
-    """The targets of `roles`.
+def resolve_targets(model: nn.Module, wishes: list[str]) -> list[Target]:
+    """The targets that `wishes` name: roles, or projections of experts as `experts.down`.
 
     Raises:
-        [`OrdMoEModelError`]: a role matches nothing, or only part of the layers that should have it.
+        [`OrdMoEModelError`]: one matches nothing, or only part of the layers that should have it.
     """
     moe, found = MoEModel.of(model), find_targets(model)
     moe_layers = {layer.decoder_layer for layer in moe.layers}
     decoder_layers = {index for index, _ in moe.decoder_layers}
-    for role in roles:
-        covered = {target.layer for target in found if target.role == role}
+    for wish in wishes:
+        role = wish.partition(".")[0]
+        covered = {target.layer for target in found if target.is_meant_by(wish)}
         if not covered:
-            layer = moe.layers[0]
-            if role == "experts" and layer.kind == "flat":
-                raise OrdMoEModelError(
-                    f"targets has 'experts', but {layer.experts_name} ({type(layer.experts).__name__}) holds the "
-                    f"matrices of all experts in one, as {', '.join(layer.projections)}, where LoRA would be one for "
-                    "all experts. Leave 'experts' out of targets."
-                )
-            available = sorted({target.role for target in found})
-            raise OrdMoEModelError(
-                f"targets has {role!r}, but {type(model).__name__} has nothing of that role. It has {available}."
-            )
+            raise OrdMoEModelError(f"targets has {wish!r}, but {_why_nothing(wish, model, found)}")
         missing = sorted((decoder_layers if role == "attention" else moe_layers) - covered)
         if missing:
             raise OrdMoEModelError(
-                f"targets has {role!r}, but it was found in {len(covered)} layers only; nothing in the decoder layers "
+                f"targets has {wish!r}, but it was found in {len(covered)} layers only; nothing in the decoder layers "
                 f"{missing}. Drop the role, or name the modules in a plain LoraConfig."
             )
-    return [target for target in found if target.role in roles]
+    return [target for target in found if any(target.is_meant_by(wish) for wish in wishes)]
+
+
+def _why_nothing(wish: str, model: nn.Module, found: list[Target]) -> str:
+    """Why none of the targets that were `found` is meant by `wish`, and what to do."""
+    role, layer, name = wish.partition(".")[0], MoEModel.of(model).layers[0], type(model).__name__
+    if role == "experts" and layer.kind == "flat":
+        return (
+            f"{layer.experts_name} ({type(layer.experts).__name__}) holds the matrices of all experts in one, as "
+            f"{', '.join(layer.projections)}, where LoRA would be one for all experts. Leave {wish!r} out of targets."
+        )
+    parts = {target.projection for target in found if target.role == role} if wish != role else set()
+    if not parts:
+        return f"{name} has nothing of that role. It has {sorted({target.role for target in found})}."
+    if parts == {""}:
+        return f"which projection is which, the shapes of the experts of {name} do not say. Adapt 'experts'."
+    return f"the experts of {name} have {sorted(f'{role}.{part}' for part in parts)}. Name one of these, or 'experts'."
 
 
 def base_quantization(model: nn.Module) -> dict | None:
@@ -188,6 +237,14 @@ class Coverage:
         return "\n".join(lines)
 
 
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers in `model`, each with the name of what it adapts, a module or a parameter."""
+    for wrapped_name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            parameter_name = getattr(module, "parameter_name", None)
+            yield without_wrappers(wrapped_name) + (f".{parameter_name}" if parameter_name else ""), module
+
+
 def coverage_report(model: nn.Module) -> Coverage:
     """Count, by kind, the targets that `model` has, those that LoRA is on, and their trainable parameters.
 
@@ -196,11 +253,7 @@ def coverage_report(model: nn.Module) -> Coverage:
     """
     trainable: dict[str, int] = {}
     adapted: set[str] = set()
-    for wrapped_name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        parameter_name = getattr(module, "parameter_name", None)
-        name = without_wrappers(wrapped_name) + (f".{parameter_name}" if parameter_name else "")
+    for name, module in adapted_modules(model):
         adapted.add(name)
         factors = [*module.lora_A.parameters(), *module.lora_B.parameters()]
         trainable[name] = sum(factor.numel() for factor in factors if factor.requires_grad)

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..adapter.config import OrdMoEConfig
+from ..adapter.expert_selection import most_used_experts
 from ..errors import OrdMoEConfigError
 from ..quantization.config import MoeBitsAndBytesConfig
 from ..tiers.plan import TIER_WEIGHTS
@@ -100,9 +101,17 @@ class AdapterSizeArguments:
 
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     targets: list[str] = field(default_factory=lambda: ["router", "experts"], metadata=help_of(OrdMoEConfig, "targets"))
+    expert_rank: str | None = field(
+        default=OrdMoEConfig.expert_rank,  # type: ignore[assignment]
+        metadata=help_of(OrdMoEConfig, "expert_rank"),
+    )
     num_tiers: int = field(default=OrdMoEConfig.num_tiers, metadata=help_of(OrdMoEConfig, "num_tiers"))
     rewards: list[float] | None = field(default=OrdMoEConfig.rewards, metadata=help_of(OrdMoEConfig, "rewards"))
     advantages: str = field(default=OrdMoEConfig.advantages, metadata=help_of(OrdMoEConfig, "advantages"))
+
+    def __post_init__(self):
+        if isinstance(self.expert_rank, str) and self.expert_rank.isdecimal():
+            self.expert_rank = int(self.expert_rank)
 
 
 @dataclass
@@ -122,10 +131,28 @@ class AdapterArguments(AdapterSizeArguments):
         },
     )
     tier_seed: int = field(default=OrdMoEConfig.tier_seed, metadata=help_of(OrdMoEConfig, "tier_seed"))
+    expert_selection: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of `ordmoe inspect`: train LoRA on the most-used experts of each layer alone, the "
+            "fewest that get expert_share of its tokens. A recipe may have lists of experts by layer instead."
+        },
+    )
+    expert_share: float | None = field(
+        default=None, metadata={"help": "Share of a layer's tokens that the chosen experts get, above 0, at most 1."}
+    )
 
     def adapter_config(self) -> OrdMoEConfig:
         """The configuration that was asked for."""
         settings = dict(vars(self))
+        share = settings.pop("expert_share")
+        if (share is not None) != isinstance(self.expert_selection, str):
+            raise OrdMoEConfigError(
+                f"expert_selection={self.expert_selection!r} and expert_share={share!r}: a file of `ordmoe inspect` "
+                "needs a share of tokens, and a share such a file. Give both, or none."
+            )
+        if isinstance(self.expert_selection, str):
+            settings["expert_selection"] = most_used_experts(self.expert_selection, share)
         # A recipe may give one name or index instead of a list.
         given = self.layer_scope if isinstance(self.layer_scope, list) else [self.layer_scope]
         scope = [str(part) for part in given]

@@ -196,8 +196,9 @@ def print_plan(name: str, plan: MemoryPlan, settings: PlanSettings, card: Card) 
     if plan.in_ram is not None:
         rows.append(["  of which in RAM", "pinned", "", f"-{_gib(plan.in_ram.host)}"])
         rows.append(["slots for experts in RAM", "one layer each", "", _gib(plan.in_ram.slots)])
+    of_experts = "" if settings.expert_rank is None else f", of experts {settings.expert_rank}"
     for what, form, size in (
-        (f"adapter, r {settings.r}", f"{plan.trainable / 1e6:,.1f} M weights", plan.adapter),
+        (f"adapter, r {settings.r}{of_experts}", f"{plan.trainable / 1e6:,.1f} M weights", plan.adapter),
         ("its gradients", "", plan.gradients),
         ("optimizer", settings.optimizer, plan.optimizer),
         ("activations kept for backward", _step(settings), plan.activations.kept),

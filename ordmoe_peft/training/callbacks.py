@@ -1,12 +1,33 @@
 """What is watched while an adapter trains."""
 
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..adapter.config import OrdMoEConfig
+from ..adapter.expert_selection import clear_, others_of
 from ..monitoring.diagnostics import training_findings
 
 
 logger = logging.get_logger(__name__)
+
+
+class OthersStayZero(TrainerCallback):
+    """Clears, after each step, the factors of experts that `expert_selection` leaves out, which optimizers with states
+    in 8 bits move ([`expert_selection`](../adapter/expert_selection.py)).
+
+    Args:
+        model ([`~peft.PeftModel`]): with the adapter that is trained.
+        config ([`OrdMoEConfig`]): its configuration.
+    """
+
+    def __init__(self, model: PeftModel, config: OrdMoEConfig):
+        self.adapter_name = model.active_adapter
+        self.others = others_of(model, config, self.adapter_name)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for module, experts in self.others:
+            clear_(module, self.adapter_name, experts)
 
 
 class FailureWatch(TrainerCallback):

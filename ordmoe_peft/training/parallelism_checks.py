@@ -6,6 +6,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
+from ..adapter.config import OrdMoEConfig
 from ..errors import OrdMoEConfigError
 from ..merging.in_memory import has_packed_weights
 from ..quantization.offloaded import is_in_ram
@@ -55,6 +56,22 @@ def check_experts_in_ram(model: nn.Module, accelerator: Accelerator) -> None:
         raise OrdMoEConfigError(
             f"offload_experts=True is not supported with {name} ({accelerator.num_processes} processes): each would "
             "need all experts in RAM, and none of this is tested. Train in one process, or set offload_experts=False."
+        )
+
+
+def check_selected_experts(config: OrdMoEConfig, args: TrainingArguments, accelerator: Accelerator) -> None:
+    """See that nothing moves the factors of experts that `expert_selection` leaves out.
+
+    Optimizers with states in 8 bits do; see [`expert_selection`](../adapter/expert_selection.py).
+
+    Raises:
+        [`OrdMoEConfigError`]: such an optimizer steps on parts of weights, which are not cleared after it.
+    """
+    is_shared = accelerator.state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if config.expert_selection is not None and is_shared and "8bit" in args.optim:
+        raise OrdMoEConfigError(
+            f"optim={str(args.optim)!r} moves weights whose gradients are zero, so with FSDP or DeepSpeed the experts "
+            "that expert_selection leaves out would be trained, too. Set optim='adamw_torch', or use DDP."
         )
 
 

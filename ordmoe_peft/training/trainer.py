@@ -42,11 +42,11 @@ from ..tiers.scope import IGNORED_LABEL
 from ._compat import WholeCheckpoints, logged_metrics
 from .answers import with_answers
 from .arguments import OrdMoETrainingArguments
-from .callbacks import FailureWatch
+from .callbacks import FailureWatch, OthersStayZero
 from .data_checks import check_prepared, check_room_to_write, check_trainable, checked_data
 from .losses import Sum, TierLoss, means_over_processes, tier_metrics
 from .micro_batch import MICRO_BATCH, TIER_PASS, MicroBatch, NumberedBatches, model_inputs, numbered
-from .parallelism_checks import check_experts_in_ram, check_placement, check_precision
+from .parallelism_checks import check_experts_in_ram, check_placement, check_precision, check_selected_experts
 from .pass_schedule import PassSchedule
 from .precision import prepare_for_scaler_
 from .router_health import RouterHealth
@@ -140,6 +140,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         self.model_accepts_loss_kwargs |= not self._is_plain_sft
         check_placement(self.accelerator, args.n_gpu, self._is_generated)
         check_experts_in_ram(self.model, self.accelerator)
+        check_selected_experts(config, args, self.accelerator)
         check_precision(self.model, args)
         prepare_for_scaler_(self.model, self.accelerator)
         if self.is_fsdp_enabled:
@@ -150,7 +151,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
             args.tier_passes, self._num_passes(), self.accelerator, saves_memory=args.activation_offloading
         )
         self._guard = StepGuard(args.max_nonfinite_steps, logged_metrics(self, "train"))
-        for callback in (self._schedule, self._guard, self._sharing, FailureWatch(vocab_size)):
+        others = None if config.expert_selection is None else OthersStayZero(self.model, config)
+        for callback in (others, self._schedule, self._guard, self._sharing, FailureWatch(vocab_size)):
             if callback is not None:
                 self.add_callback(callback)
         if args.log_router_health:

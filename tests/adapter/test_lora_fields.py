@@ -1,13 +1,16 @@
+import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 
 from ordmoe_peft import OrdMoEConfig
-from ordmoe_peft.adapter.lora_fields import resolve_patterns
+from ordmoe_peft.adapter.lora_fields import expert_rank_of, in_few_patterns, resolve_patterns
 from ordmoe_peft.adapter.targets import Target
-from ordmoe_peft.errors import OrdMoEConfigError
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
 from tests import models
 
 
@@ -125,3 +128,55 @@ def test_patterns_are_resolved_by_names_alone():
     }
     with pytest.raises(OrdMoEConfigError, match=r"alpha_pattern has 'k_proj'.*layers.0.attn.q_proj"):
         resolve_patterns("alpha_pattern", {"k_proj": 3}, targets)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [
+        ({"expert_rank": 2}, 2),
+        ({"expert_rank": "r/K"}, 3),  # of 5 / 2, rounded up
+        ({"expert_rank": "r/K", "rank_pattern": {"mlp.gate": 7, "down_proj": 3}}, 3),
+    ],
+)
+def test_experts_have_a_rank_of_their_own(settings, rank, tmp_path):
+    tuned = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=5, lora_alpha=6, **settings))
+    of_router = 7 if "rank_pattern" in settings else 5
+    assert {name.rpartition(".")[2]: value for name, value in ranks(tuned).items()} == {
+        **{"gate_up_proj": (rank, 6), "down_proj": (rank, 6), "weight": (of_router, 6)}
+    }
+    assert tuned.base_model.model.model.layers[0].mlp.experts.scaling["default"] == 6 / rank  # PEFT's rule
+    models.randomize_adapter(tuned)
+    tuned.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["expert_rank"] == rank
+    assert f"LoRA of rank 5 ({rank} on experts)" in (tmp_path / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(models.qwen3_moe(), tmp_path)
+    assert ranks(loaded) == ranks(tuned)
+    assert torch.equal(loaded(**models.text_batch()).logits, tuned.eval()(**models.text_batch()).logits)
+
+
+def test_a_rank_of_experts_that_is_said_twice_or_not_known():
+    config = OrdMoEConfig(r=4, expert_rank="r/K", rank_pattern={"down_proj": 3})
+    with pytest.raises(
+        OrdMoEConfigError, match=r"expert_rank stands for 2, and rank_pattern gives .*down_proj the rank 3"
+    ):
+        get_peft_model(models.qwen3_moe(), config)
+    for top_ks in ([2, 4], [0]):
+        layers = [SimpleNamespace(top_k=top_k) for top_k in top_ks]
+        with pytest.raises(OrdMoEModelError, match=rf"expert_rank='r/K' needs one K .* have \[{top_ks[0]}"):
+            expert_rank_of(OrdMoEConfig(expert_rank="r/K"), layers)
+        assert expert_rank_of(OrdMoEConfig(expert_rank=3), layers) == 3
+
+
+def test_experts_that_are_modules_share_a_pattern():
+    """PEFT tries each pattern on each module; its own rule finds the same ranks with fewer."""
+    of_experts = [
+        Target("experts", name, f"layers.{layer}.mlp.experts.{expert}.{name}", False, layer)
+        for layer in range(2)
+        for expert in range(12)
+        for name in ("w1", "w2")
+    ]
+    router = Target("router", "router", "layers.0.mlp.gate", False, 0)
+    by_name = {target.name: 2 for target in of_experts} | {router.name: 9, "layers.1.mlp.experts.3.w2": 4}
+    few = in_few_patterns(by_name, [router, *of_experts])
+    assert len(few) == 1 + 3 + 12  # the router; both of layer 0, and w1 of layer 1; w2 of layer 1 has two ranks
+    assert {name: few[get_pattern_key(few, name)] for name in by_name} == by_name

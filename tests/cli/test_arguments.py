@@ -20,9 +20,29 @@ def test_layers_that_nothing_names(given):
         AdapterArguments(layer_scope=given).adapter_config()
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("2", 2), (2, 2), ("r/K", "r/K"), (None, None)])
+def test_the_rank_of_experts_as_options_and_recipes_give_it(given, wanted):
+    assert AdapterArguments(expert_rank=given).adapter_config().expert_rank == wanted
+
+
+def test_experts_are_selected_by_a_file_and_a_share_or_by_a_recipe(tmp_path):
+    file = tmp_path / "inspect.json"
+    file.write_text('{"layers": [{"layer": 0, "utilisation": [0.5, 1.5]}]}')
+    for given in ({"expert_selection": str(file), "expert_share": 0.6}, {"expert_selection": {0: [1]}}):
+        assert AdapterArguments(**given).adapter_config().expert_selection == {"0": [1]}
+    for half in (
+        {"expert_selection": str(file)},
+        {"expert_share": 0.6},
+        {"expert_selection": {0: [1]}, "expert_share": 1},
+    ):
+        with pytest.raises(OrdMoEConfigError, match="Give both, or none"):
+            AdapterArguments(**half).adapter_config()
+
+
 def test_options_of_the_adapter_default_to_its_configuration():
     options, config = AdapterArguments(), OrdMoEConfig()
-    own = [item.name for item in fields(AdapterArguments) if item.name not in ("lora_r", "lora_alpha", "layer_scope")]
+    others = ("lora_r", "lora_alpha", "layer_scope", "expert_share")
+    own = [item.name for item in fields(AdapterArguments) if item.name not in others]
     assert {name: getattr(options, name) for name in own} == {name: getattr(config, name) for name in own}
     assert help_of(AdapterArguments, "grouping") == help_of(OrdMoEConfig, "grouping")
 

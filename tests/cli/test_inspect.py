@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from ordmoe import main
 from ordmoe_peft import OrdMoEConfig
+from ordmoe_peft.adapter.expert_selection import most_used_experts
 from ordmoe_peft.cli.inspect import MAX_PRINTED_REASONS
 from ordmoe_peft.moe_model import MoEModel
 from tests import models
@@ -31,6 +32,10 @@ def test_a_fit_model_and_its_adapter(base, data, tmp_path, capsys):  # noqa: F81
     assert report["is_fit"]
     assert report["model"] == str(base)
     assert f"{report['num_tokens']} tokens of train" in output
+    chosen = most_used_experts(results, 0.5)
+    assert chosen.keys() == {"0", "1", "2"} and all(
+        1 <= len(experts) <= models.NUM_EXPERTS / 2 for experts in chosen.values()
+    )
 
     model = get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4, num_tiers=2, grouping="high_only"))
     models.randomize_adapter(model)

@@ -96,11 +96,12 @@ def test_a_model_that_does_not_fit_and_what_would_help(folder, tmp_path, capsys)
 
 
 def test_nothing_makes_it_fit(folder, capsys):
-    arguments = ("--usable_gb", 1e-4, "--reserve_gb", 0, "--max_length", 16, "--lora_r", 4)
+    arguments = ("--usable_gb", 1e-4, "--reserve_gb", 0, "--max_length", 16, "--lora_r", 4, "--expert_rank", "r/K")
     assert run(folder, *arguments) == 0
     printed = capsys.readouterr().out
     assert "Even with all of them it does not fit" in printed
     assert "The fewest" not in printed
+    assert "adapter, r 4, of experts r/K" in printed
 
 
 def test_experts_in_ram(folder, tmp_path, capsys):

@@ -25,6 +25,24 @@ def test_the_seed_decides_the_adapter(base, data, tmp_path):
     assert not torch.equal(first[min(first)], other[min(first)])
 
 
+def test_the_experts_that_are_asked_for(base, data, tmp_path):
+    """One projection of the most-used ones, with a rank of their own."""
+    layers = [{"layer": layer, "utilisation": [0.0, 1.0, 3.0] + [0.8] * 5} for layer in range(models.NUM_LAYERS)]
+    (tmp_path / "inspect.json").write_text(json.dumps({"layers": layers}))
+    options = {"expert_selection": tmp_path / "inspect.json", "expert_share": 0.5, "expert_rank": "r/K"}
+    arguments = train_arguments(base, data, tmp_path / "out", **options)
+    assert main([*arguments, "--targets", "router", "experts.down"]) == 0
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["targets"] == ["router", "experts.down"]
+    assert saved["expert_rank"] == 4 // models.TOP_K
+    assert saved["expert_selection"] == {layer: [1, 2] for layer in "012"}
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    of_experts = [tensor for name, tensor in tensors.items() if ".experts.lora_A" in name]
+    for A in of_experts:
+        assert A.view(models.NUM_EXPERTS, -1).any(1).tolist() == [expert in (1, 2) for expert in range(8)]
+    assert len(of_experts) == models.NUM_LAYERS and not any("base_layer" in name for name in tensors)
+
+
 class TestRuns:
     """A run that ends in nothing says so; one that is there is gone on with, or left alone."""
 

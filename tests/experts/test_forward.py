@@ -136,6 +136,40 @@ def test_values_and_gradients(flags, routing, packed, sizes, monkeypatch):
         torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
 
 
+WAYS = [(way, PACKINGS[packing]) for way in (*SIZES, "few on CPU", "few elsewhere") for packing in ("dense", "NF4")]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["up", "down"])
+@pytest.mark.parametrize(("way", "packed"), [*WAYS, ("trained", None)])
+def test_lora_on_one_projection_alone(way, packed, place, monkeypatch):
+    sizes = SIZES.get(way, on_gpu() if way == "few elsewhere" else ON_CPU)
+    monkeypatch.setattr(forward_of_experts, "work_sizes", lambda device: sizes)
+    is_few = way.startswith("few")
+    for flags in (LAYOUTS["transposed and biased"], LAYOUTS["not gated"]):
+        for routing in (ROUTINGS["mixed, one expert empty"], ROUTINGS["one token"]):
+            module = build_experts(**flags).train(not is_few).requires_grad_(way == "trained")
+            lora, index = build_lora(module), torch.tensor(routing)
+            name, ab = list(lora.items())[place]
+            # The other's delta is none: both stacks are packed where one is.
+            nothing = [torch.zeros_like(tensor) for ab in lora.values() for tensor in ab]
+            updates = {other: factors(*nothing[2 * at : 2 * at + 2]) for at, other in enumerate(lora)}
+            updates[name] = factors(*ab)
+            stacks = stacks_with_updates(module, updates, packed)
+            x = torch.randn(len(index), HIDDEN, requires_grad=True)
+            weights = torch.rand(index.shape, requires_grad=True)
+            wanted = reference.experts(module, x, index, weights, stacks)
+            with torch.set_grad_enabled(not is_few):
+                got = experts_forward(module, x, index, weights, {name: updates[name]})
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            if is_few:
+                continue
+            inputs, direction = [x, weights, *ab], torch.randn_like(wanted)
+            for mine, true in zip(
+                torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+            ):
+                torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
 def popular(num_experts: int, tokens: int, skew: float) -> torch.Tensor:
     """A routing to two experts each (`torch.Tensor` of shape `(T, 2)`), by Zipf's law."""
     return (torch.randn(tokens, num_experts) - skew * torch.arange(1, num_experts + 1).log()).topk(2).indices

@@ -185,10 +185,10 @@ def test_tiers_are_held_while_decoding(model, layout):
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA
-def adapted(model, random: bool = True) -> PeftModel:
+def adapted(model, random: bool = True, **settings) -> PeftModel:
     """With an adapter whose alpha / r is no power of two, which would make sums exact by luck."""
     torch.manual_seed(3)
-    peft_model = get_peft_model(model, OrdMoEConfig(r=4, lora_alpha=6)).eval()
+    peft_model = get_peft_model(model, OrdMoEConfig(r=4, lora_alpha=6, **settings)).eval()
     if random:
         models.randomize_adapter(peft_model)
     return peft_model
@@ -215,10 +215,11 @@ def test_an_adapter_covers_routers_and_experts_and_changes_nothing_at_first(mode
 
 
 def test_logits_and_gradients_are_those_of_peft(model, layout):
-    plain_logits, peft_model = logits(model), adapted(copy.deepcopy(model))
+    plain_logits, peft_model = logits(model), adapted(copy.deepcopy(model), expert_rank="r/K")
     config = peft_model.peft_config["default"]
     assert relative_error(logits(peft_model), plain_logits) > 1e-2
-    fields = ("r", "lora_alpha", "target_modules", "target_parameters")
+    assert set(config.rank_pattern.values()) == {4 // K} and len(config.rank_pattern) <= 3 * len(blocks(model))
+    fields = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern")
     plain = get_peft_model(model, LoraConfig(**{name: getattr(config, name) for name in fields})).eval()
     ours = {name: weight for name, weight in peft_model.named_parameters() if "lora_" in name}
     theirs = {name: weight for name, weight in plain.named_parameters() if "lora_" in name}

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
-from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
+from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig, quantize_experts_
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.training.parallelism_checks import (
     check_experts_in_ram,
     check_placement,
     check_precision,
     check_recomputed,
+    check_selected_experts,
 )
 from tests import models
 
@@ -35,6 +37,18 @@ def test_responses_are_not_generated_where_weights_are_sharded():
         check_placement(accelerator("FSDP", version=2), 1, writes_responses=True)
     with pytest.raises(OrdMoEConfigError, match="does not work with DeepSpeed ZeRO-3"):
         check_placement(accelerator("DEEPSPEED", stage=3), 1, writes_responses=True)
+
+
+def test_experts_that_are_not_selected_stay_where_optimizers_step_on_parts():
+    some, every = (OrdMoEConfig(expert_selection=selection) for selection in ({0: [1]}, None))
+    in_8_bits, in_32 = (
+        TrainingArguments("out", optim=name, report_to="none") for name in ("adamw_8bit", "adamw_torch")
+    )
+    with pytest.raises(OrdMoEConfigError, match="moves weights whose gradients are zero, so with FSDP"):
+        check_selected_experts(some, in_8_bits, accelerator("FSDP", version=2))
+    check_selected_experts(every, in_8_bits, accelerator("FSDP", version=2))
+    check_selected_experts(some, in_32, accelerator("DEEPSPEED", stage=2))
+    check_selected_experts(some, in_8_bits, accelerator("MULTI_GPU"))
 
 
 def test_fsdp1_is_refused():

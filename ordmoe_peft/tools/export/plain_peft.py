@@ -7,6 +7,7 @@ by the conversion itself, and PEFT reads the export on a base without weights be
 """
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,7 +184,9 @@ def _check_read(
     config = PeftConfig.from_peft_type(**settings | {"init_lora_weights": True, "task_type": None})
     written = {names[name]: tensor for name, tensor in tensors.items()}
     try:
-        loaded = PeftModel(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():  # PEFT looks for patterns of parameters among modules, and says what is not so
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            loaded = PeftModel(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         set_peft_model_state_dict(loaded, written, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise OrdMoEModelError(f"PEFT cannot load this adapter without ordmoe_peft: {error}.") from error

@@ -39,7 +39,7 @@ def model_card(
 | | |
 | --- | --- |
 | base | {base}, {rounded} |
-| adapter | {adapter}: LoRA of rank {config.r}, alpha {config.lora_alpha}, on {", ".join(config.targets)} |
+| adapter | {adapter}: LoRA of rank {config.rank_in_words}, alpha {config.lora_alpha}, on {", ".join(config.targets)} |
 | tiers it was trained with | {config.num_tiers}, {config.grouping} |
 | merged with | {packages} |
 

@@ -37,6 +37,7 @@ class PlanSettings:
     is_stored_packed: bool = False  # the checkpoint is in 4 bits already, so `quantization` is fixed
     # The adapter's. Its tiers, objective, rewards and advantages decide which tiers are run.
     r: int = 16
+    expert_rank: int | str | None = None
     targets: Sequence[str] = ("router", "experts")
     num_tiers: int = 3
     objective: str = "erl"
@@ -73,6 +74,7 @@ class PlanSettings:
         return OrdMoEConfig(
             r=self.r,
             targets=list(self.targets),
+            expert_rank=self.expert_rank,
             num_tiers=self.num_tiers,
             rewards=None if self.rewards is None else list(self.rewards),
             advantages=self.advantages,

@@ -68,12 +68,13 @@ def test_adapter_file_has_pefts_keys_shapes_and_order(tmp_path):
             "rank_pattern": {r"layers\.1\.mlp\.shared_experts\.down_proj": 3},
             "alpha_pattern": {"shared_experts.up_proj": 9, "mlp.experts": 7},
         },
+        {"targets": ["router", "experts.down"], "expert_rank": "r/K"},
     ],
     ids=lambda settings: "+".join(settings),
 )
 def test_settings_keep_their_effect(tmp_path, settings):
     """On a family whose shared experts PEFT takes for routed ones (PEFT #3711)."""
-    tuned = adapted(models.deepseek_v3(), targets=SHARED, **settings)
+    tuned = adapted(models.deepseek_v3(), **({"targets": SHARED} | settings))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "modules_to_save" in name:

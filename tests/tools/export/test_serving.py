@@ -126,6 +126,21 @@ def test_what_is_written_has_the_servers_form_and_the_models_outputs(family, to,
     torch.testing.assert_close(logits(again, batch), logits(tuned, batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "to"), [("qwen3_moe", "vllm-2d"), ("gpt_oss", "vllm-3d")])
+def test_a_projection_without_lora_gets_zeros(family, to, tmp_path):
+    """Servers read all of an expert's projections."""
+    tuned = saved(family, tmp_path, targets=["experts.down"], expert_rank="r/K")
+    tensors = export(tmp_path, to)
+    zeros = {name for name, tensor in tensors.items() if ".lora_B." in name and not tensor.any()}
+    is_up = r"\.base_layer\." if to == "vllm-3d" else r"\.(gate|up)_proj\."
+    assert zeros == {name for name in tensors if ".lora_B." in name and re.search(is_up, name)} and zeros
+    import_adapter(tmp_path / "out", tmp_path / "again", str(tmp_path / "base"))
+    again = PeftModel.from_pretrained(FAMILIES[family][0](), tmp_path / "again").eval()
+    torch.testing.assert_close(
+        logits(again, models.text_batch()), logits(tuned, models.text_batch()), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_gpt_oss_gate_and_up_come_apart_by_turns(tmp_path):
     saved("gpt_oss", tmp_path)
     fused = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -21,7 +21,8 @@ SMALL = {"r": 4, "batch_size": 2, "sequence_length": 16}
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["bf16", "nf4"])
 def test_adapter_is_what_the_trainer_trains(quantization, tmp_path):
     """fp32 on a dense base, as PEFT has it; bf16 on a quantised one, as TRL casts it."""
-    settings = PlanSettings(quantization=quantization, targets=("router", "experts", "attention"), **SMALL)
+    targets = ("router", "experts", "attention")
+    settings = PlanSettings(quantization=quantization, targets=targets, expert_rank="r/K", **SMALL)
     model = models.qwen3_moe().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
