@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, or 2 after an error that was printed; 1 where a check did not hold."""
+    """Run a command. Returns 0, or after an error that was printed its exit status, mostly 2; 1 if a check failed."""
     options, rest = build_parser().parse_known_args(arguments)
     name = f"{options.command}_" if keyword.iskeyword(options.command) else options.command
     module = importlib.import_module(f"ordmoe_peft.cli.{name}")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             traceback.print_exc()
         print(f"ordmoe {options.command}: error: {error}", file=sys.stderr)
-        return 2
+        return error.status if isinstance(error, OrdMoEError) else 2
     return status or 0
 
 
