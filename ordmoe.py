@@ -167,7 +167,7 @@ def run(command: str, arguments: Sequence[str], with_traceback: bool = False) ->
         if with_traceback:
             traceback.print_exc()
         print(f"ordmoe {command}: error: {error}", file=sys.stderr)
-        return 2
+        return error.status if isinstance(error, OrdMoEError) else 2
 
 
 if __name__ == "__main__":
