@@ -29,6 +29,7 @@ COMMANDS = {
     "tiers": "what each tier is worth: order, answers, routing, diversity",
     "train": "train an OrdMoE adapter on a MoE model",
     "evaluate": "exact match and likelihood of answers, per tier on request",
+    "precision": "what 4 bits change in a model: experts, routing, loss",
     "ablate": "compare settings with a baseline, over several seeds",
     "rollouts": "write what each tier answers, as a data set of ranked responses",
     "verify": "say whether an adapter does on a base what it did when it was saved",

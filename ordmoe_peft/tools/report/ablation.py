@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..tables import MISSING, Format, Table, is_number, number, numbers, signed
-from .drawing import BLUE, GREEN, GREY, VERMILION, Plot, legend, wrap
+from .drawing import BLUE, GREEN, GREY, VERMILION, Plot, legend, named_rows, widen, wrap
 from .page import Section, write_page
 
 
@@ -65,13 +64,13 @@ def _differences(name: str, what: str, cells: Sequence[Cell], baseline: str) -> 
     )
     words = "; ".join(f"{cell} {signed(difference['mean'])}" for cell, difference in shown)
     alt = f"Difference in {what} from {baseline}: {words}"
-    return Plot(name, alt, caption, lambda figure: _draw_differences(figure, shown, what, baseline), is_wide=True)
+    return Plot(name, alt, caption, lambda figure: _draw_differences(figure, shown, what, baseline))
 
 
 def _draw_differences(figure: Any, cells: Sequence[tuple[str, Cell]], what: str, baseline: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes, rows = _rows(figure, [name for name, _ in cells])
+    axes, rows = named_rows(figure, [name for name, _ in cells])
     for kind in (GAIN, OPEN, LOSS):
         label, marker, color, is_filled = kind
         for row, (_, difference) in zip(rows, cells, strict=True):
@@ -83,11 +82,12 @@ def _draw_differences(figure: Any, cells: Sequence[tuple[str, Cell]], what: str,
             axes.plot(mean, row, marker, color=color, markerfacecolor=face, markersize=7.5, label=label)
             # One entry in the legend for all cells of a kind.
             label = "_"
-    axes.axvline(0, color="black", linewidth=1.2)
+    axes.axvline(0, color="black", linewidth=1.2, zorder=0.4)
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(8))
-    axes.set_title(wrap(f"Difference from {baseline}", 60))
-    axes.set_xlabel(wrap(f"difference in {what}", 80))
+    widen(axes, "x")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axes.set_title(wrap(f"Difference from {baseline}", 40))
+    axes.set_xlabel(wrap(f"difference in {what}", 46))
     legend(figure, axes, is_needed=True)
 
 
@@ -97,20 +97,6 @@ def _kind(difference: Cell) -> tuple:
     return LOSS if difference["high"] < 0 else OPEN
 
 
-def _rows(figure: Any, names: Sequence[str]) -> tuple[Any, list[float]]:
-    """Axes with a row for each cell, its wrapped name to the left, and the rows' positions, in lines of text."""
-    names = [wrap(name, 40) for name in names]
-    heights = [name.count("\n") + 1.7 for name in names]
-    ends = list(accumulate(heights))
-    rows = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
-    figure.set_figheight(1.5 + 0.18 * ends[-1])
-    axes = figure.add_subplot()
-    axes.set_yticks(rows, names)
-    axes.set_ylim(ends[-1], 0)
-    axes.grid(False, axis="y")
-    return axes, rows
-
-
 def _cost(cells: Sequence[Cell]) -> Plot | None:
     timed = [(cell["name"], cell["seconds_per_step"]) for cell in cells if is_number(cell.get("seconds_per_step"))]
     if not timed:
@@ -118,7 +104,7 @@ def _cost(cells: Sequence[Cell]) -> Plot | None:
     names, seconds = zip(*timed, strict=True)
 
     def draw(figure: Any) -> None:
-        axes, rows = _rows(figure, names)
+        axes, rows = named_rows(figure, names)
         bars = axes.barh(rows, seconds, color=BLUE, height=0.9)
         axes.bar_label(bars, [number(value, 2) for value in seconds], padding=4)
         axes.set_xlim(0, 1.18 * max(seconds) or 1)
@@ -126,7 +112,7 @@ def _cost(cells: Sequence[Cell]) -> Plot | None:
 
     alt = "Seconds per step: " + "; ".join(f"{name} {number(value, 2)}" for name, value in timed)
     caption = "Wall-clock of an optimiser step, mean over the seeds, on the machine of the run."
-    return Plot("cost", alt, caption, draw, is_wide=True)
+    return Plot("cost", alt, caption, draw)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables

@@ -8,8 +8,9 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,9 +22,13 @@ from ...errors import OrdMoEConfigError
 # Label → values by x.
 Lines: TypeAlias = "Mapping[str, pd.Series] | pd.DataFrame"
 
-# Inches. A narrow figure fills a phone at almost 1×, so its letters stay as large as they were drawn; a wide one
-# scrolls there.
+# Inches. A narrow figure fills a phone at almost 1×, so its letters stay as large as they were drawn; a wide one is
+# drawn again for it.
 NARROW, WIDE = 4.4, 9.4
+# What is less than this is rounding: an axis spans at least as much, and the smallest number of a table is as large.
+SMALLEST_SPAN = 1e-3
+# A sum of positive float32 terms may come out this far below 0.
+ROUNDING = 1e-6
 FONT_POINTS = 10.6
 # Okabe and Ito's colours, told apart with any colour vision; line and marker repeat the difference.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,6 +54,9 @@ RC = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e3e5e8",
+    # Numbers as they are, with no "1e−5" or "+2.5e1" beside the axis.
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-9, 12),
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
     # Names may hold a dollar sign, which is not the start of a formula.
@@ -68,7 +76,7 @@ class Plot:
         alt (`str`): what it shows, for those who cannot see it.
         caption (`str`): how to read it.
         draw (`Callable`): fills an empty matplotlib `Figure`, whose width is set; it sets the height itself.
-        is_wide (`bool`, defaults to `False`): take the page's whole width.
+        is_wide (`bool`, defaults to `False`): take the page's whole width, and be drawn narrow for phones besides.
     """
 
     name: str
@@ -92,18 +100,20 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def render(plot: Plot, directory: Path) -> str:
-    """Draw the figure, leave it in `directory` as a PNG, and return it as the data address of an SVG."""
+def render(plot: Plot, directory: Path, is_for_phones: bool = False) -> str:
+    """Draw the figure, leave it in `directory` as a PNG unless it is for phones, and return an SVG's data address."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(WIDE if plot.is_wide else NARROW, 3.3), layout="constrained")
+        width = WIDE if plot.is_wide and not is_for_phones else NARROW
+        figure = Figure(figsize=(width, 3.3), layout="constrained")
         plot.draw(figure)
         # Labels are placed once, for both files: it takes longer than all the rest.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        figure.savefig(directory / f"{plot.name}.png", dpi=160)
+        if not is_for_phones:
+            figure.savefig(directory / f"{plot.name}.png", dpi=160)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -179,10 +189,36 @@ def _draw_lines(axes: Any, lines: Lines) -> None:
     first, last = points.index.min(), points.index.max()
     pad = 0.03 * (last - first) or 0.5
     axes.set_xlim(first - pad, last + pad)
-    if points.min() >= 0:
+    if points.min() > -ROUNDING:
         # From 0, with room for the markers at either end.
-        top = points.max() or 1
+        top = max(points.max(), SMALLEST_SPAN) if points.max() > ROUNDING else 1
         axes.set_ylim(-0.05 * top, 1.1 * top)
+    widen(axes, "y")
+
+
+def widen(axes: Any, axis: str) -> None:
+    """Let an axis, `"x"` or `"y"`, span [`SMALLEST_SPAN`] at least: rounding is drawn as the flat line that it is."""
+    low, high = getattr(axes, f"get_{axis}lim")()
+    missing = SMALLEST_SPAN - (high - low)
+    if missing > 0:
+        getattr(axes, f"set_{axis}lim")(low - missing / 2, high + missing / 2)
+
+
+def named_rows(figure: Any, names: Sequence[str]) -> tuple[Any, list[float]]:
+    """Axes with a row for each name, which stands above it, and the rows' positions, in lines of text from the top."""
+    names = [wrap(name, 40) for name in names]
+    lines = [name.count("\n") + 1 for name in names]
+    ends = list(accumulate(count + 1.7 for count in lines))
+    figure.set_figheight(1.5 + 0.18 * ends[-1])
+    axes = figure.add_subplot()
+    places = [end - 1.5 - count / 2 for end, count in zip(ends, lines, strict=True)]
+    # Inside the axes, and nothing shines through.
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes.set_yticks(places, names, ha="left", va="center", bbox=ground)
+    axes.tick_params(axis="y", length=0, pad=-5)
+    axes.set_ylim(ends[-1] + 0.2, 0)
+    axes.grid(False, axis="y")
+    return axes, [end - 0.8 for end in ends]
 
 
 def legend(figure: Any, axes: Any, is_needed: bool = False) -> None:

@@ -9,12 +9,12 @@ import pandas as pd
 from ..measure.evaluation import OVERALL
 from ..measure.quality import ORDERS, OrderShare, TierQuality
 from ..tables import percent
-from .drawing import BLUE, MARKERS, VERMILION, Plot, by_tier, legend, line_plot, wrap
+from .drawing import BLUE, MARKERS, VERMILION, Plot, by_tier, legend, line_plot, named_rows
 from .page import Findings, Section, write_page
 
 
 # What the shares stand beside: field of an order's share, label, marker, its size in points, colour.
-MARKS = (("random", "random tiers", "s", 10, VERMILION), ("chance", "chance", "|", 22, "black"))
+MARKS = (("random", "random tiers", "s", 10, VERMILION), ("chance", "chance", "|", 15, "black"))
 
 NATS = "log-likelihood (nats per token)"
 # How to read each figure.
@@ -77,16 +77,14 @@ def _by_layer(quality: TierQuality) -> list[Plot | None]:
 
 
 def _order(order: Mapping[str, OrderShare]) -> Plot:
-    shares = [(order[key], wrap(label, 20)) for key, label in ORDERS.items()]
+    shares = [(order[key], label) for key, label in ORDERS.items()]
     words = "; ".join(f"{ORDERS[key]} {percent(order[key].share)}" for key in ORDERS)
     alt = f"Share of samples in order: {words}"
-    return Plot("order", alt, ORDER, lambda figure: _draw_order(figure, shares), is_wide=True)
+    return Plot("order", alt, ORDER, lambda figure: _draw_order(figure, shares))
 
 
 def _draw_order(figure: Any, shares: Sequence[tuple[OrderShare, str]]) -> None:
-    figure.set_figheight(1.6 + 0.62 * len(shares))
-    axes = figure.add_subplot()
-    rows = range(len(shares))
+    axes, rows = named_rows(figure, [label for _, label in shares])
     half = [1.96 * one.stderr for one, _ in shares]
     points = [one.share for one, _ in shares]
     axes.errorbar(points, rows, xerr=half, fmt=MARKERS[0], color=BLUE, capsize=4, markersize=8, label="these tiers")
@@ -94,8 +92,5 @@ def _draw_order(figure: Any, shares: Sequence[tuple[OrderShare, str]]) -> None:
         values = [getattr(one, field) for one, _ in shares]
         if None not in values:
             axes.plot(values, rows, marker, color=color, markerfacecolor="none", markersize=size, label=label)
-    axes.set_yticks(rows, [label for _, label in shares])
-    axes.invert_yaxis()
-    axes.margins(y=0.2)
     axes.set(xlim=(-0.02, 1.02), xlabel="share of samples", title="Order of the tiers")
     legend(figure, axes)

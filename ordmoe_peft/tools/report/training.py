@@ -67,7 +67,7 @@ def train_report(
     return write_page(
         directory,
         "Training report",
-        f"{settings.get('model_name_or_path', 'A model')}, {steps} steps.",
+        f"{settings.get('model_name_or_path', 'A model')}, {steps} step{'s' * (steps != 1)}.",
         [
             Section("Tiers", _likelihoods(whole, no_eos), [_tier_table(whole, no_eos)]),
             Section(
@@ -116,19 +116,24 @@ def _likelihoods(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> l
 
 
 def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Table:
-    """First and last values, to the digits that a plot does not show."""
+    """First and last values, to the digits that a plot does not show; one value where there is one."""
 
-    def value(line: pd.Series, position: int) -> float | None:
-        return line.iloc[position] if len(line) else None
+    def first(line: pd.Series) -> float | None:
+        return line.iloc[0] if len(line) > 1 else None
+
+    def last(line: pd.Series) -> float | None:
+        return line.iloc[-1] if len(line) else None
 
     rows = [
-        (f"{tier}{suffix}", value(lines[tier], 0), value(lines[tier], -1), value(lines[f"{tier}{HELD_OUT}"], -1))
+        (f"{tier}{suffix}", first(lines[tier]), last(lines[tier]), last(lines[f"{tier}{HELD_OUT}"]))
         for tier in whole
         if not tier.endswith(HELD_OUT)
         for lines, suffix in ((whole, ""), (no_eos, ", without end tokens"))
     ]
-    columns = [NATS, "first", "last", "held out, last"]
-    return Table("", pd.DataFrame(rows, columns=columns), dict.fromkeys(columns[1:], number))
+    frame = pd.DataFrame(rows, columns=[NATS, "first", "last", "held out, last"])
+    if frame["first"].isna().all():
+        frame = frame.drop(columns="first").rename(columns={"last": "measured once"})
+    return Table("", frame, dict.fromkeys(frame.columns[1:], number))
 
 
 def _cost_table(log_history: Log) -> Table:

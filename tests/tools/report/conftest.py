@@ -7,7 +7,7 @@ from ordmoe_peft.tools.report import page
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their pictures, which take longer than all the rest."""
-    monkeypatch.setattr(page, "render", lambda plot, directory: "data:image/svg+xml;base64,")
+    monkeypatch.setattr(page, "render", lambda plot, directory, is_for_phones=False: "data:image/svg+xml;base64,")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ordmoe_peft.tools.report import ablate_report, inspect_report, tiers_report
 
 MINUS = "\u2212"
 HOSTILE = "\"><script>alert('x')</script> <img src=http://evil.example/x> & $\\frac{"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "source", "wbr"}
 
 
 class Page(HTMLParser):

@@ -5,9 +5,10 @@ import itertools
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from ordmoe_peft.tools.report import drawing
-from ordmoe_peft.tools.report.drawing import HELD_OUT, by_tier, line_plot, render
+from ordmoe_peft.tools.report.drawing import HELD_OUT, by_tier, line_plot, named_rows, render
 from tests.tools.report.pages import LARGE, REPORTS, visible_texts
 
 
@@ -24,7 +25,7 @@ def test_labels_of_large_figures_are_legible_and_apart(name, tmp_path, drawn):
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw_without_rendering()
         texts = visible_texts(figure)
-        # A figure on a phone is scaled to its width; the wide ones scroll instead.
+        # A narrow figure is scaled to a phone's width; a wide one is not shown there.
         scale = min(1.0, PHONE / (drawing.NARROW * 96)) if figure.get_figwidth() == drawing.NARROW else 1.0
         assert all(label.get_fontsize() * scale >= 8.9 for label in texts)
         boxes = [label.get_window_extent(renderer) for label in texts]
@@ -62,6 +63,32 @@ def test_a_line_held_out_looks_like_its_own_in_training(tmp_path, drawn):
     assert first_held_out.get_markerfacecolor() == "white" != first.get_markerfacecolor()
     assert pd.isna(first.get_ydata()).tolist() == [False, True, True, False]
     assert line_plot("name", "Title", {"unit": {"tier 2": nothing}}, "step", "Caption.") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "view"),
+    [
+        ([0.0, 1.1e-17, -3e-18], (-0.05, 1.1)),
+        ([2e-5, 3e-5, 4e-5], (-5e-5, 1.1e-3)),
+        ([-25.0000001, -25.0000002, -25.0000003], (-25.0005, -24.9995)),
+        ([3e7, 2e7, 1e7], (-1.5e6, 3.3e7)),
+    ],
+)
+def test_rounding_is_drawn_flat_and_numbers_stand_as_they_are(values, view, tmp_path, drawn):
+    render(line_plot("name", "Title", {"unit": {"line": pd.Series(values)}}, "step", "Caption."), tmp_path)
+    axis = drawn[0].axes[0].yaxis
+    assert axis.get_view_interval() == pytest.approx(view, abs=1e-6)
+    assert axis.get_offset_text().get_text() == ""
+    assert not any("e" in label.get_text() for label in axis.get_ticklabels())
+
+
+def test_names_of_rows_stand_above_them(tmp_path, drawn):
+    figure = Figure(figsize=(drawing.NARROW, 1))
+    axes, rows = named_rows(figure, ["one", "a=1234567890123456,b=1234567890123456,c=12345678901234567", "two"])
+    names = axes.get_yticks()
+    assert all(name < row for name, row in zip(names, rows, strict=True))
+    assert all(row < name for row, name in zip(rows, names[1:], strict=False))
+    assert [label.get_text().count("\n") for label in axes.get_yticklabels()] == [0, 1, 0]
 
 
 def test_tiers_that_a_layer_does_not_have_are_missing():

@@ -3,6 +3,7 @@
 import base64
 import re
 import sys
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import matplotlib
@@ -14,15 +15,15 @@ from ordmoe_peft.monitoring.diagnostics import Finding
 from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
 from ordmoe_peft.tools.measure.evaluation import TierMeans
 from ordmoe_peft.tools.measure.quality import TierTexts
-from ordmoe_peft.tools.report import ablate_report, inspect_report, tiers_report, train_report
+from ordmoe_peft.tools.report import ablate_report, drawing, inspect_report, tiers_report, train_report
 from ordmoe_peft.tools.report.page import Section, column_kind, write_page
 from ordmoe_peft.tools.tables import Table
 from tests.tools.report.pages import HOSTILE, REPORTS, Page, health, log_history, quality, results
 
 
 def embedded(page: Page) -> list[ElementTree.Element]:
-    """Every picture of a page, decoded."""
-    addresses = [tag["src"] for tag in page.all("img")]
+    """Every picture of a page, decoded, those for phones with it."""
+    addresses = [tag["src"] for tag in page.all("img")] + [tag["srcset"] for tag in page.all("source")]
     kind = "data:image/svg+xml;base64,"
     assert all(address.startswith(kind) for address in addresses)
     return [ElementTree.fromstring(base64.b64decode(address.removeprefix(kind))) for address in addresses]
@@ -46,10 +47,32 @@ def test_a_page_stands_alone_with_its_figures_and_leaves_no_state(name, tmp_path
             references = [value for key, value in element.attrib.items() if key.endswith("href")]
             assert all(reference.startswith(("#", "data:image/png")) for reference in references)
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
-    assert {key for _, attributes in page.tags for key in attributes if key in ("src", "srcset", "href")} <= {"src"}
+    assert all("href" not in attributes for _, attributes in page.tags)
     assert "url(" not in page.source
     assert "@import" not in page.source
+
+
+def test_a_page_fits_narrow_screens(tmp_path):
+    """What a phone needs of it, as far as it shows without a browser; `python -m tests.tools.report.look` has one."""
+    page = Page(inspect_report(health(), tmp_path))
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert not re.search(r"min-width: [4-9]\d\dpx", page.source)
+    assert re.search(r"figure img \{[^}]* width: 100%;[^}]* height: auto;", page.source)
+    assert re.search(r"\.scroll \{ overflow-x: auto;", page.source)
+    # Each table stands in a box of its own that scrolls.
+    boxes = [after for (_, box), (after, _) in pairwise(page.tags) if box.get("class") == "scroll"]
+    assert boxes == ["table"] * len(page.all("table")) != []
+    # The wide figure is drawn again for phones, at their width: letters keep their size.
+    *pictures, for_phones = embedded(page)
+    assert float(for_phones.get("width")[:-2]) == pytest.approx(drawing.NARROW * 72)
+    assert max(float(picture.get("width")[:-2]) for picture in pictures) == pytest.approx(drawing.WIDE * 72)
+    assert page.all("source")[0]["media"] == "(max-width: 700px)"
+
+
+def test_settings_in_a_row_part_at_commas(tmp_path):
+    table = Table("Rows", pd.DataFrame({"x": ["grouping=high_only,num_tiers=4"]}))
+    page = Page(write_page(tmp_path, "Title", "", [Section("Full", [], [table])]))
+    assert "grouping=high_only,<wbr>num_tiers=4" in page.source
 
 
 def test_text_is_escaped_everywhere(tmp_path, undrawn):

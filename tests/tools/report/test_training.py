@@ -23,6 +23,18 @@ def test_training_page_says_where_the_run_went(tmp_path, undrawn):
     assert re.search(r"erl_coef 0\.01 All other settings \(2\) .*run_name — .*targets router, experts", words)
 
 
+def test_what_was_measured_once_has_one_value(tmp_path, undrawn):
+    """Tiers in one step of the run, or tier 1 in all and the others in one."""
+    once = {"tier_1/log_likelihood": -0.5, "tier_2/log_likelihood": -5.708, "step": 9}
+    words = Page(train_report([once], {}, tmp_path)).text
+    assert "measured once held out, last" in words
+    assert "tier 2 -5.708 — " in words
+    assert "9 steps." in words
+    words = Page(train_report([{"tier_1/log_likelihood": -0.9, "step": 1}, once], {}, tmp_path)).text
+    assert "first last held out, last tier 1 -0.900 -0.500 — " in words
+    assert "tier 2 — -5.708 — " in words
+
+
 def test_what_is_missing_is_left_out(tmp_path):
     """One step, one tier, a loss that is no number; and no step at all."""
     history = [{"loss": float("nan"), "tier_1/log_likelihood": -1.0, "step": 1}]
