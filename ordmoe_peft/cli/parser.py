@@ -80,6 +80,7 @@ class CommandParser(TrlParser):
             for dataclass_type in self.dataclass_types
             for item in fields(dataclass_type)
         }
+        self.text_of = {action.dest: action.help for action in self._actions if action.dest in positionals}
         for action in self._actions:
             _tidy(action)
             action.required = action.required and action.dest not in positionals
@@ -114,7 +115,7 @@ class CommandParser(TrlParser):
             if getattr(found, dest) is None:
                 setattr(found, dest, self.get_default(dest))
             if not getattr(found, dest) and not shown.startswith("["):
-                self.error(f"{shown} is missing")
+                self.error(f"{shown} is missing: {self.text_of[dest]}")
         return found, rest
 
     def _check_known(self, args: Sequence[str], where: str = "") -> None:
@@ -134,16 +135,15 @@ class CommandParser(TrlParser):
         formatter = self.formatter_class(prog=self.prog)
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        groups: dict[str, list[argparse.Action]] = {"arguments": [], "options": [], **{name: [] for name in ORDER}}
+        first = [
+            argparse.Action([], dest, metavar=shown.strip("[]"), help=f"{self.text_of[dest]} Also --{dest}.")
+            for dest, shown in self.positionals.items()
+        ]
+        groups: dict[str, list[argparse.Action]] = {"arguments": first, "options": [], **{name: [] for name in ORDER}}
         for action in self._actions:
             is_needed = f"--{action.dest} " in self.usage
-            group = "arguments" if is_needed else self.group_of.get(action.dest, "general")
-            if action.dest in self.positionals:
-                text = f"{action.help} Also --{action.dest}."
-                shown = self.positionals[action.dest]
-                groups["arguments"].append(argparse.Action([], action.dest, metavar=shown, help=text))
-            else:
-                groups[group].append(action)
+            if action.dest not in self.positionals:
+                groups["arguments" if is_needed else self.group_of.get(action.dest, "general")].append(action)
         for name, actions in groups.items():
             formatter.start_section(name)
             formatter.add_arguments(actions)

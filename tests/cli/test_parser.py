@@ -24,7 +24,7 @@ class Options(Switches, SampleArguments):
 
 @dataclass
 class AdapterOptions:
-    adapter: str
+    adapter: str = field(metadata={"help": "The adapter."})
     model_name_or_path: str = field(default="", metadata={"aliases": ["--base"], "help": "The base."})
 
 
@@ -96,7 +96,7 @@ def test_truth_values_may_stand_alone(given):
         (["base", "--limi", "3"], "unknown option --limi; did you mean --limit?"),
         (["base", "--xyzzy"], "unknown option --xyzzy; `ordmoe try --help` lists all."),
         (["base"], "the following arguments are required: --output_dir"),
-        (["--output_dir", "out"], "MODEL is missing"),
+        (["--output_dir", "out"], "MODEL is missing: Folder or hub id of the base model."),
         (["base", "other", "--output_dir", "out"], "'other' is one argument too many"),
         (["base", "--grouping", "best"], "argument --grouping: invalid choice: 'best' (choose from 'uniform', "),
         (["base", "--config"], "argument --config: expected one argument"),
@@ -138,6 +138,8 @@ def test_help_has_groups_and_one_spelling():
         assert expected in own
     assert "--dtype {auto," in model and "--limit INT" in data
     assert "--max_length INT" in of_trl and "--num_train_epochs FLOAT" in of_transformers
+    two = CommandParser("try", (AdapterOptions,), ADAPTER).format_help()
+    assert "ADAPTER The adapter. Also --adapter. MODEL The base. Also" in " ".join(two.split())
     assert "100 % ours" in parser().format_help()
     for hidden in ("--output-dir", "--base", "--no_shared", "(default: None)", "SUPPRESS"):
         assert hidden not in text
