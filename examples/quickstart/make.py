@@ -54,5 +54,5 @@ def make(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
-    make(parser.parse_args().output)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="folder to write to")
+    make(parser.parse_args().output_dir)

@@ -390,7 +390,9 @@ class TestRefusals:
         arguments = (folder / "adapter", "--output_dir", folder / "merged")
         assert "--dtype: invalid choice: 'int8'" in error_of(capsys, *arguments, "--dtype", "int8")
         assert "max_shard_size='five'" in error_of(capsys, *arguments, "--max_shard_size", "five")
-        assert "got 'fp8'" in error_of(capsys, *arguments, "--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp8")
+        assert "invalid choice: 'fp8'" in error_of(
+            capsys, *arguments, "--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp8"
+        )
 
 
 def test_from_python_with_the_fused_form_on_disk(tmp_path):
