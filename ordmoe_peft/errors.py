@@ -2,7 +2,12 @@
 
 
 class OrdMoEError(Exception):
-    """Base of every error that this package raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that this package raises on purpose; the command line prints it without a traceback.
+
+    `status` is the exit status that the command line ends with.
+    """
+
+    status = 2
 
 
 class OrdMoEConfigError(OrdMoEError, ValueError):
@@ -19,3 +24,16 @@ class OrdMoEDataError(OrdMoEError, ValueError):
 
 class OrdMoERuntimeError(OrdMoEError, RuntimeError):
     """Something happened in a forward pass that would make its result wrong."""
+
+
+class OrdMoEInterrupted(OrdMoERuntimeError):
+    """A run was told to end before its time. Its message says what is saved, and how to go on.
+
+    Args:
+        message (`str`): what happened.
+        status (`int`): the exit status, 128 and the signal's number, as shells count: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

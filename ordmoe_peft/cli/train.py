@@ -6,6 +6,7 @@ that was killed.
 """
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,15 +17,18 @@ from transformers import set_seed
 from trl import ScriptArguments
 
 from ..adapter.targets import coverage_report
+from ..errors import OrdMoEInterrupted
 from ..monitoring.diagnostics import training_findings
 from ..tools.report import require_matplotlib, train_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
+from ..training.checkpoints import last_checkpoint
 from ..training.data_checks import checked_data
 from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
 from .parser import CommandParser
+from .run_options import given_options, next_commands, resume_advice, settings_block
 from .tables import print_table
 
 
@@ -50,8 +54,12 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = build_parser().parse_args_and_config(arguments)
+    parser = build_parser()
+    options = parser.parse_args_and_config(arguments)
     model_options, adapter_options, script_options, training_args, report_options = options
+    given = given_options(parser, arguments, OPTIONS)
+    if training_args.process_index == 0:
+        print(settings_block(given))
     if report_options.report is not None:
         require_matplotlib()
     adapter_config = adapter_options.adapter_config()
@@ -69,11 +77,12 @@ def main(arguments: Sequence[str]) -> None:
     trainer = OrdMoETrainer(model, args=training_args, processing_class=processing_class, **datasets)
     if not Path(script_options.dataset_name).exists():
         trainer.data_source["id"] = script_options.dataset_name  # of the hub; a data set knows its name alone
+    trainer.run_options = {**given, "bf16": training_args.bf16}
     if trainer.is_finished(resume):
         if trainer.is_world_process_zero():
             print(f"The run in {training_args.output_dir} is already finished.")
         return
-    metrics = train(trainer, resume)
+    metrics = train_or_advise(trainer, resume)
     if not trainer.is_world_process_zero():
         return
     print_metrics(metrics)
@@ -82,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
         # The trainer's own dictionary hides tokens.
         settings = asdict(model_options) | asdict(adapter_options) | asdict(script_options) | training_args.to_dict()
         print(f"Report: {write_report(report_options.report, trainer, metrics, settings)}")
+    print("\n  ".join(["Next:", *next_commands(model_options, script_options, training_args)]))
 
 
 def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) -> dict[str, Any]:
@@ -94,6 +104,23 @@ def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) 
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         checked_data(dataset, training_args, name)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+
+
+def train_or_advise(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[str, Any]:
+    """[`train`]; where it is interrupted, the error says how to go on.
+
+    Raises:
+        [`OrdMoEInterrupted`]: Ctrl-C or SIGTERM.
+    """
+    try:
+        return train(trainer, resume)
+    except KeyboardInterrupt:
+        checkpoint = last_checkpoint(trainer.args.output_dir)
+        saved = "nothing is saved yet" if checkpoint is None else f"the last checkpoint is {checkpoint}"
+        message, status = f"Interrupted after step {trainer.state.global_step}; {saved}.", 128 + signal.SIGINT
+    except OrdMoEInterrupted as end:
+        message, status = str(end), end.status
+    raise OrdMoEInterrupted(f"{message} {resume_advice(trainer.args)}", status)
 
 
 def train(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from transformers.utils import logging
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig
 
 from ..adapter.config import OrdMoEConfig
@@ -36,7 +38,9 @@ ACT_ONLY_WITH = {
         *("min_p", "repetition_penalty"),
     ),
 }
-NOT_NEGATIVE = ("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k")
+NOT_NEGATIVE = (
+    *("ntp_coef", "erl_coef", "balance_coef", "log_tiers_every", "temperature", "top_k", "router_learning_rate"),
+)
 AT_LEAST_1 = ("max_completion_length", "generation_batch_size", "max_nonfinite_steps")
 # What only bears on several tiers: of these arguments, on L_ERL alone, and of the adapter's configuration.
 ACT_BETWEEN_TIERS = ("erl_coef", "objective_beta", "scored_by", "share_prompt", "tier_passes", "log_tiers_every")
@@ -146,6 +150,10 @@ class OrdMoETrainingArguments(SFTConfig):
         default=None, metadata={"help": "Further arguments of generate, as JSON."}
     )
 
+    router_learning_rate: float | None = _option(
+        None, "Learning rate of LoRA on routers, under the same schedule; learning_rate where it is not set."
+    )
+
     overwrite_output_dir: bool = _option(
         False,
         "Start anew in a folder that holds checkpoints or an adapter of an earlier run, which are deleted; without it, "
@@ -174,7 +182,7 @@ class OrdMoETrainingArguments(SFTConfig):
         self._check_objective()
         self._check_floor()
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise OrdMoEConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not (self.ntp_coef or self.erl_coef or self.balance_coef):
             raise OrdMoEConfigError(
@@ -183,12 +191,29 @@ class OrdMoETrainingArguments(SFTConfig):
         for name in AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise OrdMoEConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.enable_jit_checkpoint:
+            logger.warning("enable_jit_checkpoint=True: no effect; SIGTERM leaves a checkpoint in any case.")
+            self.enable_jit_checkpoint = False
+        self.bf16 = self._chosen_bf16(self.bf16)
         super().__post_init__()
         check_recomputed(self)
         check_one_response(self.generation_kwargs or {})
         if self.learning_rate == 0:
             logger.warning("learning_rate=0: training does not move the weights.")
+        if self.router_learning_rate == 0:
+            logger.warning("router_learning_rate=0: training does not move the routers.")
         self._warn_of_idle_options()
+
+    def _chosen_bf16(self, asked: bool | None) -> bool:
+        """TRL trains in bf16 where nothing is said, which transformers refuses where no accelerator has it."""
+        is_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # as `accelerate launch --cpu` sets it
+        has_bf16 = not is_cpu and (is_torch_bf16_gpu_available() or is_torch_xla_available())
+        if asked is None and not self.fp16 and not has_bf16:
+            instead = "fp16=True" if torch.cuda.is_available() and not is_cpu else "bf16=True and use_cpu=True"
+            logger.warning_once(
+                f"No accelerator with bf16 is used, so training is not in mixed precision. Set {instead} for that."
+            )
+        return (has_bf16 and not self.fp16) if asked is None else asked
 
     def _check_generation_kwargs(self) -> None:
         if not isinstance(self.generation_kwargs, str):

@@ -204,20 +204,23 @@ class RunFolder:
                 discard(earlier)
             for path in self.results:
                 path.unlink()
-        if not self._is_finished(run.goal):
+        if not self.is_finished(run.goal):
             self._write(run.parts)
+        if checkpoint is not None:
+            logger.warning(f"Resuming from {Path(checkpoint).name} in {Path(checkpoint).parent}.")
         return checkpoint
 
     def holds(self, run: RunDescription, wish: str | bool | None, overwrite: bool) -> bool:
         """[`check`], and whether all results of the run, or of a longer one, are there to stay."""
         self.check(run, wish, overwrite)
-        return not overwrite and self._is_finished(run.goal)
+        return not overwrite and self.is_finished(run.goal)
 
     def finish(self, goal: tuple[str, float]) -> None:
         """Record that a run of this length has left all its results."""
         self._write({**(self.record or {}), "finished": goal})
 
-    def _is_finished(self, goal: tuple[str, float]) -> bool:
+    def is_finished(self, goal: tuple[str, float]) -> bool:
+        """Whether a run of this length, or a longer one, has left all its results."""
         unit, amount = (self.record or {}).get("finished", (None, 0))
         return bool(self.results) and unit == goal[0] and amount >= goal[1]
 

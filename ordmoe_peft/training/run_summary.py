@@ -18,8 +18,8 @@ from .arguments import ACT_BETWEEN_TIERS, ACT_ON_ERL, ACT_ONLY_WITH, OrdMoETrain
 OBJECTIVE = ("objective", "ntp_coef", "erl_coef", "balance_coef", "objective_beta", "lower_tier_floor")
 RESPONSES = ("responses", "scored_by")
 SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_length"),
-    *("bf16", "fp16", "seed"),
+    *("learning_rate", "router_learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
+    *("max_grad_norm", "max_length", "bf16", "fp16", "seed"),
 )
 CURVES = re.compile(r"loss|ntp_loss|erl_loss|balance_loss|tier_\d+/log_likelihood")
 MOST_POINTS = 11

@@ -50,12 +50,15 @@ from .parallelism_checks import check_experts_in_ram, check_placement, check_pre
 from .pass_schedule import PassSchedule
 from .precision import prepare_for_scaler_
 from .router_health import RouterHealth
+from .router_rate import RouterRate, check_router_rate
 from .row_groups import generated_rows, row_groups
 from .row_layout.prompt_sharing import PromptSharing
+from .run_files import MetricsFile, environment, write_run_files
 from .run_record import RunDescription, RunFolder, describe_data, describe_run, goal_of, on_first_process
 from .run_summary import data_source, run_summary
 from .settings_checks import check_causal, check_settings
 from .step_guard import StepGuard
+from .stopping import StopOnSignal
 from .tier_passes import TierForward, TierPass
 from .tier_scores import TierScores
 
@@ -70,6 +73,9 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     L_NTP is a mean over the tokens of an optimizer step, as TRL has it, and L_ERL a mean over its rows that have a
     response, whatever micro-batch and process they are in: eight micro-batches of one row are one of eight. L_balance
     is a mean over micro-batches.
+
+    In `output_dir` stand `environment.json`, where the run took place, and `metrics.jsonl`, what it logged; with
+    `run_options`, those of `ordmoe train`, also `run_config.yaml`. SIGTERM leaves a checkpoint of the step.
 
     Logged beside TRL's metrics: `ntp_loss`, `erl_loss`, `balance_loss`, and for each tier j its mean log-likelihood
     per response token, `tier_<j>/log_likelihood`, and the same without end-of-sequence tokens,
@@ -119,6 +125,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
         self._data, self.data_source = describe_data(train_dataset), data_source(train_dataset)
         self._is_resumed = False
+        self.run_options: dict[str, Any] | None = None
         check_processing_class(self.processing_class, "The model")
         num_given = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         check_prepared(self.train_dataset, args, num_given, num_positions(self.model.config))
@@ -129,6 +136,7 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         check_causal(self.model)
         layers = MoEModel.of(self.model).layers
         check_settings(config, args, layers, self.advantages, self.padding_free, has_loss_func)
+        check_router_rate(args, config.targets, has_optimizer=self.optimizer is not None)
         if self._is_generated:
             new_tokens = args.sampling.get("max_new_tokens") or 0
             check_room_to_write(self.train_dataset, new_tokens, num_positions(self.model.config))
@@ -152,7 +160,11 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         )
         self._guard = StepGuard(args.max_nonfinite_steps, logged_metrics(self, "train"))
         others = None if config.expert_selection is None else OthersStayZero(self.model, config)
-        for callback in (others, self._schedule, self._guard, self._sharing, FailureWatch(vocab_size)):
+        self._router_rate = None if args.router_learning_rate is None else RouterRate(args.router_learning_rate)
+        self._metrics_file, self._stop = MetricsFile(args.output_dir), StopOnSignal()
+        watching = (FailureWatch(vocab_size), self._router_rate, self._metrics_file)
+        # The guard has the last word on what is saved.
+        for callback in (others, self._schedule, self._stop, self._guard, self._sharing, *watching):
             if callback is not None:
                 self.add_callback(callback)
         if args.log_router_health:
@@ -174,16 +186,30 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         Raises:
             [`OrdMoEConfigError`]: nothing of the adapter is trainable, or `output_dir` holds results of another run.
             [`OrdMoERuntimeError`]: no step was taken, most were dropped, or the trained weights are not finite.
+            [`OrdMoEInterrupted`]: a process received SIGTERM; a checkpoint of the step is saved.
         """
         check_trainable(self.model)
-        checkpoint = on_first_process(
-            lambda: self.run_folder.begin(self._describe(), resume_from_checkpoint, self.args.overwrite_output_dir)
-        )
+        checkpoint = on_first_process(lambda: self._begin(resume_from_checkpoint))
         self._is_resumed = checkpoint is not None
-        output = super().train(checkpoint, *args, **kwargs)
+        try:
+            output = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._stop.restore()
+        self._stop.check(self.state.global_step, "no step had moved the weights, so no checkpoint was saved.")
         trained = ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
         self._guard.check_run(self.state.global_step, trained)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
+
+    def _begin(self, wish: str | bool | None) -> str | None:
+        """See that the run may begin, and record it: the checkpoint that it starts from."""
+        run, folder = self._describe(), self.run_folder
+        checkpoint = folder.begin(run, wish, self.args.overwrite_output_dir)
+        self._metrics_file.is_kept = not folder.is_finished(run.goal)
+        if self._metrics_file.is_kept:
+            data_path = (self.run_options or {}).get("dataset_name")
+            now = environment(self._data, self.args.world_size, data_path)
+            write_run_files(folder.folder, now, self.run_options, is_new=checkpoint is None)
+        return checkpoint
 
     def is_finished(self, resume_from_checkpoint: str | bool | None) -> bool:
         """Whether `resume_from_checkpoint` would go on with a run that [`finish`] was called for.
@@ -277,6 +303,14 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
         return int((inputs["labels"][:, 1:] != IGNORED_LABEL).any(1).sum())
 
     # ----------------------------------------------------------------------------------------------------------- steps
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """[`~transformers.Trainer`]'s, with `router_learning_rate` for factors on routers."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if self._router_rate is not None and is_new:
+            self._router_rate.split_groups_(optimizer, self.model)
+        return optimizer
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -402,6 +436,8 @@ class OrdMoETrainer(WholeCheckpoints, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's; losses are means over the steps that moved the weights."""
         self._guard.correct_means(logs)
+        if self._router_rate is not None and "learning_rate" in logs:
+            logs["router_learning_rate"] = self._router_rate.last
         super().log(logs, start_time)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 from peft import get_peft_model
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, training_args
 
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainingArguments
 from ordmoe_peft.errors import OrdMoEConfigError
@@ -47,6 +47,40 @@ def test_a_floor_is_a_number_or_a_word(tmp_path, given, floor):
     assert parser.parse_args_into_dataclasses(options)[0].lower_tier_floor == floor
 
 
+class TestPrecision:
+    """What is not said is chosen by what the machine has; what is said is left to transformers."""
+
+    @pytest.fixture(autouse=True)
+    def notes(self, monkeypatch):
+        messages = []
+        monkeypatch.setattr(arguments_module.logger, "warning_once", messages.append)
+        return messages
+
+    def has_bf16(self, monkeypatch, has_it):
+        for module in (arguments_module, training_args):
+            monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: has_it)
+
+    def test_no_accelerator(self, tmp_path, monkeypatch, notes):
+        self.has_bf16(monkeypatch, False)
+        for changes in ({}, {"use_cpu": True}):
+            assert OrdMoETrainingArguments(str(tmp_path), **changes).bf16 is False
+        assert len(notes) == 2 and "not in mixed precision. Set bf16=True and use_cpu=True" in notes[1]
+        assert OrdMoETrainingArguments(str(tmp_path), bf16=True, use_cpu=True).bf16
+        assert OrdMoETrainingArguments(str(tmp_path), fp16=True).bf16 is False
+        with pytest.raises(ValueError, match="doesn't support bf16/gpu"):
+            OrdMoETrainingArguments(str(tmp_path), bf16=True)
+        assert len(notes) == 2
+
+    def test_an_accelerator(self, tmp_path, monkeypatch, notes):
+        self.has_bf16(monkeypatch, True)
+        assert OrdMoETrainingArguments(str(tmp_path)).bf16
+        assert OrdMoETrainingArguments(str(tmp_path), bf16=False).bf16 is False
+        assert OrdMoETrainingArguments(str(tmp_path), fp16=True).bf16 is False
+        assert notes == []
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # `accelerate launch --cpu`
+        assert OrdMoETrainingArguments(str(tmp_path)).bf16 is False
+
+
 class TestWarnings:
     """Options that change nothing say so."""
 
@@ -67,6 +101,10 @@ class TestWarnings:
     def test_no_learning_rate(self, tmp_path, warnings):
         arguments(tmp_path, learning_rate=0.0)
         assert warnings == ["learning_rate=0: training does not move the weights."]
+
+    def test_no_learning_rate_of_routers(self, tmp_path, warnings):
+        arguments(tmp_path, router_learning_rate=0.0)
+        assert warnings == ["router_learning_rate=0: training does not move the routers."]
 
     def test_further_settings_of_one_tier(self, tmp_path, warnings):
         trainer_for(tmp_path, adapted(num_tiers=1, grouping="random"), erl_coef=0.5, log_tiers_every=10)

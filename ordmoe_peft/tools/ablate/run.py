@@ -52,6 +52,7 @@ def train_run(
     base = load_base()
     load_seconds = time.perf_counter() - started
     own = {"output_dir": str(Path(args.output_dir, "last_run")), "seed": seed, "data_seed": data_seed(args, seed)}
+    own |= {"resume_from_checkpoint": None, "overwrite_output_dir": True}  # SIGTERM may have left a checkpoint
     set_seed(seed)
     trainer = OrdMoETrainer(
         get_peft_model(base, config),

@@ -27,7 +27,9 @@ WITHOUT_EFFECT = NOT_VARIED | {
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "local_rank"),
 }
 # The fields of OrdMoE's own that also work without lower tiers. All others are about tiers.
-FIELDS_FOR_ONE_TIER = {"targets", "num_tiers", "base_moe", "base_quantization", "balance_coef", "ntp_coef"}
+FIELDS_FOR_ONE_TIER = {
+    *("targets", "num_tiers", "base_moe", "base_quantization", "balance_coef", "ntp_coef", "router_learning_rate"),
+}
 # Field → what another field must be for it to have an effect: what the trainer warns of, and what it refuses.
 ACTS_ONLY_WITH = {
     **{option: (name, (value,)) for (name, value), options in ACT_ONLY_WITH.items() for option in options},

@@ -1,0 +1,93 @@
+# ruff: noqa: F811 (fixtures)
+"""The options of a run, and the commands that its end prints."""
+
+import shlex
+
+import pytest
+import yaml
+from trl import ScriptArguments
+
+from ordmoe_peft import OrdMoETrainingArguments
+from ordmoe_peft.cli.arguments import ModelArguments
+from ordmoe_peft.cli.main import main
+from ordmoe_peft.cli.run_options import given_options, next_commands, resume_advice, settings_block
+from ordmoe_peft.cli.train import OPTIONS, build_parser
+from ordmoe_peft.training.run_files import OPTIONS_NAME
+from tests.cli.test_main import base, data, train_arguments  # noqa: F401 (fixtures)
+from tests.training.test_run_files import metrics
+
+
+def given(words: list[str]) -> dict:
+    parser = build_parser()
+    parser.parse_args_and_config(words)
+    return given_options(parser, words, OPTIONS)
+
+
+def test_what_is_at_its_default_is_left_out(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("targets: [router]\nlora_r: 16\nlearning_rate: 1.0e-3\nbf16: false\neval_strategy: 'no'\n")
+    words = ["--config", str(recipe), "--model_name_or_path", "B", "--dataset_name", "D", "--output_dir", "out"]
+    assert given([*words, "--seed", "3", "--learning_rate", "2e-3", "--erl_coef", "0.01"]) == {
+        **{"model_name_or_path": "B", "targets": ["router"], "dataset_name": "D", "output_dir": "out"},
+        **{"learning_rate": 2e-3, "bf16": False, "seed": 3},
+    }
+
+
+def test_the_block_that_is_printed():
+    block = settings_block({"lora_r": 4, "hub_token": "hf_secret", "dataset_name": "a b"})
+    assert block == "Settings that differ from the defaults:\n  lora_r=4, dataset_name=a b"
+
+
+def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):
+    """With the same options, and to the same losses."""
+    changes = {"lr_scheduler_kwargs": '{"num_cycles": 2}', "lr_scheduler_type": "cosine", "rewards": None}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    words = train_arguments(base, data, tmp_path / "one", seed=5, logging_steps=1, save_strategy="no", **changes)
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "Settings that differ from the defaults:\n  model_name_or_path=" in printed
+    recipe = tmp_path / "one" / OPTIONS_NAME
+    options = yaml.safe_load(recipe.read_text())
+    assert options["seed"] == 5 and options["bf16"] is False and options["output_dir"] == str(tmp_path / "one")
+    again = ["train", "--config", str(recipe), "--output_dir", str(tmp_path / "two")]
+    assert main(again) == 0
+    assert yaml.safe_load((tmp_path / "two" / OPTIONS_NAME).read_text()) == options | {
+        "output_dir": str(tmp_path / "two")
+    }
+    one, two = (
+        [[entry.get(name) for name in ("step", "loss", "grad_norm", "learning_rate")] for entry in metrics(folder)]
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two and len(one) == 3
+
+
+def train_args(folder, **changes) -> OrdMoETrainingArguments:
+    return OrdMoETrainingArguments(str(folder), report_to="none", bf16=False, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "evaluate", "verify"),
+    [
+        ({}, {}, "ordmoe evaluate 'my base' --adapter out --dataset_name D", "ordmoe verify out"),
+        (
+            {"load_in_4bit": True, "dtype": "float32", "model_revision": "v1"},
+            {"dataset_config": "en"},
+            "ordmoe evaluate 'my base' --adapter out --dataset_name D --dataset_config en --model_revision v1 "
+            "--dtype float32 --load_in_4bit true",
+            "ordmoe verify out --model_revision v1",
+        ),
+    ],
+)
+def test_what_comes_next(model, data, evaluate, verify):
+    model_options = ModelArguments("my base", **model)
+    commands = next_commands(model_options, ScriptArguments(dataset_name="D", **data), train_args("out"))
+    assert commands == [evaluate, verify, "ordmoe export out --output_dir out-peft"]
+
+
+def test_how_to_go_on(tmp_path):
+    advice = resume_advice(train_args(tmp_path / "my run"))
+    command = advice.removeprefix("To go on: ")
+    assert shlex.split(command) == [
+        *("ordmoe", "train", "--config", str(tmp_path / "my run" / OPTIONS_NAME)),
+        *("--resume_from_checkpoint", "auto"),
+    ]
