@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from trl import ScriptArguments
 
 from ..adapter.targets import coverage_report
@@ -120,6 +120,9 @@ def train_or_advise(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[s
         message, status = f"Interrupted after step {trainer.state.global_step}; {saved}.", 128 + signal.SIGINT
     except OrdMoEInterrupted as end:
         message, status = str(end), end.status
+    bar = trainer.pop_callback(ProgressCallback)
+    if bar is not None:
+        bar.on_train_end(trainer.args, trainer.state, trainer.control)  # else it is drawn once more, after the error
     raise OrdMoEInterrupted(f"{message} {resume_advice(trainer.args)}", status)
 
 

@@ -2,15 +2,24 @@
 """`ordmoe train`: what decides the adapter, and what becomes of runs and recipes."""
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from subprocess import PIPE
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ordmoe import main
+from ordmoe_peft import OrdMoETrainer
+from ordmoe_peft.training.run_files import METRICS_NAME
 from ordmoe_peft.training.run_record import RECORD_NAME, RunFolder
 from tests import models
 from tests.test_ordmoe import base, data, error_of, save_base, train_arguments  # noqa: F401 (fixtures)
+from tests.training.test_run_files import metrics
 
 
 def test_the_seed_decides_the_adapter(base, data, tmp_path):
@@ -135,3 +144,47 @@ def test_unknown_options_in_a_recipe(base, data, tmp_path, capsys):
     recipe.write_text("num_teirs: 3\n")
     error = error_of(capsys, [*train_arguments(base, data, tmp_path / "out"), "--config", str(recipe)])
     assert "num_teirs" in error
+
+
+class TestInterruptions:
+    def test_sigterm_to_a_process(self, base, data, tmp_path, capsys):
+        """A checkpoint, the exit status that shells have for it, and the command that goes on; to the same losses."""
+        out = tmp_path / "out"
+        options = {"logging_steps": 1, "lr_scheduler_type": "constant", "save_strategy": "no"}
+        words = train_arguments(base, data, out, **options, max_steps=10**6)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ordmoe", *words], stdout=PIPE, stderr=PIPE, text=True
+        )
+        while process.poll() is None and not ((out / METRICS_NAME).is_file() and metrics(out)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+        assert process.returncode == 143, said
+        line = said.splitlines()[-1]
+        (step,) = {int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*")}
+        assert f"SIGTERM: ended after step {step}; checkpoint-{step} in {out} is complete. To go on: " in line
+        assert "Traceback" not in said
+        command = shlex.split(line.partition("To go on: ")[2])
+        last = ["--max_steps", str(step + 2)]
+        assert main([*command[1:], *last]) == 0
+        assert f"ordmoe verify {out}\n" in capsys.readouterr().out
+        assert main([*train_arguments(base, data, tmp_path / "whole", **options), *last]) == 0
+        ended, whole = ([entry.get("loss") for entry in metrics(folder)] for folder in (out, tmp_path / "whole"))
+        assert ended == whole and len(whole) == step + 3
+
+    @pytest.mark.parametrize(
+        ("saves", "saved"),
+        [({}, "nothing is saved yet"), ({"save_steps": 1}, "the last checkpoint is {}/checkpoint-1")],
+    )
+    def test_ctrl_c(self, base, data, tmp_path, capsys, monkeypatch, saves, saved):
+        def interrupt(trainer, logs, start_time=None):
+            raise KeyboardInterrupt if trainer.state.global_step == 2 else None
+
+        out = tmp_path / "my run"
+        words = train_arguments(base, data, out, max_steps=3, logging_steps=2, save_strategy="steps", **saves)
+        with monkeypatch.context() as patched:
+            patched.setattr(OrdMoETrainer, "log", interrupt)
+            assert main(words) == 130
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"Interrupted after step 2; {saved.format(out)}." in line
+        assert main(shlex.split(line.partition("To go on: ")[2])[1:]) == 0
