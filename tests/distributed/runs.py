@@ -1,6 +1,7 @@
 """What the processes of distributed tests run. Imported once, by the server that they are forked from."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,21 @@ def sharded_and_resumed(folder: str, settings: dict[str, Any]) -> list[dict[str,
 def refusal(folder: str, settings: dict[str, Any]) -> str:
     """What the trainer says to `settings` under FSDP."""
     return said_by(tiny_trainer, folder, sharded=True, **settings)
+
+
+class TerminateLast(TrainerCallback):
+    """Sends SIGTERM to the last process alone, within the second step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(folder: str) -> str:
+    """What a run says that one process is told to end."""
+    trainer = tiny_trainer(folder)
+    trainer.add_callback(TerminateLast())
+    return said_by(trainer.train)
 
 
 def end_of_uneven_training(folder: str, settings: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from tests.test_ordmoe import save_base, save_data, train_arguments
 
 # Random groups and responses are drawn by micro-batch of the step, whichever process has it.
 REFERENCE = {"adapter": {"grouping": "random"}, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+REFERENCE |= {"router_learning_rate": 1e-1}
 GENERATED = {"responses": "generated", "max_completion_length": 5, "objective": "dpo"}
 
 
@@ -66,6 +67,15 @@ def test_checkpoints_are_written_once_and_resumed_from(tmp_path):
     resumed, _ = run_processes(runs.train_from_the_last, str(tmp_path), settings)
     assert [entry["loss"] for entry in resumed["logs"]] == [entry["loss"] for entry in first["logs"]]
     assert all(torch.equal(weight, first["weights"][name]) for name, weight in resumed["weights"].items())
+
+
+def test_sigterm_to_one_process_ends_all_after_the_same_step(tmp_path):
+    first, second = run_processes(runs.terminated, str(tmp_path), timeout=60)
+    assert first == second == f"SIGTERM: ended after step 2; checkpoint-2 in {tmp_path} is complete."
+    assert {path.name for path in (tmp_path / "checkpoint-2").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
 
 def test_the_command_trains_on_two_processes(tmp_path):

@@ -23,7 +23,10 @@ TWICE = {"gradient_accumulation_steps": 2}
 @pytest.mark.parametrize(
     ("settings", "quant_storage", "stack", "activation_checkpointing"),
     [
-        ({"tier_passes": "batched", "adapter": {"grouping": "random"}}, None, ("DTensor", torch.float32), "true"),
+        (
+            {"tier_passes": "batched", "adapter": {"grouping": "random"}, "router_learning_rate": 1e-1},
+            *(None, ("DTensor", torch.float32), "true"),
+        ),
         ({"tier_passes": "sequential"}, "bfloat16", ("DTensor", torch.bfloat16), "false"),
         ({"tier_passes": "batched", "objective": "dpo"}, "uint8", ("Tensor", torch.uint8), "false"),
         ({"tier_passes": "auto", "optim": "sgd"}, None, ("DTensor", torch.float32), "true"),
