@@ -1,6 +1,5 @@
 """The options of a run of `ordmoe train`: what was given, and the commands to go on with."""
 
-import argparse
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from trl import ScriptArguments
 from ..training import OrdMoETrainingArguments
 from ..training.run_files import NOT_OF_THE_RUN, OPTIONS_NAME
 from .arguments import ModelArguments
+from .parser import CommandParser
 
 
 # Of how the base is loaded, what `ordmoe verify` takes from the adapter's record.
@@ -21,19 +21,15 @@ KNOWN_TO_ADAPTERS = (
 )
 
 
-def given_options(parser: argparse.ArgumentParser, arguments: Sequence[str], kinds: Sequence[type]) -> dict[str, Any]:
+def given_options(parser: CommandParser, arguments: Sequence[str], kinds: Sequence[type]) -> dict[str, Any]:
     """The options that were given, on the command line or in the recipe, and are not the defaults.
 
     Args:
-        parser ([`~trl.TrlParser`]): has parsed `arguments` before, so that its defaults are those of the recipe.
+        parser ([`CommandParser`]): has parsed `arguments` before, so that its defaults are those of the recipe.
         arguments (`list[str]`): the command line.
         kinds (`list[type]`): the dataclasses of the options.
     """
-    words = list(arguments)
-    if "--config" in words:
-        place = words.index("--config")
-        del words[place : place + 2]
-    values = vars(parser.parse_known_args(words)[0])
+    values = vars(parser.parse_known_args(list(arguments))[0])
     return {
         item.name: values[item.name]
         for kind in kinds

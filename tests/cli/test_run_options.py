@@ -7,13 +7,13 @@ import pytest
 import yaml
 from trl import ScriptArguments
 
+from ordmoe import main
 from ordmoe_peft import OrdMoETrainingArguments
 from ordmoe_peft.cli.arguments import ModelArguments
-from ordmoe_peft.cli.main import main
 from ordmoe_peft.cli.run_options import given_options, next_commands, resume_advice, settings_block
 from ordmoe_peft.cli.train import OPTIONS, build_parser
 from ordmoe_peft.training.run_files import OPTIONS_NAME
-from tests.cli.test_main import base, data, train_arguments  # noqa: F401 (fixtures)
+from tests.test_ordmoe import base, data, train_arguments  # noqa: F401 (fixtures)
 from tests.training.test_run_files import metrics
 
 
@@ -46,6 +46,9 @@ def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "Settings that differ from the defaults:\n  model_name_or_path=" in printed
+    commands = [shlex.split(line) for line in printed.partition("Next:\n")[2].splitlines()]
+    assert [command[1] for command in commands] == ["evaluate", "verify", "export"]
+    assert [main(command[1:]) for command in commands] == [0, 0, 0]
     recipe = tmp_path / "one" / OPTIONS_NAME
     options = yaml.safe_load(recipe.read_text())
     assert options["seed"] == 5 and options["bf16"] is False and options["output_dir"] == str(tmp_path / "one")

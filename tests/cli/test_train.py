@@ -152,9 +152,7 @@ class TestInterruptions:
         out = tmp_path / "out"
         options = {"logging_steps": 1, "lr_scheduler_type": "constant", "save_strategy": "no"}
         words = train_arguments(base, data, out, **options, max_steps=10**6)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ordmoe", *words], stdout=PIPE, stderr=PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-m", "ordmoe", *words], stdout=PIPE, stderr=PIPE, text=True)
         while process.poll() is None and not ((out / METRICS_NAME).is_file() and metrics(out)):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
