@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`Sequence[str]`, *optional*): what stands after `ordmoe`; that of this process by default.
 
     Returns:
-        `int`: the exit code: 0, 2 after an error that was printed, 1 where a check did not hold.
+        `int`: the exit code: 0, 1 where a check did not hold, after an error that was printed its own, mostly 2.
     """
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
         complete()
@@ -155,7 +155,7 @@ def parser_for_completion(command: str) -> argparse.ArgumentParser:
 
 
 def run(command: str, arguments: Sequence[str], with_traceback: bool = False) -> int:
-    """Run the module of a command; an error that users cause is one line on stderr, and exit code 2."""
+    """Run the module of a command; an error that users cause is one line on stderr, and an exit code, mostly 2."""
     module = module_of(command)
     import yaml
 

@@ -1,6 +1,5 @@
 """The options of a run of `ordmoe train`: what was given, and the commands to go on with."""
 
-import argparse
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from trl import ScriptArguments
 from ..training import OrdMoETrainingArguments
 from ..training.run_files import NOT_OF_THE_RUN, OPTIONS_NAME
 from .arguments import ModelArguments
+from .parser import CommandParser
 
 
 # Of how the base is loaded, what `ordmoe verify` takes from the adapter's record.
@@ -21,7 +21,7 @@ KNOWN_TO_ADAPTERS = (
 )
 
 
-def given_options(parser: argparse.ArgumentParser, arguments: Sequence[str], kinds: Sequence[type]) -> dict[str, Any]:
+def given_options(parser: CommandParser, arguments: Sequence[str], kinds: Sequence[type]) -> dict[str, Any]:
     """The options that were given, on the command line or in the recipe, and are not the defaults.
 
     Args:
@@ -29,7 +29,7 @@ def given_options(parser: argparse.ArgumentParser, arguments: Sequence[str], kin
         arguments (`list[str]`): the command line.
         kinds (`list[type]`): the dataclasses of the options.
     """
-    values = vars(parser.parse_known_args(arguments)[0])
+    values = vars(parser.parse_known_args(list(arguments))[0])
     return {
         item.name: values[item.name]
         for kind in kinds

@@ -46,6 +46,9 @@ def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "Settings that differ from the defaults:\n  model_name_or_path=" in printed
+    commands = [shlex.split(line) for line in printed.partition("Next:\n")[2].splitlines()]
+    assert [command[1] for command in commands] == ["evaluate", "verify", "export"]
+    assert [main(command[1:]) for command in commands] == [0, 0, 0]
     recipe = tmp_path / "one" / OPTIONS_NAME
     options = yaml.safe_load(recipe.read_text())
     assert options["seed"] == 5 and options["bf16"] is False and options["output_dir"] == str(tmp_path / "one")

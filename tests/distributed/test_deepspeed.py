@@ -58,7 +58,11 @@ def with_deepspeed(function, folder, settings, *arguments, environment=ZERO2):
 @pytest.mark.parametrize(
     ("settings", "is_packed"),
     [
-        ({"adapter": {"grouping": "random"}, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}, False),
+        (
+            {"adapter": {"grouping": "random"}, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+            | {"router_learning_rate": 1e-1},
+            False,
+        ),
         ({"objective": "dpo", "max_grad_norm": 0.5}, True),
         ({"responses": "generated", "max_completion_length": 5}, False),
     ],
@@ -73,7 +77,11 @@ def test_zero2_is_ddp(tmp_path, settings, is_packed):
     assert len({entry["loss"] for entry in zero2["logs"]}) == 4
 
 
-@pytest.mark.parametrize("settings", [{"adapter": {"grouping": "random"}}, {"objective": "dpo"}], ids=["erl", "dpo"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"adapter": {"grouping": "random"}, "router_learning_rate": 1e-1}, {"objective": "dpo"}],
+    ids=["erl", "dpo"],
+)
 def test_zero3_is_ddp(tmp_path, zero3, settings):
     settings = settings | {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "balance_coef": 0.01}
     shared = with_deepspeed(runs.train_in_full_precision, tmp_path / "zero3", settings, True, environment=zero3)
