@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -118,11 +118,18 @@ class AdapterArguments(AdapterSizeArguments):
 class SampleArguments:
     """Which samples a base or an adapter is run on."""
 
+    # Splits to take, in this order, where none is asked for.
+    default_splits: ClassVar[tuple[str, ...]] = ("test", "validation")
+
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The data set: a file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub id."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str = field(default="test", metadata={"help": "Its split."})
+    split: str | None = field(
+        default=None, metadata={"help": "Its split; by default test, else validation, else the only one."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Use at most this many samples, drawn by seed 0."})
     num_tiers: int | None = field(default=None, metadata={"help": "Tiers C; the adapter's by default, else 3."})
     grouping: str | None = field(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from trl import TrlParser
 
@@ -22,7 +23,8 @@ MAX_PRINTED_REASONS = 12
 class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
-    split: str = field(default="train", metadata={"help": "Its split."})
+    default_splits: ClassVar[tuple[str, ...]] = ("train",)
+    split: str | None = field(default=None, metadata={"help": "Its split; by default train, else the only one."})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
     output: str | None = field(default=None, metadata={"help": "File to write the results to, as JSON."})
     report: str | None = field(default=None, metadata={"help": "Folder to write a report with plots to."})
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
     report = inspect_model(model, processing_class, dataset, **tier_cut(model, options), batch_size=options.batch_size)
-    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.split}")
+    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {dataset.split}")
     # Module names are too wide for a terminal.
     print_tables([replace(one, frame=one.frame.drop(columns="module")) for one in report.tables()])
     print_verdict(report)

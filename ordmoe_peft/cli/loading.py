@@ -1,16 +1,17 @@
 """Load what options name: models, processors, adapters, data sets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import load_dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ..adapter.base_record import hub_id
+from ..data.loading import load_data
 from ..data.samples import check_processing_class, subsample
 from ..errors import OrdMoEDataError, OrdMoEModelError
 from ..quantization.other_quantizers import check_unquantised
@@ -84,21 +85,24 @@ def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> A
     return processing_class
 
 
-def load_split(name: str | None, config: str | None, split: str, streaming: bool = False) -> Any:
-    """A split of a data set (folder or hub id)."""
+def load_split(
+    name: str | None,
+    config: str | None,
+    split: str | None,
+    streaming: bool = False,
+    defaults: Sequence[str] = ("train",),
+    option: str = "--split",
+) -> Any:
+    """A split of the data set that options name: see [`~ordmoe_peft.data.loading.load_data`]."""
     if name is None:
-        raise OrdMoEDataError("No data set: give --dataset_name, a folder or a hub id.")
-    try:
-        return load_dataset(name, config, split=split, streaming=streaming)
-    except StopIteration as error:  # `datasets` takes the columns from the first row
-        raise OrdMoEDataError(
-            f"The split {split!r} of the data set {name} has no samples: its file is empty."
-        ) from error
+        raise OrdMoEDataError("No data set: give --dataset_name, a file, a folder or a hub id.")
+    return load_data(name, split, config, streaming, defaults=defaults, option=option)
 
 
 def load_samples(options: SampleArguments) -> Any:
     """The samples that a command is asked to run on."""
-    return subsample(load_split(options.dataset_name, options.dataset_config, options.split), options.limit)
+    data = (options.dataset_name, options.dataset_config, options.split)
+    return subsample(load_split(*data, defaults=options.default_splits), options.limit)
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isnan
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -35,7 +36,8 @@ class RolloutArguments(RolloutOptions, SampleArguments):
     """What to answer, how to sample, and where to write it."""
 
     output: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
-    split: str = field(default="train", metadata={"help": "Its split."})
+    default_splits: ClassVar[tuple[str, ...]] = ("train",)
+    split: str | None = field(default=None, metadata={"help": "Its split; by default train, else the only one."})
     max_completion_length: int = field(default=512, metadata={"help": "Longest response, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling; 0 writes greedily."})
     top_p: float = field(default=1.0, metadata={"help": "Share of probability to sample from."})
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    sources = {name: getattr(options, name) for name in SOURCES}
+    sources = {name: getattr(options, name) for name in SOURCES} | {"split": str(dataset.split)}
     rollouts = rollout(
         model,
         processing_class,
