@@ -29,6 +29,7 @@ __all__ = [
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "load_data",
     "quantization_census",
     "quantize_experts_",
     "rollout",
@@ -41,6 +42,7 @@ IMPORTED_ON_USE = {
     "OrdMoETrainer": ".training",
     "OrdMoETrainingArguments": ".training",
     "RouterHealth": ".training",
+    "load_data": ".data.loading",
     "rollout": ".data.rollouts",
     "to_preference_pairs": ".data.preference_pairs",
 }

@@ -211,7 +211,7 @@ def test_a_model_folder_without_a_tokenizer(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"), [([""] * 8, "empty in all 8 rows"), (["w5"] * 7 + [None], "Row 7 (counted from 0)")]
+    ("answers", "message"), [([""] * 8, "empty in all 8 rows"), (["w5"] * 7 + [None], "row 7 (counted from 0)")]
 )
 def test_answers_that_are_missing(base, tmp_path, capsys, answers, message):
     rows = [{"prompt": "w20", "completion": answer} for answer in answers]

@@ -13,6 +13,7 @@ PUBLIC = {
     "OrdMoETrainingArguments",
     "RouterHealth",
     "coverage_report",
+    "load_data",
     "quantization_census",
     "quantize_experts_",
     "rollout",

@@ -165,12 +165,14 @@ class AdapterArguments(AdapterSizeArguments):
 class SampleArguments:
     """Which samples a base or an adapter is run on."""
 
-    # The split that is taken where none is named: the first of these that there is.
+    # Splits to take, in this order, where none is asked for.
     likely_splits: ClassVar[tuple[str, ...]] = ("test", "validation")
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or hub id of the data set."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The data set: a file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub id."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_split: str | None = field(
         default=None, metadata={"help": "Its split; test by default, else validation, else the only one."}

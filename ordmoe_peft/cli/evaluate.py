@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         num_tiers=options.num_tiers,
         grouping=options.grouping,
     )
-    print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {options.dataset_split}")
+    print(f"{options.adapter or model_options.model_name_or_path} on {len(dataset)} samples of {dataset.split}")
     print_tables([tier_table(results)])
     if options.output_file is not None:
         write_json(options.output_file, [result.to_dict() for result in results])

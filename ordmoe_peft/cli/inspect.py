@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from ..monitoring.diagnostics import health_findings
 from ..tools.measure.inspection import HealthReport, inspect_model
@@ -21,7 +22,7 @@ MAX_PRINTED_REASONS = 12
 class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
-    likely_splits = ("train",)
+    likely_splits: ClassVar[tuple[str, ...]] = ("train",)
 
     dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     report = inspect_model(
         model, processing_class, dataset, **tier_cut(model, options), batch_size=options.per_device_eval_batch_size
     )
-    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {options.dataset_split}")
+    print(f"{options.adapter or report.model} on {report.num_tokens:,} tokens of {dataset.split}")
     # Module names are too wide for a terminal.
     print_tables([replace(one, frame=one.frame.drop(columns="module")) for one in report.tables()])
     print_verdict(report)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import get_dataset_split_names, load_dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ..adapter.base_record import hub_id
+from ..data.loading import load_data
 from ..data.samples import check_processing_class, subsample
 from ..errors import OrdMoEDataError, OrdMoEModelError
 from ..quantization.other_quantizers import check_unquantised
@@ -86,34 +86,24 @@ def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> A
     return processing_class
 
 
-def load_split(name: str | None, config: str | None, split: str | None, streaming: bool = False) -> Any:
-    """A split of a data set (folder or hub id)."""
+def load_split(
+    name: str | None,
+    config: str | None,
+    split: str | None,
+    streaming: bool = False,
+    defaults: Sequence[str] = ("train",),
+    option: str = "--dataset_split",
+) -> Any:
+    """A split of the data set that options name: see [`~ordmoe_peft.data.loading.load_data`]."""
     if name is None:
-        raise OrdMoEDataError("No data set: give --dataset_name, a folder or a hub id.")
-    try:
-        return load_dataset(name, config, split=split, streaming=streaming)
-    except StopIteration as error:  # `datasets` takes the columns from the first row
-        raise OrdMoEDataError(
-            f"The split {split!r} of the data set {name} has no samples: its file is empty."
-        ) from error
+        raise OrdMoEDataError("No data set: give --dataset_name, a file, a folder or a hub id.")
+    return load_data(name, split, config, streaming, defaults=defaults, option=option)
 
 
 def load_samples(options: SampleArguments) -> Any:
-    """The samples that a command is asked to run on; the split that is chosen for it goes into `options`."""
-    if options.dataset_split is None and options.dataset_name is not None:
-        options.dataset_split = chosen_split(options.dataset_name, options.dataset_config, options.likely_splits)
-    return subsample(load_split(options.dataset_name, options.dataset_config, options.dataset_split), options.limit)
-
-
-def chosen_split(name: str, config: str | None, likely: Sequence[str]) -> str:
-    """The first of the likely splits that a data set has, else its only one."""
-    there = get_dataset_split_names(name, config)
-    found = [split for split in likely if split in there] or there
-    if len(found) > 1 and found[0] not in likely:
-        raise OrdMoEDataError(
-            f"The data set {name} has the splits {', '.join(there)}: give --dataset_split, one of them."
-        )
-    return found[0]
+    """The samples that a command is asked to run on."""
+    data = (options.dataset_name, options.dataset_config, options.dataset_split)
+    return subsample(load_split(*data, defaults=options.likely_splits), options.limit)
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
     result = measure_four_bits(load, processing_class, dataset, batch_size=options.per_device_eval_batch_size)
     recipe = model_options.bnb_4bit_quant_type + ", nested" * model_options.use_bnb_nested_quant
-    print(f"{result.model} in 4 bits ({recipe}) beside {result.dtype}, on {options.dataset_split}")
+    print(f"{result.model} in 4 bits ({recipe}) beside {result.dtype}, on {len(dataset)} samples of {dataset.split}")
     print_tables(result.tables())
     print(result.verdict)
     if options.output_file is not None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isnan
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -21,14 +22,7 @@ from .tables import percent, print_table
 
 
 PAIRS_FOLDER = "preference_pairs"
-# What settings call the sources of rollouts → the option.
-SOURCES = {
-    "adapter": "adapter",
-    "dataset_name": "dataset_name",
-    "dataset_config": "dataset_config",
-    "split": "dataset_split",
-    "limit": "limit",
-}
+SOURCES = ("adapter", "dataset_name", "dataset_config", "limit")
 SAMPLING = ("max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty")
 # Columns of the rollouts that are averaged over a tier's responses → what they are called.
 AVERAGED = {
@@ -43,7 +37,7 @@ AVERAGED = {
 class RolloutArguments(RolloutOptions, SampleArguments):
     """What to answer, how to sample, and where to write it."""
 
-    likely_splits = ("train",)
+    likely_splits: ClassVar[tuple[str, ...]] = ("train",)
 
     output_dir: str = field(metadata={"help": "Folder to write to, or to go on with after an interruption."})
     dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
@@ -80,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
-    sources = {name: getattr(options, option) for name, option in SOURCES.items()}
+    sources = {name: getattr(options, name) for name in SOURCES} | {"split": str(dataset.split)}
     rollouts = rollout(
         model,
         processing_class,

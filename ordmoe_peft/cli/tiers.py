@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         name=options.adapter or model_options.model_name_or_path,
         **{one.name: getattr(options, one.name) for one in fields(QualityOptions)},
     )
-    print(f"{quality.model} on {quality.num_samples} samples of {options.dataset_split}, {quality.grouping} tiers")
+    print(f"{quality.model} on {quality.num_samples} samples of {dataset.split}, {quality.grouping} tiers")
     print_tables(quality.tables())
     findings = quality_findings(quality.to_dict())
     print_findings(findings)

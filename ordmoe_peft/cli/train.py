@@ -97,10 +97,11 @@ def main(arguments: Sequence[str]) -> None:
 def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) -> dict[str, Any]:
     """The trainer's data sets, with answers to learn from; that of evaluation is `None` where there is none."""
     data = (options.dataset_name, options.dataset_config)
-    train_dataset = load_split(*data, options.dataset_train_split, options.dataset_streaming)
+    streaming = options.dataset_streaming
+    train_dataset = load_split(*data, options.dataset_train_split, streaming, option="--dataset_train_split")
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = load_split(*data, options.dataset_test_split, options.dataset_streaming)
+        eval_dataset = load_split(*data, options.dataset_test_split, streaming, option="--dataset_test_split")
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         checked_data(dataset, training_args, name)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}

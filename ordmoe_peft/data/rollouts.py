@@ -24,6 +24,7 @@ from ..tiers.plan import RandomDraw, layers_in_scope
 from ..tiers.ranking import GROUPINGS
 from ..tiers.routing import adapter_config, settings_of, tier_routing
 from ..tiers.scope import tiers_of_labels
+from .formats import as_prompt_completion, has_prompts
 from .generation import check_one_response, evaluation_mode, generate_by_tier, with_responses, with_samples
 from .responses import content_mask, end_of_sequence_ids
 from .rows import check_columns, check_fits, check_texts, first_row
@@ -111,17 +112,19 @@ def rollout(
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
         processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): prompts, conversational or plain, with or without images.
+        dataset ([`~datasets.Dataset`]): prompts, conversational or plain, with or without images; or whole
+            conversations, whose last message is the completion if the assistant says it.
         output_dir (`str` or `Path`): the folder to write, or to go on with; `load_dataset(output_dir)` reads it.
         sources (`dict`, *optional*): where model and data came from; recorded with the settings, and compared.
         options: fields of [`RolloutOptions`], e.g. `num_tiers`, `seed`, `keep_columns`, and arguments of `generate`,
             e.g. `max_new_tokens`, `do_sample`, `temperature`.
 
     Raises:
-        [`OrdMoEDataError`]: no prompts, a row without one, or one that is longer than the model has positions; or a
-            column that is not there.
+        [`OrdMoEDataError`]: no prompts, a row without one, or with an empty one, or one that is longer than the model
+            has positions; or a column that is not there.
         [`OrdMoEConfigError`]: settings that cannot work, or that differ from those that `output_dir` has.
     """
+    dataset = _with_prompts(dataset)
     own = {item.name: options.pop(item.name) for item in fields(RolloutOptions) if item.name in options}
     columns = _kept_columns(dataset, own.get("keep_columns", ()))
     check_one_response(options)
@@ -156,6 +159,17 @@ def _write_missing(samples_of: dict[Path, range], dataset: Dataset, columns: lis
                 bar.update(len(batch))
             written = Dataset.from_list(rows, features=ROLLOUT_FEATURES)
             write_shard(path, concatenate_datasets([shard.select_columns(columns), written], axis=1))
+
+
+def _with_prompts(dataset: Dataset) -> Dataset:
+    if "text" in dataset.column_names and not {"prompt", "messages", "conversations"} & set(dataset.column_names):
+        raise OrdMoEDataError(
+            "The data set has `text` alone, without prompts: there is nothing that a tier can answer."
+        )
+    dataset = as_prompt_completion(dataset)
+    if "prompt" in dataset.column_names and len(dataset) > 0 and not has_prompts(dataset):
+        raise OrdMoEDataError("All prompts of the rollout data set are empty: there is nothing that a tier can answer.")
+    return dataset
 
 
 def _kept_columns(dataset: Dataset, keep_columns: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, concatenate_datasets
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -13,6 +13,10 @@ from ..errors import OrdMoEDataError
 
 CONVERSATIONS = ("messages", "conversations")
 ANSWER_ROLES = ("assistant", "gpt")
+# Who may speak.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Who else may in `conversations`, where ShareGPT's names for user and assistant become those.
+SHAREGPT_ROLES = ("human", "gpt")
 # A stream may have no end: if its first rows have no answer, as many as this, it is taken to have none.
 MOST_EMPTY_ROWS = 1000
 
@@ -31,7 +35,7 @@ def check_columns(dataset: Any, needed: Sequence[str], needed_by: str, data_form
 def check_samples(dataset: Any, group_by: str | None = None) -> None:
     """Raise [`OrdMoEDataError`] unless rows have prompts, answers to compare with, and the column to group by."""
     columns = ("prompt", "completion")
-    check_columns(dataset, columns, "evaluation needs", "prompt-completion")
+    check_columns(dataset, columns, "evaluation needs", "prompt-completion, messages or text")
     if group_by is not None and group_by not in dataset.column_names:
         raise OrdMoEDataError(f"group_by={group_by!r} is not a column; there are {sorted(dataset.column_names)}.")
     first_row(dataset, "evaluation")
@@ -48,8 +52,33 @@ def first_row(dataset: Any, name: str) -> dict[str, Any]:
 
 def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
     """A column's values, row by row, images as bytes."""
+    feature = dataset.features[column]
+    is_stored_as_json = "Json(" in repr(feature)
     for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        yield from table.column(column).to_pylist()
+        values = table.column(column).to_pylist()
+        yield from ([_from_json(value, feature) for value in values] if is_stored_as_json else values)
+
+
+def with_column(dataset: Dataset, column: str, values: list[Any], feature: Any) -> Dataset:
+    """The data set with `values` as the column, in place of one of this name."""
+    others = dataset.remove_columns(column) if column in dataset.column_names else dataset
+    new = Dataset.from_dict({column: values}, features=Features({column: feature}), split=dataset.split)
+    joined = concatenate_datasets([others, new], split=dataset.split, axis=1) if others.column_names else new
+    joined.info.dataset_name, joined.info.config_name = dataset.info.dataset_name, dataset.info.config_name
+    return joined
+
+
+def _from_json(value: Any, feature: Any) -> Any:
+    """What `value` stands for where `datasets` keeps it, or a part of it, as a string of JSON."""
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return feature.decode_example(value)
+    if isinstance(feature, List | LargeList):
+        return [_from_json(part, feature.feature) for part in value]
+    if isinstance(feature, dict):
+        return {name: _from_json(value[name], part) for name, part in feature.items()}
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -93,23 +122,40 @@ def row_texts(value: Any, column: str, row: int, name: str) -> list[str]:
     Raises:
         [`OrdMoEDataError`]: there is no text, or a message without.
     """
+    problem = text_problem(value, column)
+    if problem is not None:
+        raise OrdMoEDataError(
+            f"Row {row} (counted from 0) of the {name} data set has {str(value)[:200]} in `{column}`: {problem}. Mend "
+            "or drop such rows."
+        )
     messages = value if isinstance(value, list) else [{"content": value}]
     texts = [_message_text(message) for message in messages]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise OrdMoEDataError(
-            f"Row {row} (counted from 0) of the {name} data set has {str(value)[:200]} in `{column}`: it must be text, "
-            "or messages with text. Mend or drop such rows."
-        )
     is_answer = [message.get("role", message.get("from")) in ANSWER_ROLES for message in messages]
     if column in CONVERSATIONS and any(is_answer):
         return [text for text, is_one in zip(texts, is_answer, strict=True) if is_one]
     return texts
 
 
-def _message_text(message: Any) -> Any:
+def text_problem(value: Any, column: str) -> str | None:
+    """What is wrong with a row's `value` in a column of text or messages; None where nothing is."""
+    if isinstance(value, str):
+        return f"`{column}` must be a list of messages" if column in CONVERSATIONS else None
+    if not isinstance(value, list) or not value:
+        return "it must be text, or messages with text"
+    roles = ROLES + SHAREGPT_ROLES if column == "conversations" else ROLES
+    for place, message in enumerate(value):
+        if not isinstance(message, dict):
+            return f"its message {place} (counted from 0) must have a role and a content"
+        role = message.get("role", message.get("from") if column == "conversations" else None)
+        if role not in roles:
+            return f"its message {place} (counted from 0) has the role {role!r}; known are {', '.join(roles)}"
+        if not isinstance(_message_text(message), str):
+            return f"its message {place} (counted from 0) has no text"
+    return None
+
+
+def _message_text(message: dict[str, Any]) -> Any:
     """A message's text; something else than a string, where it has none."""
-    if not isinstance(message, dict):
-        return None
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         texts = [part.get("text") or "" for part in content if isinstance(part, dict)]

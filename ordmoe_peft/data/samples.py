@@ -3,6 +3,7 @@
 Samples are in TRL's prompt-completion format, conversational or plain, with an optional `images` or `image` column.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -10,7 +11,7 @@ from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase, P
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..errors import OrdMoEConfigError, OrdMoEModelError
+from ..errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 
 
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
@@ -62,6 +63,21 @@ def sample_images(sample: dict[str, Any]) -> list:
     return [sample["image"]] if "image" in sample else list(sample.get("images") or [])
 
 
+def _check_takes_images(images: list[list[Any]], processing_class: ProcessingClass) -> None:
+    """Raise [`OrdMoEDataError`] for images that a base of text alone is given."""
+    if any(images) and not isinstance(processing_class, ProcessorMixin):
+        raise OrdMoEDataError(
+            f"The samples have images, and the base reads text alone ({type(processing_class).__name__}). Give a base "
+            "that sees, or leave out the column of images."
+        )
+
+
+def _tools(sample: dict[str, Any]) -> Any:
+    """The tools that a conversation may call, as TRL takes them: a list, or a list in JSON."""
+    tools = sample.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
 def answer_text(sample: dict[str, Any]) -> str:
     """The reference answer as plain text, without the chat template around it."""
     completion = sample["completion"]
@@ -75,11 +91,16 @@ def prompt_inputs(samples: list[dict[str, Any]], processing_class: ProcessingCla
     """Left-padded inputs for `generate`, rendered as TRL renders prompts for training."""
     processor: Any = processing_class
     texts, images = [], [sample_images(sample) for sample in samples]
+    _check_takes_images(images, processing_class)
     for sample, own_images in zip(samples, images, strict=True):
         prompt = sample["prompt"]
         if not isinstance(prompt, str):
             messages = prepare_multimodal_messages(prompt, images=own_images) if own_images else prompt
-            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            texts.append(
+                processor.apply_chat_template(
+                    messages, tools=_tools(sample), add_generation_prompt=True, tokenize=False
+                )
+            )
         else:
             texts.append(prompt if own_images else _beginning(processing_class) + prompt)
     visual = {"images": images} if any(images) else {}
@@ -91,20 +112,24 @@ def prompt_inputs(samples: list[dict[str, Any]], processing_class: ProcessingCla
 def scoring_inputs(samples: list[dict[str, Any]], processing_class: ProcessingClass) -> Inputs:
     """Inputs and `labels` (−100 outside the answer) as the trainer's collator makes them."""
     collate = DataCollatorForVisionLanguageModeling(processing_class, completion_only_loss=True)
-    rows = []
-    for sample in samples:
-        images = sample_images(sample)
+    rows, images_of_rows = [], [sample_images(sample) for sample in samples]
+    _check_takes_images(images_of_rows, processing_class)
+    for sample, images in zip(samples, images_of_rows, strict=True):
         row = {name: sample[name] for name in ("prompt", "completion")}
-        if not images and is_conversational(row):
+        if not any(images_of_rows) and is_conversational(row):
             # Text-only templates may not read the list form of messages that the collator makes for images.
-            row = apply_chat_template(row, processing_class)
-        elif not images:
+            row = apply_chat_template(row, processing_class, tools=_tools(sample))
+        elif not images and not is_conversational(row):
             # Plain text has no chat template, so it gets the tokens that the trainer puts around it.
             end = tokenizer_of(processing_class).eos_token
             row["prompt"] = _beginning(processing_class) + row["prompt"]
             row["completion"] = row["completion"].removesuffix(end) + end
         rows.append({**row, "images": images})
-    return collate(rows)
+    inputs = collate(rows)
+    # Empty prompts alone have no tokens, in a tensor of floats, which makes floats of what it is joined with.
+    for name in ("input_ids", "attention_mask", "labels"):
+        inputs[name] = inputs[name].long()
+    return inputs
 
 
 def _beginning(processing_class: ProcessingClass) -> str:

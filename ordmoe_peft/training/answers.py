@@ -31,6 +31,12 @@ def with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
         )
     if not columns or any(needed <= columns for needed in ANSWER_COLUMNS):
         return dataset
+    if {"chosen", "rejected"} & columns:
+        raise OrdMoEDataError(
+            f"The data set has preferences ({sorted(columns)}): OrdMoE makes its own, of what tiers answer. To train "
+            "on the chosen answers, rename `chosen` to `completion` beside `prompt`, or to `messages` where it is the "
+            "whole conversation, and drop `rejected`. For preferences as they are, train a LoRA by TRL's DPOTrainer."
+        )
     if "prompt" not in columns or args.ntp_coef > 0 or args.responses == "reference":
         raise OrdMoEDataError(
             f"The data set has the columns {sorted(columns)}, none of which holds an answer to learn from. It needs "

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging
 
+from ..data.formats import as_messages, check_images_go_with
 from ..data.rows import (
     CONVERSATIONS,
     check_length,
@@ -27,6 +28,8 @@ logger = logging.get_logger(__name__)
 def checked_data(dataset: Any, args: Any, name: str) -> Any:
     """The data set, which has rows, text in each, and not only empty answers; a stream is checked as it is read.
 
+    `conversations` become `messages`, see [`~ordmoe_peft.data.formats.as_messages`].
+
     Args:
         dataset: a data set in one of TRL's formats, several by name, or None.
         args ([`OrdMoETrainingArguments`]): say which column holds plain text, and whether answers are needed.
@@ -43,13 +46,14 @@ def checked_data(dataset: Any, args: Any, name: str) -> Any:
     columns = [
         column for column in ("prompt", "completion", *CONVERSATIONS, args.dataset_text_field) if column in given
     ]
+    check_images_go_with(given)
     if "input_ids" in given or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         columns = []  # rows are tokenized, or made when they are read
     may_be_empty = args.responses == "generated" and args.ntp_coef == 0
     if isinstance(dataset, IterableDataset):
-        return checked_stream(dataset, columns, name, may_be_empty) if columns else dataset
+        return as_messages(checked_stream(dataset, columns, name, may_be_empty) if columns else dataset)
     check_texts(dataset, columns, name, may_be_empty)
-    return dataset
+    return as_messages(dataset)
 
 
 def check_trainable(model: PeftModel) -> None:

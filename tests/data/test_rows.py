@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
 from transformers import GptOssConfig, PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
 
 from ordmoe_peft.data.rows import (
@@ -11,9 +11,12 @@ from ordmoe_peft.data.rows import (
     check_samples,
     check_texts,
     checked_stream,
+    column_values,
     first_row,
     num_positions,
     row_texts,
+    text_problem,
+    with_column,
 )
 from ordmoe_peft.errors import OrdMoEDataError
 from tests import models
@@ -77,6 +80,37 @@ def test_rows_are_counted_over_batches_and_as_they_are_selected():
     for chosen, row in ((rows, 1500), (rows.select([3, 1500]), 1)):
         with pytest.raises(OrdMoEDataError, match=rf"Row {row} .* None in `completion`"):
             check_texts(chosen, ["completion"], "training")
+
+
+def test_values_that_datasets_keeps_as_json():
+    messages = [says("user", "3"), says("assistant", None, tool_calls=[{"a": 1}]), says("tool", "x", name="f")]
+    rows = Dataset.from_dict({"messages": [messages]}, features=Features({"messages": List(Json())}))
+    assert list(column_values(rows, "messages")) == [messages]
+    check_texts(rows, ["messages"], "training")
+
+
+def test_a_column_in_place_of_another_keeps_split_and_name():
+    rows = Dataset.from_dict({"a": [1, 2], "b": [3, 4]}, split="test")
+    rows.info.dataset_name = "mine"
+    changed = with_column(rows, "a", ["x", "y"], Value("string"))
+    assert list(changed) == [{"b": 3, "a": "x"}, {"b": 4, "a": "y"}]
+    assert (str(changed.split), changed.info.dataset_name) == ("test", "mine")
+    assert str(with_column(rows.remove_columns("b"), "a", ["x", "y"], Value("string")).split) == "test"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("messages", "why", "`messages` must be a list of messages"),
+        ("messages", [says("user", "a"), says("human", "b")], "message 1 (counted from 0) has the role 'human'"),
+        ("conversations", [{"from": "bard", "value": "a"}], "has the role 'bard'; known are system, developer, user"),
+        ("conversations", [{"from": "human", "value": "a"}], None),
+        ("prompt", ["a"], "message 0 (counted from 0) must have a role and a content"),
+    ],
+)
+def test_what_is_wrong_with_a_value(column, value, problem):
+    found = text_problem(value, column)
+    assert found is None if problem is None else problem in found
 
 
 def test_no_rows():

@@ -1,8 +1,10 @@
 """Samples as model inputs."""
 
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoProcessor
 
 from ordmoe_peft.data.samples import (
     answer_text,
@@ -14,7 +16,7 @@ from ordmoe_peft.data.samples import (
     scoring_inputs,
     subsample,
 )
-from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEModelError
+from ordmoe_peft.errors import OrdMoEConfigError, OrdMoEDataError, OrdMoEModelError
 from tests import models, text
 
 
@@ -80,3 +82,40 @@ def test_a_tokenizer_without_words_is_none():
     check_processing_class(TOKENIZER, "base")
     with pytest.raises(OrdMoEModelError, match="base has no tokenizer, only object without a vocabulary"):
         check_processing_class(object(), "base")
+
+
+def test_rows_without_an_image_are_scored_beside_rows_with_one():
+    processor = AutoProcessor.from_pretrained("examples/easy_vqa/base")
+    image = PIL.Image.new("RGB", (64, 64))
+    prompt, completion = [{"role": "user", "content": "why"}], [{"role": "assistant", "content": "so"}]
+    samples = [{"images": images, "prompt": prompt, "completion": completion} for images in ([image], [])]
+    both = scoring_inputs(samples, processor)
+    for row, sample in enumerate(samples):
+        alone = scoring_inputs([sample], processor)
+        is_token = both["attention_mask"][row].bool()
+        assert torch.equal(both["input_ids"][row][is_token], alone["input_ids"][0])
+        assert torch.equal(both["labels"][row][is_token], alone["labels"][0])
+
+
+def test_images_for_a_base_of_text():
+    sample = {"image": object(), "prompt": "w1", "completion": "w2"}
+    for make in (prompt_inputs, scoring_inputs):
+        with pytest.raises(OrdMoEDataError, match=r"have images, and the base reads text alone"):
+            make([sample], TOKENIZER)
+
+
+def test_tools_are_in_the_prompt():
+    tokenizer = text.tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}" + text.TEMPLATE
+    sample = text.conversations(1)[0]
+    for tools in ([{"name": "w50"}], '[{"name": "w50"}]'):
+        for make in (prompt_inputs, scoring_inputs):
+            assert tokenizer.decode(make([sample | {"tools": tools}], tokenizer)["input_ids"][0]).startswith(
+                "w50 <user>"
+            )
+
+
+def test_a_text_without_a_prompt_is_scored_whole():
+    scored = scoring_inputs([{"prompt": "", "completion": "w20 w21"}, {"prompt": "", "completion": "w22"}], TOKENIZER)
+    assert scored["input_ids"].dtype == scored["labels"].dtype == torch.long
+    assert scored["labels"].tolist() == [[20, 21, models.EOS], [22, models.EOS, -100]]

@@ -37,3 +37,10 @@ def test_prompts_that_count_as_answers_are_warned_of(tmp_path, monkeypatch, assi
     dataset = Dataset.from_dict({"messages": [[]]})
     assert with_answers(dataset, arguments(tmp_path, assistant_only_loss=assistant_only_loss)) is dataset
     assert len(messages) == warned and all("has whole conversations" in message for message in messages)
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": ["one"]}])
+def test_preferences_are_refused_with_what_to_do(tmp_path, prompt):
+    dataset = Dataset.from_dict({**prompt, "chosen": ["two"], "rejected": ["three"]})
+    with pytest.raises(OrdMoEDataError, match="has preferences .* rename `chosen` to `completion` beside `prompt`"):
+        with_answers(dataset, arguments(tmp_path))

@@ -151,3 +151,19 @@ def test_a_tokenizer_without_words(tmp_path):
     empty = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     with pytest.raises(OrdMoEModelError, match="The given processing_class has no tokenizer"):
         OrdMoETrainer(adapted(), args=arguments(tmp_path), train_dataset=text.conversations(), processing_class=empty)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_are_trained_on_as_messages(tmp_path, streaming):
+    """TRL would leave the speakers `human` and `gpt`, and takes no column `conversations` with roles."""
+    chat = [{"from": "human", "value": "w20"}, {"from": "gpt", "value": "w21 w22"}]
+    rows = Dataset.from_list([{"conversations": chat}] * 2)
+    rows = data_checks.checked_data(rows.to_iterable_dataset() if streaming else rows, arguments(tmp_path), "training")
+    says = [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w21 w22"}]
+    assert [row["messages"] for row in rows] == [says] * 2
+
+
+def test_texts_with_images_are_refused(tmp_path):
+    rows = Dataset.from_dict({"text": ["w20"], "images": [[]]})
+    with pytest.raises(OrdMoEDataError, match="nothing says where in the text an image stands"):
+        data_checks.checked_data(rows, arguments(tmp_path), "training")

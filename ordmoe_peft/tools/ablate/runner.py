@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.formats import as_prompt_completion, has_prompts
 from ...data.rows import check_samples
 from ...data.samples import subsample
+from ...errors import OrdMoEDataError
 from ...files import write_whole
 from ...training.data_checks import checked_data
 from .grid import BASE, AblateArguments, Run, describe
@@ -50,7 +52,12 @@ class AblationRunner:
         """See that all splits are there, with answers to learn from or to judge by, before anything runs."""
         checked_data(self.split(self.arguments.dataset_train_split), self.settings.training, "training")
         for name in (self.arguments.dataset_validation_split, self.arguments.dataset_test_split):
-            check_samples(self.split(name), self.arguments.group_by)
+            samples = as_prompt_completion(self.split(name), needs_answers=True)
+            check_samples(samples, self.arguments.group_by)
+            if not has_prompts(samples):
+                raise OrdMoEDataError(
+                    f"The split {name} has no prompts, and answers are what settings are compared by."
+                )
 
     def key(self, run: Run) -> dict[str, Any]:
         """All that tells a run from others, as JSON."""

@@ -107,6 +107,9 @@ def quality_correlation(
     if ratings_n is not None:
         quality, quality_Cn = "rating", ratings_n.unsqueeze(0)
         notes.append("A rating belongs to one response per sample, so tiers are not pooled.")
+    elif not results[0].items.answers:
+        quality, quality_Cn = "mean log-likelihood", likelihoods(results)[0]
+        notes.append("Nothing was generated, so quality is the likelihood of the text.")
     elif is_constant(quality_Cn[0]):
         quality, answers = "mean log-likelihood", "All" if quality_Cn[0, 0] else "None"
         notes.append(f"{answers} of tier 1's answers match, so quality is the likelihood of the reference.")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.formats import as_prompt_completion, has_prompts
 from ...data.generation import evaluation_mode
 from ...data.responses import content_mask, end_of_sequence_ids
 from ...data.rows import check_fits, check_samples
@@ -22,6 +23,7 @@ from ...data.samples import (
     scoring_inputs,
     tokenizer_of,
 )
+from ...errors import OrdMoEConfigError
 from ...objectives.expert_rank import label_log_probs, mean_log_likelihood
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import IGNORED_LABEL, tiers_of_labels, tiers_of_prompts
@@ -36,7 +38,7 @@ class TierItems:
     """What one tier does with each sample, in the data set's order.
 
     Args:
-        answers (`list[str]`): generated answers.
+        answers (`list[str]`): generated answers; none for data without prompts.
         is_right (`list[bool]`): whether they match the reference exactly.
         log_likelihood (`list[float]`), log_likelihood_no_eos (`list[float]`): mean log-probability per token of the
             reference answer, in nats, with and without end-of-sequence tokens.
@@ -54,7 +56,8 @@ class TierMeans:
 
     Args:
         tier (`int`): the tier, from 1.
-        accuracy (`dict[str, float]`): share of generated answers that match exactly, overall and per group.
+        accuracy (`dict[str, float]`): share of generated answers that match exactly, overall and per group; empty
+            where nothing was generated.
         samples (`dict[str, int]`): number of samples, likewise.
         log_likelihood (`float`): mean over samples of the mean log-probability per answer token, in nats.
         log_likelihood_no_eos (`float`): the same without end-of-sequence tokens.
@@ -84,10 +87,13 @@ def likelihoods(results: list[TierResult]) -> torch.Tensor:
 
 def tier_table(tiers: Sequence[TierMeans]) -> Table:
     """A row per tier: accuracy per group and overall, mean log-likelihoods."""
-    groups = [name for name in tiers[0].accuracy if name != OVERALL] + [OVERALL]
+    groups = sorted(tiers[0].accuracy, key=lambda name: name == OVERALL)
     rows = [[one.tier, *map(one.accuracy.get, groups), one.log_likelihood, one.log_likelihood_no_eos] for one in tiers]
+    title = "Exact match, and mean log-likelihood per answer token (nats)"
+    if not groups:
+        title = "Mean log-likelihood per token of the text (nats); without prompts, nothing is answered"
     return Table(
-        "Exact match, and mean log-likelihood per answer token (nats)",
+        title,
         pd.DataFrame(rows, columns=["tier", *groups, "log-likelihood", "without end tokens"]),
         [plain, *[percent] * len(groups), number, number],  # a group may be called as another column is
     )
@@ -109,7 +115,8 @@ def evaluate_tiers(
     Args:
         model (`nn.Module`): a MoE model, wrapped by PEFT or not.
         processing_class: its tokenizer or processor.
-        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format.
+        dataset ([`~datasets.Dataset`]): samples in TRL's prompt-completion format, or whole conversations, of which
+            the last message is the answer; or texts, which are scored whole, and nothing is generated.
         tiers (sequence of `int`, defaults to `(1,)`): tiers to evaluate; 1 is the model as it is.
         group_by (`str`, *optional*): a column whose values get an accuracy of their own.
         batch_size (`int`, defaults to 32): samples at a time.
@@ -121,19 +128,24 @@ def evaluate_tiers(
         [`OrdMoEDataError`]: the data set has no samples, prompts, answers or `group_by` column; a row has no text; all
             answers are empty; a sample has more tokens than the model has positions.
     """
+    dataset = as_prompt_completion(dataset, needs_answers=True)
     check_samples(dataset, group_by)
+    is_answered = has_prompts(dataset)
+    if group_by is not None and not is_answered:
+        raise OrdMoEConfigError(f"group_by={group_by!r} groups answers, and this data has no prompts to answer.")
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     items = [TierItems() for _ in tiers]
     total = len(dataset) * len(tiers)
     with evaluation_mode(model), tqdm(total=total, desc="Evaluating", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
             for tier, of_tier in zip(tiers, items, strict=True):
-                answers = generate_answers(model, processing_class, samples, max_new_tokens, tier=tier, **routing)
+                if is_answered:
+                    answers = generate_answers(model, processing_class, samples, max_new_tokens, tier=tier, **routing)
+                    of_tier.answers += answers
+                    of_tier.is_right += [
+                        answer == answer_text(sample) for answer, sample in zip(answers, samples, strict=True)
+                    ]
                 likelihood_B, no_eos_B = score_answers(model, processing_class, samples, tier=tier, **routing)
-                of_tier.answers += answers
-                of_tier.is_right += [
-                    answer == answer_text(sample) for answer, sample in zip(answers, samples, strict=True)
-                ]
                 of_tier.log_likelihood += likelihood_B.tolist()
                 of_tier.log_likelihood_no_eos += no_eos_B.tolist()
                 bar.update(len(samples))
@@ -142,15 +154,17 @@ def evaluate_tiers(
 
 
 def _result(tier: int, items: TierItems, groups: list[str] | None) -> TierResult:
-    right: dict[str, list[bool]] = defaultdict(list, {OVERALL: list(items.is_right)})
+    right: dict[str, list[bool]] = defaultdict(list)
+    if items.is_right:
+        right[OVERALL] += items.is_right
     if groups is not None:
         for group, is_right in zip(groups, items.is_right, strict=True):
             right[group].append(is_right)
-    count = len(items.is_right)
+    count = len(items.log_likelihood)
     return TierResult(
         tier,
         accuracy={name: sum(right[name]) / len(right[name]) for name in sorted(right)},
-        samples={name: len(right[name]) for name in sorted(right)},
+        samples={OVERALL: count} | {name: len(right[name]) for name in sorted(right)},
         log_likelihood=sum(items.log_likelihood) / count,
         log_likelihood_no_eos=sum(items.log_likelihood_no_eos) / count,
         items=items,

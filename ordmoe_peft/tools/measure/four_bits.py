@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.formats import as_prompt_completion
 from ...data.generation import evaluation_mode
 from ...data.rows import check_samples
 from ...data.samples import ProcessingClass, check_counts, sample_batches, scoring_inputs
@@ -247,6 +248,7 @@ def measure_four_bits(
             has positions.
         [`OrdMoEModelError`]: the model has no MoE layers, or none of its experts is packed.
     """
+    dataset = as_prompt_completion(dataset, needs_answers=True)
     check_samples(dataset)
     check_counts(batch_size=batch_size)
     data = (processing_class, dataset, batch_size)

@@ -1,5 +1,6 @@
 """Can a model's routing be cut into tiers? Run it on data and see."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.formats import as_prompt_completion
 from ...data.generation import evaluation_mode
 from ...data.rows import check_texts
 from ...data.samples import ProcessingClass, check_counts, prompt_inputs, sample_batches, scoring_inputs
@@ -96,7 +98,8 @@ def inspect_model(
 
     Args:
         model, processing_class, batch_size: as [`~ordmoe_peft.tools.measure.evaluation.evaluate_tiers`] takes them.
-        dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format.
+        dataset ([`~datasets.Dataset`]): samples with a `prompt`, and a `completion` if there is one, in TRL's format;
+            or whole conversations, or texts.
         num_tiers (`int`, defaults to 3): C that is asked about.
         grouping (`str`, defaults to `"uniform"`): how tiers are cut.
         seed (`int`, defaults to 0): what `random` grouping draws from.
@@ -109,12 +112,14 @@ def inspect_model(
     if grouping not in GROUPINGS:
         raise OrdMoEConfigError(f"grouping must be one of {GROUPINGS}, got {grouping!r}.")
     check_counts(num_tiers=num_tiers, batch_size=batch_size)
+    # A conversation may end without an answer.
+    columns = [name for name in ("prompt", "completion") if name in dataset.column_names] or ["prompt"]
+    dataset = as_prompt_completion(dataset)
     if "prompt" not in dataset.column_names or len(dataset) == 0:
         raise OrdMoEDataError(
             f"Inspection needs samples with a `prompt`; the data set has {len(dataset)} samples with the columns "
-            f"{sorted(dataset.column_names)}. Use TRL's prompt-completion format."
+            f"{sorted(dataset.column_names)}. Use TRL's prompt-completion, messages or text format."
         )
-    columns = [name for name in ("prompt", "completion") if name in dataset.column_names]
     check_texts(dataset, columns, "inspection", may_be_empty=True)
     with RouterMeter(model, num_tiers=num_tiers, grouping=grouping, seed=seed) as meter:
         _run(model, processing_class, dataset, batch_size)
@@ -140,8 +145,12 @@ def _run(model: nn.Module, processing_class: ProcessingClass, dataset: Any, batc
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Inspecting", unit="sample") as bar:
         for samples in sample_batches(dataset, batch_size):
             # Prompts with their answers where there are such, else prompts alone.
-            make = scoring_inputs if "completion" in samples[0] else prompt_inputs
-            inputs = model_inputs(make, samples, processing_class, model)
-            inputs.pop("labels", None)
-            backbone(**inputs, use_cache=False)
+            parts: dict[Callable[..., Any], list] = {scoring_inputs: [], prompt_inputs: []}
+            for sample in samples:
+                parts[prompt_inputs if sample.get("completion") is None else scoring_inputs].append(sample)
+            for make, part in parts.items():
+                if part:
+                    inputs = model_inputs(make, part, processing_class, model)
+                    inputs.pop("labels", None)
+                    backbone(**inputs, use_cache=False)
             bar.update(len(samples))

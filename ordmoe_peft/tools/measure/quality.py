@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.formats import as_prompt_completion
 from ...data.generation import evaluation_mode
 from ...data.samples import ProcessingClass, answer_text, check_counts, sample_batches
 from ...errors import OrdMoEConfigError
@@ -172,6 +173,7 @@ def tier_quality(
     check_counts(diversity_tokens=chosen.diversity_tokens)
     ratings_n = None if chosen.rating_column is None else sample_ratings(dataset, chosen.rating_column)
     routing: dict[str, Any] = {"num_tiers": num_tiers, "grouping": grouping, "seed": chosen.seed}
+    dataset = as_prompt_completion(dataset, needs_answers=True)
     subject = (model, processing_class, dataset)
     tiers = range(1, num_tiers + 1)
     asked: dict[str, Any] = {"group_by": chosen.group_by, "max_new_tokens": chosen.max_new_tokens}
@@ -271,7 +273,7 @@ def _unwatched(reason: str) -> QualityCorrelation:
 def _texts(dataset: Any, results: list[TierResult], show: int) -> list[TierTexts]:
     return [
         TierTexts(prompt_text(dataset[row]), answer_text(dataset[row]), [r.items.answers[row] for r in results])
-        for row in range(min(show, len(dataset)))
+        for row in range(min(show, len(results[0].items.answers)))
     ]
 
 
