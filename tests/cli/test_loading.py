@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ordmoe_peft.cli.arguments import ModelArguments
-from ordmoe_peft.cli.loading import load_base, load_split
+from ordmoe_peft.cli.loading import chosen_split, load_base, load_split
 from ordmoe_peft.errors import OrdMoEDataError
 from ordmoe_peft.quantization.offloaded import is_in_ram
 from tests import models
@@ -32,6 +32,23 @@ def test_experts_stay_in_ram_where_that_is_asked_for(stored, tmp_path):
     for in_ram in (True, False):
         model = load_base(ModelArguments(str(tmp_path), load_in_4bit=True, offload_experts=in_ram), False)
         assert is_in_ram(model.model.layers[0].mlp.experts.down_proj) == in_ram
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"), [(("train", "validation", "test"), "test"), (("train", "validation"), "validation")], ids=str
+)
+def test_the_split_that_is_taken_where_none_is_named(tmp_path, there, chosen):
+    for name in there:
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    assert chosen_split(str(tmp_path), None, ("test", "validation")) == chosen
+    assert chosen_split(str(tmp_path), None, ("train",)) == "train"
+    with pytest.raises(OrdMoEDataError, match="has the splits .*train.*: give --dataset_split"):
+        chosen_split(str(tmp_path), None, ("dev",))
+
+
+def test_the_only_split_is_taken(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    assert chosen_split(str(tmp_path), None, ("test",)) == "train"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
