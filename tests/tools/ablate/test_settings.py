@@ -59,7 +59,8 @@ def test_with_one_tier_what_is_about_tiers_has_no_effect(settings):
     config, args = settings.build({"num_tiers": 1, "erl_coef": 0.5, "advantages": "none"})
     assert (config.rewards, config.advantages, args.erl_coef) == (None, "zscore", 0.01)
     assert settings.key({"num_tiers": 1, "erl_coef": 0.5}) == settings.key({"num_tiers": 1, "grouping": "random"})
-    assert settings.key({"num_tiers": 1, "max_steps": 3}) != settings.key({"num_tiers": 1})
+    for changes in ({"max_steps": 3}, {"router_learning_rate": 1e-3}):
+        assert settings.key({"num_tiers": 1, **changes}) != settings.key({"num_tiers": 1})
 
 
 def test_an_option_of_one_objective_is_not_tuned_for_another(settings):
