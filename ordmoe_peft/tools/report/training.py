@@ -116,7 +116,7 @@ def _likelihoods(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> l
 
 
 def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Table:
-    """First and last values, to the digits that a plot does not show; one value where there is one."""
+    """First and last values, to the digits that a plot does not show; one value where there is one, and its step."""
 
     def first(line: pd.Series) -> float | None:
         return line.iloc[0] if len(line) > 1 else None
@@ -124,16 +124,20 @@ def _tier_table(whole: dict[str, pd.Series], no_eos: dict[str, pd.Series]) -> Ta
     def last(line: pd.Series) -> float | None:
         return line.iloc[-1] if len(line) else None
 
+    def steps(line: pd.Series) -> str | None:
+        return " to ".join(map(str, dict.fromkeys((line.index[0], line.index[-1])))) if len(line) else None
+
     rows = [
-        (f"{tier}{suffix}", first(lines[tier]), last(lines[tier]), last(lines[f"{tier}{HELD_OUT}"]))
+        (f"{tier}{suffix}", first(line), last(line), steps(line), last(lines[f"{tier}{HELD_OUT}"]))
         for tier in whole
         if not tier.endswith(HELD_OUT)
         for lines, suffix in ((whole, ""), (no_eos, ", without end tokens"))
+        for line in (lines[tier],)
     ]
-    frame = pd.DataFrame(rows, columns=[NATS, "first", "last", "held out, last"])
+    frame = pd.DataFrame(rows, columns=[NATS, "first", "last", "in steps", "held out, last"])
     if frame["first"].isna().all():
-        frame = frame.drop(columns="first").rename(columns={"last": "measured once"})
-    return Table("", frame, dict.fromkeys(frame.columns[1:], number))
+        frame = frame.drop(columns="first").rename(columns={"last": "measured once", "in steps": "in step"})
+    return Table("", frame, dict.fromkeys(["first", "last", "measured once", "held out, last"], number))
 
 
 def _cost_table(log_history: Log) -> Table:

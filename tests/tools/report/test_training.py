@@ -17,8 +17,10 @@ def test_training_page_says_where_the_run_went(tmp_path, undrawn):
     words = Page(train_report(history, settings, tmp_path, findings)).text
     assert words.index("Warning: runaway tier. Tier 3 fell.") < words.index("Note: end order. Only by the end.")
     # First and last in training, last on held-out data.
-    assert re.search(r"tier 1 -0\.050 -0\.050 -0\.080 tier 1, without end tokens -0\.150 -0\.150 — ", words)
-    assert re.search(r"tier 3 -2\.050 -40\.050 — ", words)
+    assert re.search(
+        r"tier 1 -0\.050 -0\.050 1 to 20 -0\.080 tier 1, without end tokens -0\.150 -0\.150 1 to 20 — ", words
+    )
+    assert re.search(r"tier 3 -2\.050 -40\.050 1 to 20 — ", words)
     assert re.search(r"seconds per step 2\.500 .*peak memory \(GB\) 3\.000", words)
     assert re.search(r"erl_coef 0\.01 All other settings \(2\) .*run_name — .*targets router, experts", words)
 
@@ -27,12 +29,12 @@ def test_what_was_measured_once_has_one_value(tmp_path, undrawn):
     """Tiers in one step of the run, or tier 1 in all and the others in one."""
     once = {"tier_1/log_likelihood": -0.5, "tier_2/log_likelihood": -5.708, "step": 9}
     words = Page(train_report([once], {}, tmp_path)).text
-    assert "measured once held out, last" in words
-    assert "tier 2 -5.708 — " in words
+    assert "measured once in step held out, last" in words
+    assert "tier 2 -5.708 9 — " in words
     assert "9 steps." in words
     words = Page(train_report([{"tier_1/log_likelihood": -0.9, "step": 1}, once], {}, tmp_path)).text
-    assert "first last held out, last tier 1 -0.900 -0.500 — " in words
-    assert "tier 2 — -5.708 — " in words
+    assert "first last in steps held out, last tier 1 -0.900 -0.500 1 to 9 — " in words
+    assert "tier 2 — -5.708 9 — " in words
 
 
 def test_what_is_missing_is_left_out(tmp_path):
