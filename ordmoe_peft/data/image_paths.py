@@ -1,5 +1,6 @@
 """Images that a data set gives by path: found from the folder of its file, and made images of `datasets`."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 
 from ..errors import OrdMoEDataError
 from .origin import Origin
-from .rows import column_values, with_column
+from .rows import CONVERSATIONS, column_values, with_column
 
 
 COLUMNS = ("image", "images")
 # `datasets` itself reads images at such addresses.
 READ_BY_DATASETS = ("http://", "https://", "hf://")
+# Rows of a stream that are looked at before it is read.
+LOOKED_AT = 100
 # What a part of a message may call the image that it holds.
 PAYLOADS = ("image", "path", "url", "image_url")
 
@@ -92,8 +95,19 @@ def _is_ready(dataset: Dataset, column: str) -> bool:
 
 
 def with_streamed_images(dataset: IterableDataset, origin: Origin) -> IterableDataset:
-    """[`with_images`] for a stream, whose paths are looked for as its rows are read; columns keep their names."""
+    """[`with_images`] for a stream, whose paths are looked for as its rows are read; columns keep their names.
+
+    Raises:
+        [`OrdMoEDataError`]: one of the first rows has an image in a message, which a stream has no column for.
+    """
     finder = ImageFinder(origin)
+    has_column = bool(set(COLUMNS) & set(dataset.column_names or ()))
+    for row, column in itertools.product(dataset.take(0 if has_column else LOOKED_AT), ("prompt", *CONVERSATIONS)):
+        if isinstance(row.get(column), list) and without_payloads(row[column])[1]:
+            raise OrdMoEDataError(
+                f"{origin.name} has images in `{column}`, which cannot be streamed. Give them in a column `images`, or "
+                "read the data without streaming."
+            )
     for column in COLUMNS:
         feature = (dataset.features or {}).get(column)
         if (feature.feature if isinstance(feature, List) else feature) != Value("string"):

@@ -86,6 +86,13 @@ def test_streamed_images(folder):
     assert colors([row["image"], *row["images"]]) == [RED, BLUE]
 
 
+def test_images_in_messages_are_not_streamed():
+    message = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    rows = Dataset.from_list([{"messages": [message]}]).to_iterable_dataset()
+    with pytest.raises(OrdMoEDataError, match="data has images in `messages`, which cannot be streamed"):
+        with_streamed_images(rows, Origin("data"))
+
+
 def test_images_in_messages_are_told_from_their_places():
     parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "text": "why", "image": None}]
     parts += [{"type": "image_url", "image_url": {"url": "b.png"}}, {"type": "image", "image": None}]
