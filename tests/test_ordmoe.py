@@ -130,7 +130,7 @@ def test_the_shipped_help_is_what_the_parser_prints(command, capsys, monkeypatch
         ("ordmoe --traceback me", {"merge"}),
         ("ordmoe evaluate --dataset_s", {"--dataset_split"}),
         ("ordmoe evaluate base --dtype b", {"bfloat16"}),
-        ("ordmoe train --targets router exp", {"experts"}),
+        ("ordmoe train --targets router sh", {"shared_experts"}),
         ("ordmoe train base --bf16 f", {"false"}),
     ],
     ids=str,
