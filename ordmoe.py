@@ -9,16 +9,24 @@ are shipped, and completion reads them, too. In bash or zsh, with the extra `com
 
 import argparse
 import difflib
+import gc
 import importlib
+import io
 import keyword
+import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 # Command → what it does. The module of its name is imported only when it runs.
@@ -49,10 +57,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`Sequence[str]`, *optional*): what stands after `ordmoe`; that of this process by default.
 
     Returns:
-        `int`: the exit code: 0, 1 where a check did not hold, after an error that was printed its own, mostly 2.
+        `int`: the exit code: 0, 1 where a check did not hold, after an error that was printed its own, mostly 2; as
+        shells have it, 128 and the signal's number after Ctrl-C (130), SIGTERM (143), and where nobody reads what is
+        printed (141).
     """
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
         complete()
+    sys.stdout = sys.stdout or io.StringIO()  # it was closed, as by `>&-`
+    try:
+        with stopping_at_sigterm():
+            try:
+                return parse_and_run(arguments)
+            finally:
+                flush()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + 13  # SIGPIPE, which Windows has not
+
+
+@contextmanager
+def stopping_at_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM ends this process as an error does, so that what it left unfinished is removed."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # one that was forked, whose parent goes on
+            os._exit(128 + number)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def flush() -> None:
+    """Write what was printed. Where that fails, the rest is given up, lest Python try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def parse_and_run(arguments: Sequence[str] | None) -> int:
+    """Run the command that the arguments name."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -156,19 +211,55 @@ def parser_for_completion(command: str) -> argparse.ArgumentParser:
 
 def run(command: str, arguments: Sequence[str], with_traceback: bool = False) -> int:
     """Run the module of a command; an error that users cause is one line on stderr, and an exit code, mostly 2."""
-    module = module_of(command)
-    import yaml
+    tidy_notes()
+    with OneLineErrors(command, with_traceback) as errors:
+        status = module_of(command).main(arguments) or 0
+        flush()
+        return status
+    return errors.status
 
-    from ordmoe_peft.errors import OrdMoEError
 
-    try:
-        return module.main(arguments) or 0
-    # Our own errors, missing files and repositories, values that upstream refuses, broken YAML.
-    except (OrdMoEError, OSError, ValueError, yaml.YAMLError) as error:
-        if with_traceback:
-            traceback.print_exc()
-        print(f"ordmoe {command}: error: {error}", file=sys.stderr)
-        return error.status if isinstance(error, OrdMoEError) else 2
+def tidy_notes() -> None:
+    """Warnings without the line of code that gave them, and none about which a user can do nothing."""
+    warnings.formatwarning = lambda message, category, *where: f"Warning: {message}\n"
+    # bitsandbytes 0.50 misses a faster kernel of the hub for one row in bf16 on the CPU, and uses its own.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # peft 0.21 asks a model by the name that transformers 5 has for version 6 no more.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+class OneLineErrors(AbstractContextManager):
+    """Makes an error that users cause a line on stderr. Others are bugs and pass, with a word before their traceback.
+
+    Args:
+        command (`str`): the command.
+        with_traceback (`bool`): also print where the error came from.
+    """
+
+    def __init__(self, command: str, with_traceback: bool):
+        self.command, self.with_traceback, self.status = command, with_traceback, 2
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):
+            return False
+        from ordmoe_peft.cli.errors import explained
+
+        line = explained(error, self.command)
+        if line is None:
+            print(
+                f"ordmoe {self.command}: this should not have happened. Please report it, with the command and what "
+                "follows.",
+                file=sys.stderr,
+            )
+            return False
+        if self.with_traceback:
+            traceback.print_exception(kind, error, trace)
+        status = getattr(error, "status", self.status)
+        traceback.clear_frames(trace)
+        gc.collect()  # what shows progress ends its line
+        print(f"ordmoe {self.command}: error: {line}", file=sys.stderr)
+        self.status = status
+        return True
 
 
 if __name__ == "__main__":

@@ -22,14 +22,40 @@ _HERE, _EXCHANGE = -100, 2
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Within the block, write to the path given; at its end the file takes the name `path`, its folders made.
 
-    So a process killed on the way leaves what was there before.
+    So a process killed on the way leaves what was there before, and so does an error.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A leading dot keeps readers of the folder from it; the number keeps processes that share the folder apart.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_place(path: str | Path, option: str, is_folder: bool = False) -> None:
+    """See that a file can be written at `path`, or a folder, before work is done for it.
+
+    Args:
+        path (`str` or `Path`): where; folders on the way are made later.
+        option (`str`): what messages call it.
+        is_folder (`bool`, defaults to `False`): whether it is to be a folder.
+
+    Raises:
+        [`OrdMoEConfigError`]: something is in the way, or may not be written to.
+    """
+    path = Path(path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if there == path and path.is_dir() != is_folder:
+        kind, wanted = ("folder", "a file's name") if path.is_dir() else ("file", "a folder's name")
+        raise OrdMoEConfigError(f"{option} {path} is a {kind}: give {wanted}.")
+    if there != path and not there.is_dir():
+        raise OrdMoEConfigError(f"{option} {path} cannot be made: {there} is a file.")
+    writes = there if there.is_dir() else there.parent  # a file is replaced by one that is written beside it
+    if not os.access(writes, os.W_OK | os.X_OK):
+        raise OrdMoEConfigError(f"{option} {path} cannot be written: there is no permission to write to {writes}.")
 
 
 def write_whole(path: str | Path, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.files import exchange, finish_files, whole_files, whole_folder, write_whole
+from ordmoe_peft.files import check_place, exchange, finish_files, whole_files, whole_folder, write_whole
 
 
 def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path):
@@ -31,6 +31,30 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "second")
     assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("place", "is_folder", "message"),
+    [
+        ("folder", False, "--o .*folder is a folder: give a file's name"),
+        ("file", True, "--o .*file is a file: give a folder's name"),
+        ("file/x/y", True, "--o .*y cannot be made: .*file is a file"),
+        ("locked/x/y", False, "no permission to write to .*locked"),
+        ("locked", True, "no permission to write to .*locked"),
+        ("folder/x/y", True, None),
+        ("file", False, None),
+    ],
+)
+def test_a_place_is_looked_at_before_there_is_something_to_write(place, is_folder, message, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("folder", "locked"):
+        (tmp_path / name).mkdir()
+    # Whoever runs the tests may be allowed to write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    with pytest.raises(OrdMoEConfigError, match=message) if message else nullcontext():
+        check_place(tmp_path / place, "--o", is_folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "locked"]
 
 
 def test_a_folder_gets_its_name_at_its_end(tmp_path):

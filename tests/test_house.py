@@ -45,7 +45,7 @@ LIBRARIES = {
     },
     "matplotlib": {"tools.report"},
     "pandas": {"tools", "cli"},
-    "jinja2": {"tools"},
+    "jinja2": {"tools", "cli"},
     "rich": {"cli"},
 }
 # What knows tensors alone.
@@ -54,6 +54,7 @@ TENSORS_ALONE = ("objectives", "tiers.ranking", "experts.layout", "experts.group
 WHOLE_STORIES = {
     "adapter/test_lora_users.py",
     "adapter/test_mutations.py",
+    "cli/test_bad_inputs.py",
     "experts/test_replaced_forwards.py",
     "quantization/test_equality.py",
     "quantization/test_loading.py",

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +18,7 @@ import ordmoe
 import ordmoe_peft
 from ordmoe import COMMANDS, main, parser_for_completion, shipped_help
 from ordmoe_peft.cli.parser import CommandParser
+from ordmoe_peft.errors import OrdMoEError
 from ordmoe_peft.training.run_summary import peak_memory
 from tests import models, text
 from tests.help_texts import help_text
@@ -181,7 +184,7 @@ def test_commands_that_there_are_not(command, message, capsys):
     [
         ({"targets": "routers"}, "argument --targets: invalid choice: 'routers' (choose from "),
         ({"rewards": "0"}, "rewards needs one value for each of the 3 tiers"),
-        ({"num_tiers": 5}, "num_tiers=5 does not fit"),
+        ({"num_tiers": 5}, "--num_tiers 5 does not fit"),
         ({"targets": "shared_experts"}, "has nothing of that role"),
         ({"bnb_4bit_compute_dtype": "int3", "load_in_4bit": True}, "invalid choice: 'int3'"),
         ({"dataset_name": "/no/such/folder"}, "/no/such/folder"),
@@ -255,7 +258,7 @@ def test_a_data_set_without_answers(base, tmp_path, capsys):
 
 def test_evaluating_what_is_not_there(base, data, tmp_path, capsys):
     evaluate = ["evaluate", "--model_name_or_path", str(base), "--dataset_name", str(data)]
-    assert "group_by='color' is not a column" in error_of(capsys, [*evaluate, "--group_by", "color"])
+    assert "--group_by color is not a column" in error_of(capsys, [*evaluate, "--group_by", "color"])
     assert "No data set" in error_of(capsys, evaluate[:3])
     assert "/no/such/adapter" in error_of(capsys, [*evaluate, "--adapter", "/no/such/adapter"])
 
@@ -270,3 +273,49 @@ def test_an_adapter_of_another_base(base, data, tmp_path, capsys):
 def test_traceback_on_request(base, capsys):
     assert main(["--traceback", "evaluate", "--model_name_or_path", str(base)]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def with_command(monkeypatch, act) -> int:
+    """The exit code of a command that does nothing but `act`."""
+    monkeypatch.setitem(sys.modules, "ordmoe_peft.cli.plan", SimpleNamespace(main=lambda arguments: act()))
+    return main(["plan"])
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+def test_ctrl_c_and_sigterm_end_as_shells_have_it(monkeypatch, capsys):
+    assert with_command(monkeypatch, raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            with_command(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
+        assert end.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_nobody_reads_what_is_printed(monkeypatch, capfd, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=raising(BrokenPipeError()), fileno=out.fileno))
+        assert with_command(monkeypatch, lambda: None) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bug_keeps_its_traceback_and_asks_to_be_reported(monkeypatch, capsys):
+    with pytest.raises(ZeroDivisionError):
+        with_command(monkeypatch, lambda: 1 / 0)
+    assert "Please report it" in capsys.readouterr().err
+
+
+def test_an_error_may_have_an_exit_code_of_its_own(monkeypatch, capsys):
+    error = OrdMoEError("Stopped.")
+    error.status = 143
+    assert with_command(monkeypatch, raising(error)) == 143
+    assert capsys.readouterr().err == "ordmoe plan: error: Stopped.\n"

@@ -134,13 +134,27 @@ class SavedAdapter:
             )
 
 
+def download_config(adapter: str, subfolder: str | None = None, **lookup: Any) -> Path:
+    """The folder in the hub's cache with an adapter's configuration.
+
+    Raises:
+        [`OrdMoEConfigError`]: no folder and no repository on the hub has this name, or the hub cannot be reached.
+    """
+    try:
+        return Path(hf_hub_download(adapter, CONFIG_NAME, subfolder=subfolder, **lookup)).parent
+    except HFValidationError as error:
+        raise OrdMoEConfigError(f"There is no folder {adapter}, and on the hub nothing has such a name.") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OrdMoEConfigError(
+            f"There is no folder {adapter} here, and the hub gave no adapter of this id: {reason}"
+        ) from error
+
+
 def _download(adapter: str, subfolder: str | None, lookup: Mapping[str, Any]) -> Path:
     """The folder in the hub's cache with an adapter's files. A pickle is not among them."""
     options = {name: value for name, value in lookup.items() if name != "repo_type"}
-    try:
-        config = hf_hub_download(adapter, CONFIG_NAME, subfolder=subfolder, **options)
-    except HFValidationError as error:
-        raise OrdMoEConfigError(f"There is no folder {adapter}, and on the hub nothing has such a name.") from error
+    folder = download_config(adapter, subfolder, **options)
     with suppress(EntryNotFoundError):  # of an older version
         hf_hub_download(adapter, RECORD_NAME, subfolder=subfolder, **options)
     try:
@@ -150,7 +164,7 @@ def _download(adapter: str, subfolder: str | None, lookup: Mapping[str, Any]) ->
             f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME} on the hub. Adapters are read from safetensors files alone, "
             "never from pickles."
         ) from error
-    return Path(config).parent
+    return folder
 
 
 def read_json(file: Path) -> Any:

@@ -12,7 +12,7 @@ from ..tools.ablate.ablation import Ablation
 from ..tools.ablate.grid import AblateArguments
 from ..tools.ablate.runner import AblationRunner
 from ..tools.ablate.settings import Settings
-from ..tools.report import ablate_report, require_matplotlib
+from ..tools.report import ablate_report
 from ..tools.tables import markdown
 from ..training import OrdMoETrainingArguments
 from .arguments import AdapterArguments, ModelArguments
@@ -48,8 +48,6 @@ def main(arguments: Sequence[str]) -> None:
         print_table("Runs", tables.PLAN_COLUMNS, tables.plan_rows(ablation))
         print(f"{ablation.remaining()} runs remain; equal ones are run once.")
         return
-    if options.report is not None:
-        require_matplotlib()
     runner.check_data()
     base = runner.load_base()
     ablation.check_tiers(base)

@@ -9,6 +9,7 @@ from peft import PeftModel
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
 from ..tools.base_on_meta import base_name, base_on_meta
+from ..tools.export.folder import check_export_folder
 from ..tools.export.plain_peft import export_plain_lora, subfolder_of
 from ..tools.export.routing_change import PROBE_TEXTS, RoutingChange, measure_routing_change
 from ..tools.export.servers import FORMATS, served
@@ -70,6 +71,7 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str]) -> None:
     (options,) = build_parser().parse_args_and_config(arguments)
+    check_export_folder(options.output_dir)
     if options.to == "peft":
         if options.router not in (None, "keep"):
             raise OrdMoEConfigError(f"router={options.router!r} is for servers: plain PEFT takes LoRA on routers.")

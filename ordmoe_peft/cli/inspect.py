@@ -7,7 +7,7 @@ from typing import ClassVar
 from ..monitoring.diagnostics import health_findings
 from ..tools.measure.inspection import HealthReport, inspect_model
 from ..tools.measure.verdict import NEXT_STEP
-from ..tools.report import inspect_report, require_matplotlib
+from ..tools.report import inspect_report
 from .arguments import TRAIN_SPLIT, ModelArguments, SampleArguments
 from .loading import load_samples, load_subject, tier_cut
 from .parser import CommandParser
@@ -42,8 +42,6 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
-    if options.report is not None:
-        require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
     report = inspect_model(

@@ -1,52 +1,53 @@
 """Load what options name: models, processors, adapters, data sets."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, TrainingArguments
+from safetensors import SafetensorError
+from transformers import AutoProcessor, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ..adapter.base_record import hub_id
 from ..data.loading import load_data
 from ..data.samples import check_processing_class, subsample
 from ..errors import OrdMoEDataError, OrdMoEModelError
 from ..quantization.other_quantizers import check_unquantised
 from ..tiers.routing import adapter_config
+from ..tools.model_config import read_config
 from .arguments import DTYPES, ModelArguments, SampleArguments
 from .cpu_speed import WORTH_A_WORD, slowdown
+from .model_checks import check_subject
 
 
 logger = logging.get_logger(__name__)
 
 
-def check_is_somewhere(base: str, adapter: str) -> None:
-    """Raise [`OrdMoEModelError`] for the name of an adapter's base that is no folder here and no id on the hub."""
-    if not Path(base).is_dir() and hub_id(base)[0] is None:
-        raise OrdMoEModelError(
-            f"The base of {adapter}, {base!r}, is no folder here and no id on the hub. Give its folder or id "
-            "after the adapter."
-        )
-
-
 def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any = None) -> PreTrainedModel:
     """The base model, of the class that its checkpoint names; on the CPU, unless `device_map` says otherwise."""
-    shared = {"revision": options.model_revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(options.model_name_or_path, **shared)
+    name = options.model_name_or_path
+    config = read_config(name, options.model_revision, trust_remote_code)
     if options.load_in_4bit:
-        check_unquantised(config, options.model_name_or_path)
+        check_unquantised(config, name)
     architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-    return architecture.from_pretrained(
-        options.model_name_or_path,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=options.quantization_config(config),
-        device_map=device_map,
-        **shared,
-    )
+    try:
+        return architecture.from_pretrained(
+            name,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            quantization_config=options.quantization_config(config),
+            device_map=device_map,
+            revision=options.model_revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        reason = str(error).partition(". ")[0] or type(error).__name__
+        raise OrdMoEModelError(
+            f"The weights of {name} cannot be read ({reason}): they were not written or copied to their end, or the "
+            "file is a pointer of Git LFS, or a pickle with code. Get them again."
+        ) from error
 
 
 def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArguments | None = None) -> None:
@@ -81,7 +82,8 @@ def load_processing_class(options: ModelArguments, trust_remote_code: bool) -> A
             name, revision=options.model_revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise OrdMoEModelError(f"No tokenizer or processor can be loaded from {name}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise OrdMoEModelError(f"No tokenizer or processor can be loaded from {name}: {reason}") from error
     check_processing_class(processing_class, name)
     return processing_class
 
@@ -103,7 +105,12 @@ def load_split(
 def load_samples(options: SampleArguments) -> Any:
     """The samples that a command is asked to run on."""
     data = (options.dataset_name, options.dataset_config, options.dataset_split)
-    return subsample(load_split(*data, defaults=options.likely_splits), options.limit)
+    dataset = load_split(*data, defaults=options.likely_splits)
+    for option in ("group_by", "rating_column"):
+        column = getattr(options, option, None)
+        if column is not None and column not in dataset.column_names:
+            raise OrdMoEDataError(f"{option}={column!r} is not a column; there are {sorted(dataset.column_names)}.")
+    return subsample(dataset, options.limit)
 
 
 def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:
@@ -111,6 +118,7 @@ def load_subject(model_options: ModelArguments, options: SampleArguments) -> tup
 
     On the accelerator, if there is one: trainers move their model there, other commands have no trainer.
     """
+    check_subject(model_options, options)
     processing_class = load_processing_class(model_options, options.trust_remote_code)
     device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None
     model = load_base(model_options, options.trust_remote_code, device_map)

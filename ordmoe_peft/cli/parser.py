@@ -12,6 +12,8 @@ from typing import Any
 
 from trl import TrlParser
 
+from .option_checks import check_options, check_recipe
+
 
 MODEL = {"model_name_or_path": "MODEL"}
 ADAPTER = {"adapter": "ADAPTER", "model_name_or_path": "[MODEL]"}
@@ -90,10 +92,15 @@ class CommandParser(TrlParser):
         finder = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         found, rest = finder.parse_known_args(args)
-        config = [] if found.config is None else ["--config", found.config]
+        config = []
+        if found.config is not None:
+            check_recipe(found.config)
+            config = ["--config", found.config]
         # `--config=FILE`, too, in the form that TRL knows. What nothing knows has ended the process.
         filled = super().parse_args_and_config([*config, *rest], return_remaining_strings=True, **kwargs)
-        return filled[: len(self.dataclass_types)]
+        options = filled[: len(self.dataclass_types)]
+        check_options(*options)
+        return options
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """TRL's; a key that is no option is an error."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from ..monitoring.diagnostics import quality_findings
 from ..tools.measure.quality import QualityOptions, tier_quality
-from ..tools.report import require_matplotlib, tiers_report
+from ..tools.report import tiers_report
 from .arguments import ModelArguments, SampleArguments
 from .loading import load_samples, load_subject, tier_cut
 from .parser import CommandParser
@@ -32,8 +32,6 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
-    if options.report is not None:
-        require_matplotlib()
     dataset = load_samples(options)
     model, processing_class = load_subject(model_options, options)
     quality = tier_quality(

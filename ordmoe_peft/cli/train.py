@@ -19,14 +19,16 @@ from trl import ScriptArguments
 from ..adapter.targets import coverage_report
 from ..errors import OrdMoEInterrupted
 from ..monitoring.diagnostics import training_findings
-from ..tools.report import require_matplotlib, train_report
+from ..tools.report import train_report
 from ..training import OrdMoETrainer, OrdMoETrainingArguments
-from ..training.checkpoints import last_checkpoint
+from ..training.answers import check_answers
+from ..training.checkpoints import checkpoint_to_resume, last_checkpoint
 from ..training.data_checks import checked_data
 from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
+from .model_checks import check_adapter_fits
 from .parser import CommandParser
 from .run_options import given_options, next_commands, resume_advice, settings_block
 from .tables import print_table
@@ -60,12 +62,12 @@ def main(arguments: Sequence[str]) -> None:
     given = given_options(parser, arguments, OPTIONS)
     if training_args.process_index == 0:
         print(settings_block(given))
-    if report_options.report is not None:
-        require_matplotlib()
     adapter_config = adapter_options.adapter_config()
     resume, overwrite = training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     RunFolder(training_args.output_dir).check_free(resume, overwrite)
+    checkpoint_to_resume(resume, training_args.output_dir)
     datasets = load_data(script_options, training_args)
+    check_adapter_fits(model_options, adapter_config, training_args.trust_remote_code)
     processing_class = load_processing_class(model_options, training_args.trust_remote_code)
     # LoRA's first factors are drawn when the adapter is attached, before the trainer sets its seed.
     set_seed(training_args.seed)
@@ -104,6 +106,7 @@ def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) 
         eval_dataset = load_split(*data, options.dataset_test_split, streaming, option="--dataset_test_split")
     for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
         checked_data(dataset, training_args, name)
+    check_answers(train_dataset, training_args)
     return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..adapter.saved import SavedAdapter
 from ..errors import OrdMoEConfigError
 from ..quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
-from ..tools.verify import TOLERANCE, deviation_table, replay_probes
+from ..tools.model_config import read_config
+from ..tools.verify import TOLERANCE, check_probes, deviation_table, replay_probes
 from .arguments import IGNORE_FINGERPRINT, ModelArguments
-from .loading import check_is_somewhere, load_base
+from .loading import load_base
+from .model_checks import check_is_somewhere
 from .parser import ADAPTER, CommandParser
 from .tables import print_tables, write_json
 
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     saved = SavedAdapter.read(options.adapter)
     if saved.record is None:
         raise OrdMoEConfigError(f"{options.adapter} has no ordmoe.json, and so no probes. Load it and save it again.")
+    check_probes(saved.record, options.adapter)
+    saved.check_weights()
     base = options.model_name_or_path or saved.settings.get("base_model_name_or_path")
     if not base:
         raise OrdMoEConfigError(f"{options.adapter} does not name its base: give `ordmoe verify ADAPTER MODEL`.")
@@ -67,9 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     options.model_name_or_path = base
     if options.dtype == "auto":
         options.dtype = saved.record["base"]["config"].get("dtype") or "auto"
-    config = AutoConfig.from_pretrained(
-        base, revision=options.model_revision, trust_remote_code=options.trust_remote_code
-    )
+    config = read_config(base, options.model_revision, options.trust_remote_code)
     options.recipe = _recipe_of_training(saved.record, getattr(config, "quantization_config", None) is not None)
     device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None
     model = load_base(options, options.trust_remote_code, device_map)

@@ -35,6 +35,16 @@ class Deviation:
     largest: float
 
 
+def check_probes(record: dict[str, Any], adapter: str) -> None:
+    """Raise [`OrdMoEConfigError`] for an adapter whose `ordmoe.json` has no probes."""
+    if record["probes"] is None or not record["probes"]["log_probs"]:
+        raise OrdMoEConfigError(
+            f"{adapter} has no probes: it was imported, or saved without its model at hand (sharded, or from a "
+            "state_dict), or its model does not run on tokens alone. Load it, check what it answers, and save it by "
+            "`save_pretrained`."
+        )
+
+
 def replay_probes(model: PeftModel, record: dict[str, Any], adapter: str) -> list[Deviation]:
     """Run the probes in `ordmoe.json` again, tier by tier.
 
@@ -47,13 +57,8 @@ def replay_probes(model: PeftModel, record: dict[str, Any], adapter: str) -> lis
         [`OrdMoEConfigError`]: it has no probes.
         [`OrdMoEModelError`]: they have tokens that the model does not have.
     """
+    check_probes(record, adapter)
     probes = record["probes"]
-    if probes is None or not probes["log_probs"]:
-        raise OrdMoEConfigError(
-            f"{adapter} has no probes: it was imported, or saved without its model at hand (sharded, or from a "
-            "state_dict), or its model does not run on tokens alone. Load it, check what it answers, and save it by "
-            "`save_pretrained`."
-        )
     largest, known = max(map(max, probes["token_ids"])), len(model.get_input_embeddings().weight)
     if largest >= known:
         raise OrdMoEModelError(

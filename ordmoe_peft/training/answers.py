@@ -29,8 +29,18 @@ def with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
             "The data set has whole conversations and assistant_only_loss is off, so prompts count as part of the "
             "responses that tiers are ranked on. Set assistant_only_loss=True, or give `prompt` and `completion`."
         )
+    check_answers(dataset, args)
     if not columns or any(needed <= columns for needed in ANSWER_COLUMNS):
         return dataset
+    return dataset.map(lambda row: {"completion": "" if isinstance(row["prompt"], str) else EMPTY_ANSWER})
+
+
+def check_answers(dataset: Any, args: OrdMoETrainingArguments) -> None:
+    """Raise [`OrdMoEDataError`] for columns without answers to learn from, where some are needed."""
+    columns = set(getattr(dataset, "column_names", None) or [])
+    has_answers = not columns or any(needed <= columns for needed in ANSWER_COLUMNS)
+    if has_answers:
+        return
     if {"chosen", "rejected"} & columns:
         raise OrdMoEDataError(
             f"The data set has preferences ({sorted(columns)}): OrdMoE makes its own, of what tiers answer. To train "
@@ -43,4 +53,3 @@ def with_answers(dataset: Any, args: OrdMoETrainingArguments) -> Any:
             "`prompt` and `completion`, or `messages`, or `text` (TRL's data set formats). Prompts alone suffice with "
             "responses='generated' and ntp_coef=0, which is not advised."
         )
-    return dataset.map(lambda row: {"completion": "" if isinstance(row["prompt"], str) else EMPTY_ANSWER})

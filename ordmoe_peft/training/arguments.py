@@ -195,7 +195,13 @@ class OrdMoETrainingArguments(SFTConfig):
             logger.warning("enable_jit_checkpoint=True: no effect; SIGTERM leaves a checkpoint in any case.")
             self.enable_jit_checkpoint = False
         self.bf16 = self._chosen_bf16(self.bf16)
+        for end in ("", "_kwargs"):  # transformers 5.24 warns of the names that TRL 1.16 gives these
+            new = f"activation_checkpointing{end}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, f"gradient_checkpointing{end}"))
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to copy to, of which torch warns
         check_recomputed(self)
         check_one_response(self.generation_kwargs or {})
         if self.learning_rate == 0:

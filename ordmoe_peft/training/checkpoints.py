@@ -56,7 +56,7 @@ def last_checkpoint(run_folder: str | Path) -> str | None:
     for checkpoint in reversed(sort_checkpoints(str(run_folder))):
         if is_complete(checkpoint):
             return checkpoint
-        logger.warning(
+        logger.warning_once(  # the command asks before the trainer does
             f"{checkpoint} has no {STATE_NAME} that can be read: it was not written to its end, and is passed over."
         )
     return None
@@ -88,7 +88,7 @@ def checkpoint_to_resume(wish: str | bool | None, run_folder: str | Path) -> str
             f"{STATE_NAME} that can be read. Give 'auto' to go on from the last complete one in {run_folder}."
         )
     if checkpoint is not None and not any(Path(checkpoint).glob("rng_state*")):
-        logger.warning(
+        logger.warning_once(
             f"{checkpoint} holds the weights alone (save_only_model): the optimizer starts anew, so training goes on "
             "otherwise than it would have."
         )

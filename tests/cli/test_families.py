@@ -92,12 +92,12 @@ def test_a_model_without_moe_layers(tmp_path, capsys):
 def test_a_broken_configuration(tmp_path, capsys, text, reason):
     (tmp_path / "config.json").write_text(text)
     error = error_of(capsys, ["families", str(tmp_path)])
-    assert f"No configuration of {str(tmp_path)!r}" in error
+    assert f"The configuration of {str(tmp_path)!r} cannot be used" in error
     assert reason in error
 
 
 def test_a_folder_without_a_configuration(tmp_path, capsys):
-    assert f"No configuration of {str(tmp_path)!r}" in error_of(capsys, ["families", str(tmp_path)])
+    assert f"The folder {str(tmp_path)!r} holds no model" in error_of(capsys, ["families", str(tmp_path)])
 
 
 def test_an_unknown_model(capsys, monkeypatch):
@@ -105,7 +105,7 @@ def test_an_unknown_model(capsys, monkeypatch):
         raise OfflineModeIsEnabled("no hub")
 
     monkeypatch.setattr(known_models.AutoConfig, "from_pretrained", offline)
-    assert "No configuration of 'nobody/nothing'" in error_of(capsys, ["families", "nobody/nothing"])
+    assert "There is no folder 'nobody/nothing' here" in error_of(capsys, ["families", "nobody/nothing"])
 
 
 def test_a_model_has_to_be_named(capsys):

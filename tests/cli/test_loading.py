@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import PIL.Image
 import pytest
@@ -8,6 +9,7 @@ from ordmoe import main
 from ordmoe_peft.cli.arguments import ModelArguments
 from ordmoe_peft.cli.loading import load_base
 from ordmoe_peft.data.loading import load_data
+from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.quantization.offloaded import is_in_ram
 from tests import models, text
 from tests.test_ordmoe import base  # noqa: F401 (fixture)
@@ -132,3 +134,19 @@ def test_images_and_a_base_of_text(base, tmp_path, capsys):  # noqa: F811
 def test_data_that_is_not_there(arguments, message, capsys):
     assert main(["evaluate", "--model_name_or_path", "/no/such/model", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["cut", "pointer", "pickle"])
+def test_weights_that_cannot_be_read(tmp_path, broken):
+    models.qwen3_moe().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if broken == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif broken == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        weights.unlink()
+        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": pytest.fail}))
+    with pytest.raises(OrdMoEModelError, match=f"The weights of {tmp_path} cannot be read") as error:
+        load_base(ModelArguments(model_name_or_path=str(tmp_path)), trust_remote_code=False)
+    assert len(str(error.value).splitlines()) == 1

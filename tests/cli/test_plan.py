@@ -182,12 +182,12 @@ def test_images(tmp_path, capsys):
         (("--gpu_memory_gb", -24), "gpu_memory_gb must be positive, got -24"),
         (("--gpu_memory_gb", "nan"), "gpu_memory_gb must be positive, got nan"),
         (("--reserve_gb", 24), "reserve_gb must be at least 0 and less than programs can have"),
-        (("--reserve_gb", 23.6), "of gpu_memory_gb=24.0 is 23.51 GiB, got 23.6"),
+        (("--reserve_gb", 23.6), "of --gpu_memory_gb 24.0 is 23.51 GiB, got 23.6"),
         (("--usable_gb", 22, "--gpu_memory_gb", 24, 48), "is what one card has, but gpu_memory_gb has 2 sizes"),
-        (("--offload_experts", "true"), "set load_in_4bit=True"),
-        (("--gpu_memory_gb", 8, 16, "--output_file", "fits.md"), "output_file='fits.md' is for JSON"),
+        (("--offload_experts", "true"), "set --load_in_4bit true"),
+        (("--gpu_memory_gb", 8, 16, "--output_file", "fits.md"), "--output_file fits.md is for JSON"),
         (("--max_length", 0), "sequence_length must be at least 1, got 0"),
-        (("--num_tiers", 5), "num_tiers=5 does not fit"),
+        (("--num_tiers", 5), "--num_tiers 5 does not fit"),
         (("--dtype", "int3"), "argument --dtype: invalid choice: 'int3'"),
         (("--images_per_sample", 1, "--image_tokens", 4), "needs a vision tower"),
     ],
@@ -207,12 +207,12 @@ def test_an_unknown_model_names_the_known_ones(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(known_models.AutoConfig, "from_pretrained", offline)
     error = error_of(capsys, ["plan", "nobody/nothing"])
-    assert "No configuration of 'nobody/nothing'" in error
+    assert "There is no folder 'nobody/nothing' here, and the hub gave no model of this id: no hub" in error
     assert "Qwen3-30B-A3B" in error
 
 
 def test_a_folder_without_a_configuration(tmp_path, capsys):
-    assert f"No configuration of {str(tmp_path)!r}" in error_of(capsys, ["plan", str(tmp_path)])
+    assert f"The folder {str(tmp_path)!r} holds no model" in error_of(capsys, ["plan", str(tmp_path)])
 
 
 def test_a_checkpoint_that_is_quantised_already(tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_experts_in_ram(base, data, tmp_path, capsys):
         assert main([*map(str, arguments), "--output_file", str(output)]) == 0
         results[in_ram] = output.read_text()
     assert results[True] == results[False]
-    assert "set load_in_4bit=True" in error_of(
+    assert "set --load_in_4bit true" in error_of(
         capsys, train_arguments(base, data, tmp_path / "dense", offload_experts=True)
     )
 

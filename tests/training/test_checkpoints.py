@@ -124,7 +124,7 @@ class TestResuming:
 
     def test_weights_alone_do_not_go_on_as_before(self, tmp_path, monkeypatch):
         said = []
-        monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+        monkeypatch.setattr(checkpoints.logger, "warning_once", said.append)
         (write_checkpoint(tmp_path, 2) / "rng_state.pth").touch()
         checkpoint_to_resume("auto", tmp_path)
         assert not said

@@ -13,6 +13,17 @@ from ...files import whole_folder
 EXPORT_NAME = "ordmoe_export.json"
 
 
+def check_export_folder(output: str | Path) -> Path:
+    """The folder itself; raises [`OrdMoEConfigError`] where it holds something else than an earlier export."""
+    output = Path(output).resolve()  # a link stays, and the folder that it points to is written
+    others = _no_export(output)
+    if others:
+        raise OrdMoEConfigError(
+            f"{output} holds {others[0]}, which no earlier export wrote there. Choose a folder that is not there yet."
+        )
+    return output
+
+
 @contextmanager
 def export_folder(output: str | Path, form: str, adapter: Path) -> Iterator[Path]:
     """Within the block, write an export to the folder given; at its end it takes the name `output`, in one step.
@@ -25,12 +36,7 @@ def export_folder(output: str | Path, form: str, adapter: Path) -> Iterator[Path
     Raises:
         [`OrdMoEConfigError`]: `output` holds something else.
     """
-    output = Path(output).resolve()  # a link stays, and the folder that it points to is written
-    others = _no_export(output)
-    if others:
-        raise OrdMoEConfigError(
-            f"{output} holds {others[0]}, which no earlier export wrote there. Choose a folder that is not there yet."
-        )
+    output = check_export_folder(output)
     with whole_folder(output, replace=True) as folder:
         yield folder
         files = sorted(path.name for path in folder.iterdir())

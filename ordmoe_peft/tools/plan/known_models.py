@@ -5,12 +5,12 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from ...errors import OrdMoEModelError
 from ...quantization.config import QUANT_METHOD, MoeBitsAndBytesConfig
 from ...quantization.other_quantizers import quant_method
+from ..model_config import read_config
 
 
 # Name → `hub_ids`, `parameters`, `source` and `config`; the file says what these are.
@@ -47,14 +47,8 @@ def find_config(name: str, revision: str = "main", trust_remote_code: bool = Fal
         for short_name, known in KNOWN_MODELS.items():
             if name in (short_name, *known["hub_ids"]):
                 return AutoConfig.for_model(**known["config"])
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OrdMoEModelError(
-            f"No configuration of {name!r}: {reason.rstrip('.')}. Give a folder with a config.json, a hub id, or one "
-            f"that is known without the hub ({', '.join(KNOWN_MODELS)})."
-        ) from error
+    instead = f"Give a folder with a config.json, a hub id, or one known without the hub ({', '.join(KNOWN_MODELS)})."
+    return read_config(name, revision, trust_remote_code, instead)
 
 
 def stored_quantization(config: PretrainedConfig) -> MoeBitsAndBytesConfig | None:

@@ -1,0 +1,53 @@
+"""What options tell by themselves, before anything is read."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import OrdMoEConfigError
+from ..files import check_place
+
+
+# Options that name what is written → whether it is a folder.
+PLACES = {"output_dir": True, "report": True, "output_file": False}
+WANTED = "Write a line `option: value` for each option."
+COUNTS = ("limit", "per_device_eval_batch_size", "max_new_tokens", "max_completion_length", "num_tiers")
+
+
+def check_options(*options: Any) -> None:
+    """See that what is to be written can be, that a report can be drawn, and that counts are positive.
+
+    Args:
+        options: the parsed options, in groups.
+
+    Raises:
+        [`OrdMoEConfigError`]: names the option and its value.
+    """
+    given = {name: value for group in options for name, value in vars(group).items()}
+    for name, is_folder in PLACES.items():
+        if given.get(name):
+            check_place(given[name], f"--{name}", is_folder)
+    if given.get("report"):
+        from ..tools.report import require_matplotlib
+
+        require_matplotlib()
+    for name in COUNTS:
+        if given.get(name) is not None and given[name] < 1:
+            raise OrdMoEConfigError(f"--{name} must be at least 1, got {given[name]}.")
+
+
+def check_recipe(path: str) -> None:
+    """Raise [`OrdMoEConfigError`] unless the file of `--config` is a YAML mapping."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise OrdMoEConfigError(f"--config {path} cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}: {error.problem}" if mark is not None else ""
+        raise OrdMoEConfigError(f"--config {path} is no YAML{where}. {WANTED}") from error
+    if not isinstance(recipe, dict):
+        kind = "is empty" if recipe is None else f"holds a value of type {type(recipe).__name__}, not options"
+        raise OrdMoEConfigError(f"--config {path} {kind}. {WANTED}")
