@@ -33,6 +33,29 @@ the table says: tiers are the router's own ranks, tier 1 is the model to the bit
 and back, PEFT without this package reads an export of the roles in the last column. `tests/families/rows.py` has a row
 for each; a class that transformers adds fails the tests until it has one.
 `ordmoe families MODEL` says the same of a model of your own, from its `config.json`.
+
+## How models are read
+
+MoE layers are found by what modules hold, and each router is judged by a trial run: it, or its block, has to choose K
+of E scores by one `torch.topk`, or by rounds that each take the largest (PhiMoE, Switch). Ranks, LoRA and gradients
+are tested against each family's own code. What differs:
+
+- Models with code of their own (`trust_remote_code`) work by the same rules. Experts in an `nn.ModuleList` get PEFT's
+  linear LoRA. On stacks outside transformers' experts interface, LoRA makes the whole adapted stack in each forward,
+  as PEFT does, and autograd keeps it unless gradient checkpointing is on; a warning says so once.
+- Where a router returns its scores alone (DBRX, many remote models), or other things than logits, weights and indices
+  (Llama 4, JetMoE, Switch, ZAYA), what it routes is not logged, and training needs `balance_coef=0`.
+- Layers that choose experts by token (DeepSeek-V4's hash layers) route as usual on all tiers. What a router ranks
+  besides its experts has ranks, too: LongCat-Flash's zero experts, ZAYA's class for skipping the layer.
+- In models with images and sounds the text model is adapted and held to tiers, image tokens included. Towers and
+  talkers with experts of their own (dots3, Qwen3-Omni) are left alone; give that part to `get_peft_model` and
+  `tier_routing` to have it on tiers of its own.
+- Encoder-decoders (Switch), DiffusionGemma and Llama 4 take tiers and adapters; `OrdMoETrainer` does not train them,
+  and says why.
+- Not seen: rows whose tokens a block sorts or transposes before its router, and masks on experts that exist at run
+  time only.
+
+## The table
 """
 
 
