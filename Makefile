@@ -6,8 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check
-# Contracts, tiers, life cycle, trainer; on the oldest versions, which `make test` does not have, every family, too.
-ON_RANGES := tests/contract tests/tiers tests/experts tests/adapter tests/data tests/training tests/test_forward.py
+# What leans on other libraries: contracts, tiers, life cycle, data, trainer; on the oldest versions, which `make test`
+# does not have, every family, too.
+ON_RANGES := tests/contract tests/tiers tests/experts/test_forward.py tests/experts/test_replaced_forwards.py \
+	tests/adapter tests/data tests/test_forward.py \
+	$(addprefix tests/training/test_,trainer.py images.py arguments.py checkpoints.py precision.py router_rate.py stopping.py)
 test-oldest: ON_RANGES += tests/families tests/remote_code
 versions = $(1)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
 
