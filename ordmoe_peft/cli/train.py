@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     given = given_options(parser, arguments, OPTIONS)
     if training_args.process_index == 0:
         print(settings_block(given))
-    adapter_config = adapter_options.adapter_config()
+    adapter_config = adapter_options.adapter_config(model_options.model_name_or_path)
     resume, overwrite = training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     RunFolder(training_args.output_dir).check_free(resume, overwrite)
     checkpoint_to_resume(resume, training_args.output_dir)
