@@ -1,7 +1,7 @@
 """The report of a training run, from what its trainer logged."""
 
+import re
 from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ HEADLINES = (
     *("model_name_or_path", "dataset_name", "load_in_4bit", "num_tiers", "grouping", "objective", "erl_coef"),
     *("balance_coef", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
+TIER = re.compile(r"tier_(\d+)/log_likelihood")
 NATS = "log-likelihood (nats per token)"
 # Metric → label of its panel.
 LOSSES = {
@@ -98,7 +99,8 @@ def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
     """A metric of each tier in training, and the same on held-out data."""
     keys = {key for entry in log_history for key in entry}
     lines: dict[str, pd.Series] = {}
-    for tier in takewhile(lambda tier: f"tier_{tier}/log_likelihood" in keys, count(1)):
+    # Those without gradient may not be logged (`log_tiers_every=0`).
+    for tier in sorted(int(found[1]) for found in map(TIER.fullmatch, keys) if found):
         lines[f"tier {tier}"] = _line(log_history, f"tier_{tier}/{metric}")
         lines[f"tier {tier}{HELD_OUT}"] = _line(log_history, f"eval_tier_{tier}/{metric}")
     return lines
