@@ -1,12 +1,12 @@
 """The report of a training run, from what its trainer logged."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ...monitoring.diagnostics import LIKELIHOOD_KEY
 from ..tables import Table, is_number, number
 from .drawing import HELD_OUT, Plot, line_plot
 from .page import Findings, Section, write_page
@@ -19,7 +19,6 @@ HEADLINES = (
     *("model_name_or_path", "dataset_name", "load_in_4bit", "num_tiers", "grouping", "objective", "erl_coef"),
     *("balance_coef", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
-TIER = re.compile(r"tier_(\d+)/log_likelihood")
 NATS = "log-likelihood (nats per token)"
 # Metric → label of its panel.
 LOSSES = {
@@ -100,7 +99,7 @@ def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
     keys = {key for entry in log_history for key in entry}
     lines: dict[str, pd.Series] = {}
     # Those without gradient may not be logged (`log_tiers_every=0`).
-    for tier in sorted(int(found[1]) for found in map(TIER.fullmatch, keys) if found):
+    for tier in sorted(int(found[1]) for found in map(LIKELIHOOD_KEY.fullmatch, keys) if found):
         lines[f"tier {tier}"] = _line(log_history, f"tier_{tier}/{metric}")
         lines[f"tier {tier}{HELD_OUT}"] = _line(log_history, f"eval_tier_{tier}/{metric}")
     return lines
