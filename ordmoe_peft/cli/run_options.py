@@ -76,7 +76,9 @@ def next_commands(model: ModelArguments, data: ScriptArguments, args: OrdMoETrai
     }
     if args.trust_remote_code:
         changed["trust_remote_code"] = True
-    of_data = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config}
+    # A split that the run did not evaluate on may not be there.
+    split = data.dataset_test_split if args.eval_strategy != "no" and data.dataset_test_split != "test" else None
+    of_data = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config, "dataset_split": split}
     base, adapter = model.model_name_or_path, str(Path(args.output_dir))  # without a slash at its end
     # Experts in RAM have to be asked for, and with them the recipe.
     known = () if model.offload_experts else KNOWN_TO_ADAPTERS

@@ -88,6 +88,13 @@ def test_what_comes_next(model, data, evaluate, verify):
     assert commands == [evaluate, verify, "ordmoe export out --output_dir out-peft"]
 
 
+@pytest.mark.parametrize(("strategy", "end"), [("steps", " --dataset_split dev"), ("no", "")])
+def test_the_split_that_the_run_evaluated_on_is_evaluated(strategy, end):
+    args = train_args("out", eval_strategy=strategy, eval_steps=1)
+    evaluate, *_ = next_commands(ModelArguments("B"), ScriptArguments("D", dataset_test_split="dev"), args)
+    assert evaluate == f"ordmoe evaluate B --adapter out --dataset_name D{end}"
+
+
 def test_a_slash_at_the_end_does_not_export_into_the_adapter():
     *_, export = next_commands(ModelArguments("B"), ScriptArguments(dataset_name="D"), train_args("out/"))
     assert export == "ordmoe export out --output_dir out-peft"
