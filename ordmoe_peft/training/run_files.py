@@ -30,7 +30,8 @@ PACKAGES = (
 )
 # Of one start rather than of the run: the file serves to start anew and to go on. And a secret.
 NOT_OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "hub_token", "config")
-HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+# Not a folder as hf_datasets: a token has 34 letters, or more after `oauth_`.
+HUB_TOKEN = re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{20,}[\w.-]*")
 SECRET_OPTION = re.compile(r"--\w*(?<!eos_)(?<!pad_)(token|password|secret|api_key)")
 
 

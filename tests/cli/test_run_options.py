@@ -36,7 +36,7 @@ def test_what_is_at_its_default_is_left_out(tmp_path):
 def test_the_block_that_is_printed():
     block = settings_block({"lora_r": 4, "hub_token": "hf_secret", "dataset_name": "a b"})
     assert block == "Settings that differ from the defaults:\n  lora_r=4, dataset_name=a b"
-    assert "hf_" not in settings_block({"model_init_kwargs": '{"token": "hf_abcdefghijk"}'})
+    assert "hf_" not in settings_block({"model_init_kwargs": '{"token": "hf_abcdefghijklmnopqrstuvwx"}'})
 
 
 def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):

@@ -110,7 +110,7 @@ class TestRuns:
 
 def test_no_token_in_the_report(base, data, tmp_path, capsys):
     arguments = train_arguments(base, data, tmp_path / "out", report=tmp_path / "report", max_steps=1)
-    assert main([*arguments, "--model_init_kwargs", '{"token": "hf_abcdefghijk"}']) == 0
+    assert main([*arguments, "--model_init_kwargs", '{"token": "hf_abcdefghijklmnopqrstuvwx"}']) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert "model_init_kwargs" in page and "hf_abc" not in page + capsys.readouterr().out
 
