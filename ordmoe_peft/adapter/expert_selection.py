@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_model import MoELayer, MoEModel
@@ -26,17 +27,20 @@ from .lora_fields import roles_of
 from .targets import adapted_modules
 
 
+logger = logging.get_logger(__name__)
+
 # MoE layer → its experts. The keys of JSON are strings.
 Selection = dict[str, list[int]]
 
 
-def most_used_experts(report: Mapping[str, Any] | str | Path, share: float) -> Selection:
+def most_used_experts(report: Mapping[str, Any] | str | Path, share: float, model: str | None = None) -> Selection:
     """The fewest experts of each layer that get `share` of the layer's routed tokens, for `expert_selection`.
 
     Args:
         report (`dict`, `str` or `Path`): what `ordmoe inspect` wrote as JSON, or the file;
             [`~ordmoe_peft.tools.measure.inspection.HealthReport.to_dict`].
         share (`float`): above 0 and at most 1; a token counts once for each of its K experts.
+        model (`str`, *optional*): folder or hub id of the base to train; a report of another is warned about.
 
     Raises:
         [`OrdMoEConfigError`]: the share is not one, or the file is not there, or no such report.
@@ -53,6 +57,12 @@ def most_used_experts(report: Mapping[str, Any] | str | Path, share: float) -> S
         raise OrdMoEConfigError(
             f"{source} has no `utilisation` of experts by layer ({error}): it is no report of `ordmoe inspect`."
         ) from error
+    inspected = content.get("model")
+    if model and inspected and Path(model).name != Path(inspected).name:
+        logger.warning(
+            f"The report of `ordmoe inspect` is of {inspected!r}, and the experts that it chooses are trained in "
+            f"{model!r}. Unless these are the same weights, inspect {model!r}: its most-used experts are others."
+        )
     return {layer: _fewest(use_E, share) for layer, use_E in uses.items()}
 
 

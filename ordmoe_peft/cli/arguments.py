@@ -142,8 +142,8 @@ class AdapterArguments(AdapterSizeArguments):
         default=None, metadata={"help": "Share of a layer's tokens that the chosen experts get, above 0, at most 1."}
     )
 
-    def adapter_config(self) -> OrdMoEConfig:
-        """The configuration that was asked for."""
+    def adapter_config(self, model: str | None = None) -> OrdMoEConfig:
+        """The configuration that was asked for, for the base `model`."""
         settings = dict(vars(self))
         share = settings.pop("expert_share")
         if (share is not None) != isinstance(self.expert_selection, str):
@@ -152,7 +152,7 @@ class AdapterArguments(AdapterSizeArguments):
                 "needs a share of tokens, and a share such a file. Give both, or none."
             )
         if isinstance(self.expert_selection, str):
-            settings["expert_selection"] = most_used_experts(self.expert_selection, share)
+            settings["expert_selection"] = most_used_experts(self.expert_selection, share, model)
         # A recipe may give one name or index instead of a list.
         given = self.layer_scope if isinstance(self.layer_scope, list) else [self.layer_scope]
         scope = [str(part) for part in given]

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 from inspect import get_annotations
 from itertools import takewhile
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
@@ -103,8 +103,12 @@ class CommandParser(TrlParser):
         return options
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """TRL's; a key that is no option is an error."""
+        """TRL's; a key that is no option is an error, and one without a value where the option cannot be none."""
         self._check_known([f"--{name}" for name in config], " in the file of --config")
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in config.items():
+            if value is None and name in hints and type(None) not in get_args(hints[name]):
+                self.error(f"--{name} has no value in the file of --config; give one, or leave the line out")
         return super().set_defaults_with_config(**config)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:

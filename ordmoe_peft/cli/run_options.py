@@ -4,12 +4,14 @@ import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 from trl import ScriptArguments
 
 from ..training import OrdMoETrainingArguments
-from ..training.run_files import NOT_OF_THE_RUN, OPTIONS_NAME
+from ..training.checkpoints import last_checkpoint
+from ..training.run_files import NOT_OF_THE_RUN, OPTIONS_NAME, without_hub_tokens
 from .arguments import ModelArguments
 from .parser import CommandParser
 
@@ -47,7 +49,9 @@ def _is_default(item: Field, value: Any) -> bool:
 def settings_block(options: Mapping[str, Any]) -> str:
     """The options, a few lines of `name=value`."""
     listed = ", ".join(f"{name}={value}" for name, value in options.items() if name not in NOT_OF_THE_RUN)
-    lines = textwrap.fill(listed, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines = textwrap.fill(
+        without_hub_tokens(listed), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
     return f"Settings that differ from the defaults:\n{lines}"
 
 
@@ -55,8 +59,11 @@ def resume_advice(args: OrdMoETrainingArguments) -> str:
     """How to go on with a run that was ended early."""
     if args.world_size > 1:
         return "To go on, start it as before, with --resume_from_checkpoint auto."
-    recipe = shlex.quote(f"{args.output_dir}/{OPTIONS_NAME}")
-    return f"To go on: ordmoe train --config {recipe} --resume_from_checkpoint auto"
+    wish = args.resume_from_checkpoint
+    # Before its first checkpoint, a run that began from that of another folder has to begin there again.
+    is_own = str(wish).lower() in ("none", "auto", "true", "false") or last_checkpoint(args.output_dir) is not None
+    recipe = str(Path(args.output_dir, OPTIONS_NAME))
+    return f"To go on: {_command('train', config=recipe, resume_from_checkpoint='auto' if is_own else wish)}"
 
 
 def next_commands(model: ModelArguments, data: ScriptArguments, args: OrdMoETrainingArguments) -> list[str]:
@@ -69,8 +76,10 @@ def next_commands(model: ModelArguments, data: ScriptArguments, args: OrdMoETrai
     }
     if args.trust_remote_code:
         changed["trust_remote_code"] = True
-    of_data = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config}
-    base, adapter = model.model_name_or_path, args.output_dir
+    # A split that the run did not evaluate on may not be there.
+    split = data.dataset_test_split if args.eval_strategy != "no" and data.dataset_test_split != "test" else None
+    of_data = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config, "dataset_split": split}
+    base, adapter = model.model_name_or_path, str(Path(args.output_dir))  # without a slash at its end
     # Experts in RAM have to be asked for, and with them the recipe.
     known = () if model.offload_experts else KNOWN_TO_ADAPTERS
     of_verify = {name: value for name, value in changed.items() if name not in known}

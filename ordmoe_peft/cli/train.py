@@ -24,6 +24,7 @@ from ..training import OrdMoETrainer, OrdMoETrainingArguments
 from ..training.answers import check_answers
 from ..training.checkpoints import checkpoint_to_resume, last_checkpoint
 from ..training.data_checks import checked_data
+from ..training.run_files import without_hub_tokens
 from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
 from .arguments import AdapterArguments, ModelArguments
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     given = given_options(parser, arguments, OPTIONS)
     if training_args.process_index == 0:
         print(settings_block(given))
-    adapter_config = adapter_options.adapter_config()
+    adapter_config = adapter_options.adapter_config(model_options.model_name_or_path)
     resume, overwrite = training_args.resume_from_checkpoint, training_args.overwrite_output_dir
     RunFolder(training_args.output_dir).check_free(resume, overwrite)
     checkpoint_to_resume(resume, training_args.output_dir)
@@ -164,4 +165,8 @@ def write_report(folder: str, trainer: OrdMoETrainer, metrics: dict[str, Any], s
     history = trainer.state.log_history
     vocab_size = trainer.model.config.get_text_config().vocab_size
     findings = training_findings(history, vocab_size=vocab_size, erl_coef=trainer.args.erl_coef)
+    settings = {
+        name: without_hub_tokens(str(value)) if isinstance(value, (str, dict)) else value
+        for name, value in settings.items()
+    }
     return train_report([*history, metrics], settings, folder, [finding.to_dict() for finding in findings])

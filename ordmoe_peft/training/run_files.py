@@ -30,7 +30,8 @@ PACKAGES = (
 )
 # Of one start rather than of the run: the file serves to start anew and to go on. And a secret.
 NOT_OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "hub_token", "config")
-HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+# Not a folder as hf_datasets: a token has 34 letters, or more after `oauth_`.
+HUB_TOKEN = re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{20,}[\w.-]*")
 SECRET_OPTION = re.compile(r"--\w*(?<!eos_)(?<!pad_)(token|password|secret|api_key)")
 
 
@@ -50,7 +51,7 @@ def write_options(folder: str | Path, options: Mapping[str, Any]) -> None:
     """Write the options that `ordmoe train --config` takes to `run_config.yaml`, without those of one start alone."""
     kept = {name: value for name, value in options.items() if name not in NOT_OF_THE_RUN}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
-    write_whole(Path(folder, OPTIONS_NAME), HUB_TOKEN.sub("***", text))
+    write_whole(Path(folder, OPTIONS_NAME), without_hub_tokens(text))
 
 
 # ----------------------------------------------------------------------------------------------------- the environment
@@ -93,9 +94,14 @@ def without_secrets(command: Sequence[str]) -> list[str]:
     for word in command[1:]:
         name, equals, _ = word.partition("=")
         is_option = SECRET_OPTION.fullmatch(name) is not None
-        words.append(f"{name}=***" if is_option and equals else "***" if is_secret else HUB_TOKEN.sub("***", word))
+        words.append(f"{name}=***" if is_option and equals else "***" if is_secret else without_hub_tokens(word))
         is_secret = is_option and not equals
     return words
+
+
+def without_hub_tokens(text: str) -> str:
+    """A text with `***` in place of the tokens of the hub in it, such as those within `model_init_kwargs`."""
+    return HUB_TOKEN.sub("***", text)
 
 
 def git_state(path: str | Path) -> dict[str, Any] | None:

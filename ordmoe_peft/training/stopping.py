@@ -23,8 +23,9 @@ logger = logging.get_logger(__name__)
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in which one of the processes received SIGTERM, with a checkpoint of that step.
 
-    The signal is caught while training runs, in the main thread alone; before and after it acts as it did. Further ones
-    change nothing.
+    That step is not evaluated: an evaluation may take longer than is left, and with `save_strategy="best"` it would
+    decide that there is nothing to save. The signal is caught while training runs, in the main thread alone; before
+    and after it acts as it did. Further ones change nothing.
 
     Raises:
         [`OrdMoEInterrupted`]: after the checkpoint was saved.
@@ -46,6 +47,7 @@ class StopOnSignal(TrainerCallback):
         self.is_agreed = self._any_process_is_asked(args)
         if self.is_agreed:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
     def _any_process_is_asked(self, args: Any) -> bool:
         if args.world_size == 1:

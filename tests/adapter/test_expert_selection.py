@@ -1,6 +1,7 @@
 """LoRA on some experts: which the data use most, what is refused, and that nothing moves the others."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -33,6 +34,16 @@ def test_the_fewest_experts_that_get_a_share_of_the_tokens(share, wanted, tmp_pa
     assert most_used_experts(found, share) == {"0": wanted, "1": [0]}
     (tmp_path / "inspect.json").write_text(json.dumps(found))
     assert most_used_experts(tmp_path / "inspect.json", share) == {"0": wanted, "1": [0]}
+
+
+def test_a_report_of_another_base_is_warned_about(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    found = report(_0=[0.4, 2.0]) | {"model": "org/base"}
+    for model in (None, "org/base", "/folder/base/"):
+        assert most_used_experts(found, 0.5, model) == {"0": [1]}
+    assert not caplog.messages
+    most_used_experts(found, 0.5, "org/other")
+    assert "is of 'org/base', and the experts that it chooses are trained in 'org/other'" in caplog.text
 
 
 @pytest.mark.parametrize(

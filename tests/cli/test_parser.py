@@ -114,6 +114,17 @@ def test_unknown_options_in_a_file(tmp_path, capsys):
     assert error == "unknown option --limti in the file of --config; did you mean --limit?"
 
 
+def test_options_without_a_value_in_a_file(tmp_path, capsys):
+    """What may be none takes none."""
+    file = tmp_path / "options.yaml"
+    file.write_text("limit: null\nper_device_eval_batch_size:\n")
+    arguments = ["base", "--output_dir", "out", "--config", str(file)]
+    error = error_of(capsys, arguments)
+    assert error.startswith("--per_device_eval_batch_size has no value in the file of --config; give one")
+    file.write_text("limit: null\n")
+    assert parser().parse_args_and_config(arguments)[1].limit is None
+
+
 def test_options_of_another_command_are_passed_over(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("learning_rate: 0.1\nlimit: 3\n")

@@ -36,6 +36,7 @@ def test_what_is_at_its_default_is_left_out(tmp_path):
 def test_the_block_that_is_printed():
     block = settings_block({"lora_r": 4, "hub_token": "hf_secret", "dataset_name": "a b"})
     assert block == "Settings that differ from the defaults:\n  lora_r=4, dataset_name=a b"
+    assert "hf_" not in settings_block({"model_init_kwargs": '{"token": "hf_abcdefghijklmnopqrstuvwx"}'})
 
 
 def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):
@@ -85,6 +86,25 @@ def test_what_comes_next(model, data, evaluate, verify):
     model_options = ModelArguments("my base", **model)
     commands = next_commands(model_options, ScriptArguments(dataset_name="D", **data), train_args("out"))
     assert commands == [evaluate, verify, "ordmoe export out --output_dir out-peft"]
+
+
+@pytest.mark.parametrize(("strategy", "end"), [("steps", " --dataset_split dev"), ("no", "")])
+def test_the_split_that_the_run_evaluated_on_is_evaluated(strategy, end):
+    args = train_args("out", eval_strategy=strategy, eval_steps=1)
+    evaluate, *_ = next_commands(ModelArguments("B"), ScriptArguments("D", dataset_test_split="dev"), args)
+    assert evaluate == f"ordmoe evaluate B --adapter out --dataset_name D{end}"
+
+
+def test_a_slash_at_the_end_does_not_export_into_the_adapter():
+    *_, export = next_commands(ModelArguments("B"), ScriptArguments(dataset_name="D"), train_args("out/"))
+    assert export == "ordmoe export out --output_dir out-peft"
+
+
+def test_how_to_go_on_from_a_checkpoint_of_another_folder(tmp_path):
+    """`auto` would begin from the start where nothing is saved yet."""
+    checkpoint = tmp_path / "my other" / "checkpoint-2"
+    advice = resume_advice(train_args(tmp_path / "out", resume_from_checkpoint=str(checkpoint)))
+    assert shlex.split(advice)[-2:] == ["--resume_from_checkpoint", str(checkpoint)]
 
 
 def test_how_to_go_on(tmp_path):

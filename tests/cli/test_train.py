@@ -108,6 +108,13 @@ class TestRuns:
         assert json.loads((tmp_path / "train_results.json").read_text())["train_steps"] == 3
 
 
+def test_no_token_in_the_report(base, data, tmp_path, capsys):
+    arguments = train_arguments(base, data, tmp_path / "out", report=tmp_path / "report", max_steps=1)
+    assert main([*arguments, "--model_init_kwargs", '{"token": "hf_abcdefghijklmnopqrstuvwx"}']) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "model_init_kwargs" in page and "hf_abc" not in page + capsys.readouterr().out
+
+
 def test_experts_in_ram(base, data, tmp_path, capsys):
     """The same adapter, evaluation and states as with experts on the device; a run may change from one to the other."""
     options = {"load_in_4bit": True, "gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}

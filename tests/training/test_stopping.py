@@ -7,9 +7,11 @@ import threading
 import pytest
 from transformers import TrainerCallback
 
+from ordmoe_peft import OrdMoETrainer
 from ordmoe_peft.errors import OrdMoEInterrupted
 from ordmoe_peft.training.checkpoints import is_complete
-from tests.training.test_trainer import trained, trainer_for
+from tests import text
+from tests.training.test_trainer import adapted, arguments, trained, trainer_for
 
 
 class Terminate(TrainerCallback):
@@ -44,6 +46,20 @@ def test_a_run_goes_on_as_if_nothing_had_been(tmp_path, saving):
     resumed.train("auto")
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
     assert all(p.equal(weights[name]) for name, p in resumed.model.named_parameters() if p.requires_grad)
+
+
+def test_the_step_is_saved_though_an_evaluation_would_not_find_it_the_best(tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    trainer = OrdMoETrainer(
+        adapted(),
+        args=arguments(tmp_path, save_strategy="best", greater_is_better=True, **changes),
+        train_dataset=text.conversations(),
+        eval_dataset=text.conversations(),
+        processing_class=text.tokenizer(),
+    )
+    assert "after step 2; checkpoint-2" in str(interrupted(trainer, step=2))
+    assert is_complete(tmp_path / "checkpoint-2")
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1]
 
 
 def test_no_checkpoint_before_a_step_has_moved_the_weights(tmp_path):

@@ -28,7 +28,8 @@ WITHOUT_EFFECT = NOT_VARIED | {
 }
 # The fields of OrdMoE's own that also work without lower tiers. All others are about tiers.
 FIELDS_FOR_ONE_TIER = {
-    *("targets", "num_tiers", "base_moe", "base_quantization", "balance_coef", "ntp_coef", "router_learning_rate"),
+    *("targets", "expert_rank", "expert_selection", "num_tiers", "base_moe", "base_quantization"),
+    *("balance_coef", "ntp_coef", "router_learning_rate", "max_nonfinite_steps"),
 }
 # Field → what another field must be for it to have an effect: what the trainer warns of, and what it refuses.
 ACTS_ONLY_WITH = {

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from statistics import fmean
 from typing import Any
 
@@ -246,7 +246,8 @@ def measure_four_bits(
         [`OrdMoEConfigError`]: `batch_size` below 1.
         [`OrdMoEDataError`]: the data set has no samples, prompts or answers; a sample has more tokens than the model
             has positions.
-        [`OrdMoEModelError`]: the model has no MoE layers, or none of its experts is packed.
+        [`OrdMoEModelError`]: the model has no MoE layers, or none of its experts is packed, or it is stored in 4 bits;
+            a loss is not finite.
     """
     dataset = as_prompt_completion(dataset, needs_answers=True)
     check_samples(dataset)
@@ -254,6 +255,11 @@ def measure_four_bits(
     data = (processing_class, dataset, batch_size)
     kept: list[_Batch] = []
     model = load(True)
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        raise OrdMoEModelError(
+            f"{model.name_or_path} is stored in 4 bits, so it has no dense form to compare with. Give the checkpoint "
+            "that it was made from."
+        )
     packed, bits = _packed_experts(model), _expert_bits(model)
     quantization = model.config.quantization_config.to_dict()
     _run(model, *data, "In 4 bits", kept.append)
@@ -264,14 +270,20 @@ def measure_four_bits(
     output_errors: dict[int, float] = {}
     with record(model, experts=partial(_compare_outputs, output_errors, model, packed), layers=layers):
         _run(model, *data, "Dense", comparison.add)
-    meter = RouterMeter(model)
+    meter, outcome = RouterMeter(model), comparison.outcome()
+    if not isfinite(outcome["difference"]):
+        raise OrdMoEModelError(
+            f"The loss of {model.name_or_path} is {outcome['dense_loss']} dense and {outcome['loss']} in 4 bits, which "
+            "cannot be compared. Where only one is not finite, that is the answer; else look for such values in its "
+            "weights, or set another dtype."
+        )
     return FourBits(
         model=model.name_or_path,
         quantization=quantization,
         dtype=str(model.dtype).removeprefix("torch."),
         dense_bits=_expert_bits(model),
         bits=bits,
-        **comparison.outcome(),
+        **outcome,
         layers=[
             LayerPrecision(
                 *(layer.index, layer.block_name, layer.num_experts, layer.top_k),
@@ -390,4 +402,5 @@ def _compare_outputs(
         for parameter, weight in dense:
             parameter.data = weight
     own_TH, other_TH = (_counted(call, part.reshape(-1, part.shape[-1])).float() for part in (output, other))
-    errors[layer.index] = (torch.linalg.vector_norm(own_TH - other_TH) / torch.linalg.vector_norm(own_TH)).item()
+    difference, norm = (torch.linalg.vector_norm(part).item() for part in (own_TH - other_TH, own_TH))
+    errors[layer.index] = difference / norm if norm else 0.0

@@ -1,12 +1,12 @@
 """The report of a training run, from what its trainer logged."""
 
 from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ...monitoring.diagnostics import LIKELIHOOD_KEY
 from ..tables import Table, is_number, number
 from .drawing import HELD_OUT, Plot, line_plot
 from .page import Findings, Section, write_page
@@ -98,7 +98,8 @@ def _tiers(log_history: Log, metric: str) -> dict[str, pd.Series]:
     """A metric of each tier in training, and the same on held-out data."""
     keys = {key for entry in log_history for key in entry}
     lines: dict[str, pd.Series] = {}
-    for tier in takewhile(lambda tier: f"tier_{tier}/log_likelihood" in keys, count(1)):
+    # Those without gradient may not be logged (`log_tiers_every=0`).
+    for tier in sorted(int(found[1]) for found in map(LIKELIHOOD_KEY.fullmatch, keys) if found):
         lines[f"tier {tier}"] = _line(log_history, f"tier_{tier}/{metric}")
         lines[f"tier {tier}{HELD_OUT}"] = _line(log_history, f"eval_tier_{tier}/{metric}")
     return lines

@@ -59,8 +59,14 @@ def test_with_one_tier_what_is_about_tiers_has_no_effect(settings):
     config, args = settings.build({"num_tiers": 1, "erl_coef": 0.5, "advantages": "none"})
     assert (config.rewards, config.advantages, args.erl_coef) == (None, "zscore", 0.01)
     assert settings.key({"num_tiers": 1, "erl_coef": 0.5}) == settings.key({"num_tiers": 1, "grouping": "random"})
-    for changes in ({"max_steps": 3}, {"router_learning_rate": 1e-3}):
+    for changes in ({"max_steps": 3}, {"router_learning_rate": 1e-3}, {"expert_rank": 2}):
         assert settings.key({"num_tiers": 1, **changes}) != settings.key({"num_tiers": 1})
+
+
+def test_the_supervised_baseline_has_the_same_lora_on_experts():
+    adapter = AdapterArguments(expert_rank="r/K", expert_selection={0: [1]})
+    config, _ = Settings(adapter, OrdMoETrainingArguments("out", report_to="none"), {}).build({"num_tiers": 1})
+    assert (config.expert_rank, config.expert_selection) == ("r/K", {"0": [1]})
 
 
 def test_an_option_of_one_objective_is_not_tuned_for_another(settings):

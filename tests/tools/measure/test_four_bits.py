@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
-from transformers import JetMoeConfig, JetMoeForCausalLM
+from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
-from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft import MoeBitsAndBytesConfig, quantize_experts_
 from ordmoe_peft.data.samples import scoring_inputs
 from ordmoe_peft.errors import OrdMoEModelError
 from ordmoe_peft.moe_model import MoEModel
@@ -193,3 +193,28 @@ def test_a_verdict_claims_what_its_error_allows(measured, difference, stderr, wo
 def test_a_base_without_packed_experts_is_refused(load):
     with pytest.raises(OrdMoEModelError, match="No experts of Qwen3MoeForCausalLM are in 4 bits"):
         measure_four_bits(lambda in_4_bits: load(False), TOKENIZER, DATA)
+
+
+def test_a_base_that_is_stored_in_4_bits_has_nothing_to_be_compared_with(tmp_path):
+    quantize_experts_(models.qwen3_moe()).save_pretrained(tmp_path)
+    with pytest.raises(OrdMoEModelError, match="is stored in 4 bits, so it has no dense form"):
+        measure_four_bits(lambda _: AutoModelForCausalLM.from_pretrained(tmp_path), TOKENIZER, DATA)
+
+
+def test_losses_that_are_not_finite_and_outputs_that_are_zero(tmp_path):
+    model = models.qwen3_moe()
+    model.model.layers[0].mlp.experts.down_proj.data.zero_()
+    recipes = {True: MoeBitsAndBytesConfig(), False: None}
+
+    def measure() -> FourBits:
+        model.save_pretrained(tmp_path)
+        return measure_four_bits(
+            lambda in_4_bits: type(model).from_pretrained(tmp_path, quantization_config=recipes[in_4_bits]),
+            TOKENIZER,
+            DATA,
+        )
+
+    assert measure().layers[0].output_error == 0
+    model.model.norm.weight.data[:] = torch.nan
+    with pytest.raises(OrdMoEModelError, match="is nan dense and nan in 4 bits"):
+        measure()

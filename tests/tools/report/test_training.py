@@ -37,6 +37,13 @@ def test_what_was_measured_once_has_one_value(tmp_path, undrawn):
     assert "tier 2 — -5.708 9 — " in words
 
 
+def test_a_tier_that_is_not_logged_hides_no_other(tmp_path, undrawn):
+    """As with `log_tiers_every=0`; and the tenth comes after the second."""
+    entry = {f"tier_{tier}/log_likelihood": -float(tier) for tier in (10, 1, 3)} | {"step": 1}
+    words = Page(train_report([entry], {}, tmp_path)).text
+    assert words.index("tier 1 -1.000") < words.index("tier 3 -3.000") < words.index("tier 10 -10.000")
+
+
 def test_what_is_missing_is_left_out(tmp_path):
     """One step, one tier, a loss that is no number; and no step at all."""
     history = [{"loss": float("nan"), "tier_1/log_likelihood": -1.0, "step": 1}]
