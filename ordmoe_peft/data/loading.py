@@ -26,6 +26,8 @@ from .splits import chosen_split, files_by_split, split_names
 SAVED = ("state.json", "dataset_dict.json")
 # Columns that CSV readers are to leave as they are: an answer may be 007, or None.
 TEXTS = ("prompt", "completion", "text", "messages", "conversations", "image", "images")
+# What LLaVA's data has in a text in place of an image.
+MARK = "<image>"
 # What readers of JSON make of a text such as 2024-05-01 where it stands among texts in other files.
 DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
@@ -219,7 +221,8 @@ def _load(
 # --------------------------------------------------------------------------------------------------------------- texts
 def _checked_texts(dataset: Dataset, origin: Origin) -> Dataset:
     """The data set, whose rows have text; images in messages become a column."""
-    for column in _text_columns(dataset.column_names):
+    columns = _text_columns(dataset.column_names)
+    for column in columns:
         feature = dataset.features[column]
         is_plain = "Json(" not in repr(feature) and "'type'" not in repr(feature)
         if is_plain:
@@ -238,7 +241,26 @@ def _checked_texts(dataset: Dataset, origin: Origin) -> Dataset:
                 "before it do not. Give every row text, or every row messages."
             )
         dataset = _with_image_column(dataset, column, values, origin)
+    first = dataset.select_columns(columns)[0] if columns else {}
+    if len({type(value) for value in first.values()}) > 1:
+        raise OrdMoEDataError(
+            f"{origin.place(0)} has text in one of `prompt` and `completion`, and messages in the other. Give both as "
+            "text, or both as messages."
+        )
+    if set(COLUMNS) & set(dataset.column_names):
+        _check_no_marks(dataset, columns, origin)
     return dataset
+
+
+def _check_no_marks(dataset: Dataset, columns: Sequence[str], origin: Origin) -> None:
+    """Raise [`OrdMoEDataError`] for messages that say in their text where an image stands: it would be read as text."""
+    for column in columns:
+        for row, value in enumerate(column_values(dataset, column)):
+            if isinstance(value, list) and MARK in str(value):
+                raise OrdMoEDataError(
+                    f"{origin.place(row)} has {MARK} in the text of `{column}`, beside a column of images: models read "
+                    'it as text. Leave it out, and images stand first, or make it a part {"type": "image"}.'
+                )
 
 
 def _text_columns(names: Sequence[str]) -> list[str]:

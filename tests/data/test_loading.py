@@ -95,6 +95,14 @@ def test_a_folder_with_rows_and_their_images_is_no_folder_of_images(streaming):
         ),
         ([{"messages": [user([{"type": "video", "video": "a.mp4"}])]}], "has a part of the type 'video'; known are"),
         ([{"messages": [user([{"type": "image"}])]}], "of the type 'image' in `messages` that names no image"),
+        (
+            [{"prompt": "x", "completion": [assistant("y")]}],
+            "has text in one of `prompt` and `completion`, and messages",
+        ),
+        (
+            [{"messages": [user("<image>\nx"), assistant("y")], "image": "a.png"}],
+            "has <image> in the text of `messages`",
+        ),
         ([{"prompt": "\ud83d", "completion": "x"}], "in `prompt`: it holds half of a character"),
         ([{"messages": [{"from": "human", "value": "x"}]}], "message 0 (counted from 0) has the role None"),
         ([{"text": "x"}, {"text": None}], "has None in `text`"),
