@@ -51,7 +51,9 @@ def explained(error: BaseException, command: str = "train") -> str | None:
 
 
 def options_of(command: str) -> set[str]:
-    """The names of a command's options."""
+    """The names of a command's options; none of `ablate`, whose values may stand in a grid or a cell instead."""
+    if command == "ablate":
+        return set()
     module: Any = sys.modules.get(f"ordmoe_peft.cli.{command}")
     parser = module.build_parser() if hasattr(module, "build_parser") else None
     return set() if parser is None else {name.lstrip("-") for name in parser.spellings}

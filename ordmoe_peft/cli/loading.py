@@ -48,6 +48,13 @@ def load_base(options: ModelArguments, trust_remote_code: bool, device_map: Any 
             f"The weights of {name} cannot be read ({reason}): they were not written or copied to their end, or the "
             "file is a pointer of Git LFS, or a pickle with code. Get them again."
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise OrdMoEModelError(
+            f"The weights of {name} have other shapes than its config.json says; the report above lists them. Get the "
+            "two from the same place."
+        ) from error
 
 
 def warn_if_slow(options: ModelArguments, dtype: torch.dtype, args: TrainingArguments | None = None) -> None:

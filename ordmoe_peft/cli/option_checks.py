@@ -1,5 +1,6 @@
 """What options tell by themselves, before anything is read."""
 
+from argparse import Action
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,46 @@ def check_recipe(path: str) -> None:
     if not isinstance(recipe, dict):
         kind = "is empty" if recipe is None else f"holds a value of type {type(recipe).__name__}, not options"
         raise OrdMoEConfigError(f"--config {path} {kind}. {WANTED}")
+    unnamed = [name for name in recipe if not isinstance(name, str)]
+    if unnamed:
+        raise OrdMoEConfigError(f"--config {path} has {unnamed[0]!r} for the name of an option. {WANTED}")
+
+
+def recipe_value(action: Action, value: Any, may_be_null: bool = True) -> tuple[str | None, Any]:
+    """What is wrong with a value of a recipe, or None, and the value as the command line would give it.
+
+    argparse takes a default for what it is, and a recipe's values are defaults.
+
+    Args:
+        action (`argparse.Action`): the option.
+        value: as YAML has it: a text, a number, a truth value, null, or a list of them.
+        may_be_null (`bool`, defaults to `True`): whether the option can have no value.
+    """
+    kind = getattr(action.type, "__name__", "")
+    if kind in ("int", "float", "string_to_bool") and value is None:
+        return (None if may_be_null else "it must have a value, got null"), value
+    if action.nargs in ("+", "*") and kind in ("int", "float", "str") and value is not None:
+        if value == []:
+            return "expected at least one argument", value
+        found = [_one_value(action, kind, one) for one in (value if isinstance(value, list) else [value])]
+        return next((problem for problem, _ in found if problem is not None), None), [one for _, one in found]
+    return _one_value(action, kind, value)
+
+
+def _one_value(action: Action, kind: str, value: Any) -> tuple[str | None, Any]:
+    if action.choices and value is not None:
+        value = "no" if value is False and "no" in action.choices else value  # YAML's `no` is a truth value
+        listed = ", ".join(map(repr, action.choices))
+        return (None if value in action.choices else f"invalid choice: {value!r} (choose from {listed})"), value
+    if kind == "string_to_bool":
+        return (None if isinstance(value, bool | str) else f"invalid truth value: {value!r}"), value
+    if kind not in ("int", "float"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None, str(value) if kind == "str" and is_number else value
+    try:
+        is_whole = kind == "float" or isinstance(value, int | str)
+        if is_whole and not isinstance(value, bool):
+            return None, {"int": int, "float": float}[kind](value)
+    except (TypeError, ValueError):
+        pass
+    return f"invalid {kind} value: {value!r}", value

@@ -8,11 +8,12 @@ from dataclasses import fields
 from functools import partial
 from inspect import get_annotations
 from itertools import takewhile
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
-from .option_checks import check_options, check_recipe
+from .option_checks import check_options, check_recipe, recipe_value
 
 
 MODEL = {"model_name_or_path": "MODEL"}
@@ -76,7 +77,13 @@ class CommandParser(TrlParser):
             nargs = "*" if "list" in str(others[name]) else "?"
             spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
             self.add_argument(*spellings, dest=name, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        self.spellings = {option for action in self._actions for option in action.option_strings}
+        self.spellings = {option: action for action in self._actions for option in action.option_strings}
+        self.may_be_null = {
+            name
+            for dataclass_type in self.dataclass_types
+            for name, kind in get_type_hints(dataclass_type).items()
+            if NoneType in get_args(kind)
+        }
         self.group_of = {
             item.name: _group(item.name, dataclass_type)
             for dataclass_type in self.dataclass_types
@@ -103,13 +110,18 @@ class CommandParser(TrlParser):
         return options
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """TRL's; a key that is no option is an error, and one without a value where the option cannot be none."""
-        self._check_known([f"--{name}" for name in config], " in the file of --config")
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        """TRL's; a key that is no option is an error, and so is a value that the command line would not take."""
+        where = " in the file of --config"
+        self._check_known([f"--{name}" for name in config], where)
+        values = {}
         for name, value in config.items():
-            if value is None and name in hints and type(None) not in get_args(hints[name]):
-                self.error(f"--{name} has no value in the file of --config; give one, or leave the line out")
-        return super().set_defaults_with_config(**config)
+            action = self.spellings[f"--{name}"]
+            if action.nargs == 0 or action.dest == "config":
+                self.error(f"--{name} can stand on the command line alone, not{where}")
+            problem, values[action.dest] = recipe_value(action, value, action.dest in self.may_be_null)
+            if problem is not None:
+                self.error(f"argument {action.option_strings[0]}: {problem}{where}")
+        return super().set_defaults_with_config(**values)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         """argparse's; what stands without an option's name fills the positionals."""

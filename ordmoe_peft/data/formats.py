@@ -104,8 +104,10 @@ def _row_error(row: int, column: str, value: Any, problem: str) -> OrdMoEDataErr
 
 
 def check_images_go_with(names: Iterable[str]) -> None:
-    """Raise [`OrdMoEDataError`] if these columns have images beside texts or tools, which TRL then leaves out."""
+    """Raise [`OrdMoEDataError`] for two columns of images, or one beside texts or tools that TRL then leaves out."""
     found = {"image", "images"} & set(names)
+    if len(found) == 2:
+        raise OrdMoEDataError("The data set has images in `image` and in `images`, and one is used. Drop one of both.")
     if "tools" in names and found:
         raise OrdMoEDataError(
             f"The data set has `tools` and images in `{found.pop()}`, and TRL renders no tools where there are images. "

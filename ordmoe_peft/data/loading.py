@@ -1,12 +1,16 @@
 """Read a data set for any command: a file, a folder or an id on the hub, its images found and its texts looked at."""
 
+import glob
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import datasets
-from datasets import Dataset, Image, Json, List, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, Image, Json, List, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -22,6 +26,10 @@ from .splits import chosen_split, files_by_split, split_names
 SAVED = ("state.json", "dataset_dict.json")
 # Columns that CSV readers are to leave as they are: an answer may be 007, or None.
 TEXTS = ("prompt", "completion", "text", "messages", "conversations", "image", "images")
+# What LLaVA's data has in a text in place of an image.
+MARK = "<image>"
+# What readers of JSON make of a text such as 2024-05-01 where it stands among texts in other files.
+DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
 def load_data(
@@ -57,6 +65,8 @@ def load_data(
             that is not there. Names file, line, row (counted from 0), column and value.
     """
     name, path = str(name), Path(name)
+    if not name:
+        raise OrdMoEDataError("The name of the data set is empty. Give a file, a folder or a hub id.")
     with _quiet():
         if path.is_file():
             check_file(path)
@@ -99,7 +109,12 @@ def _read_files(files: dict[str, list[Path]], split: str, streaming: bool, name:
         shown = ", ".join(map(str, paths[:4]))
         raise OrdMoEDataError(f"{name} has files of several kinds in the split {split}: {shown}. Give one of them.")
     (kind,) = kinds
-    options: dict[str, Any] = {"data_files": {one: list(map(str, part)) for one, part in of_split.items()}}
+    # `datasets` takes a path for a pattern, in which [1] stands for 1.
+    options: dict[str, Any] = {
+        "data_files": {one: [glob.escape(os.path.abspath(path)) for path in part] for one, part in of_split.items()}
+    }
+    if kind == "json":
+        options["parse_agent_traces"] = False  # else columns such as `source` and `model` beside `messages` are a trace
     if kind == "csv":
         options |= {"sep": separator(paths[0]), "converters": dict.fromkeys(TEXTS, str), "keep_default_na": False}
     dataset = _load(kind, None, split, streaming, paths, name, **options)
@@ -115,12 +130,17 @@ def _read_folder(
     name = str(folder)
     if any((folder / one).is_file() for one in SAVED):
         return _read_saved(folder, split, streaming, defaults, option)
+    place = os.path.abspath(folder)
+    if glob.has_magic(place):
+        raise OrdMoEDataError(f"{place} has *, ? or [ in its name, which make it a pattern of names. Rename it.")
     try:
-        builder = load_dataset_builder(name, config)
+        builder = load_dataset_builder(place, config)
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
         raise OrdMoEDataError(
             f"The folder {name} has no data that can be read: files that end in {', '.join(BUILDERS)}, or images."
         ) from error
+    except (ValueError, RuntimeError, BadZipFile) as error:  # several configurations or kinds of files, a script
+        raise OrdMoEDataError(f"The folder {name} cannot be read as a data set: {error}") from error
     tables = [path for path in sorted(folder.rglob("*")) if _is_table(path.relative_to(folder)) and path.is_file()]
     if isinstance(builder, FolderBasedBuilder) and tables:
         files = files_by_split(folder, tables)
@@ -133,7 +153,7 @@ def _read_folder(
     if not has_own and all(path.suffix.lower() in BUILDERS for paths in files.values() for path in paths):
         return _read_files(files, chosen, streaming, name)
     paths = [path for one in split_names(chosen) for path in files[one]]
-    return _load(name, config, chosen, streaming, paths, name), Origin(name, folder=folder)
+    return _load(place, config, chosen, streaming, paths, name), Origin(name, folder=folder)
 
 
 def _is_table(path: Path) -> bool:
@@ -147,7 +167,7 @@ def _read_saved(
 ) -> tuple[Any, Origin]:
     try:
         saved = load_from_disk(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise OrdMoEDataError(f"The data set that was saved in {folder} cannot be read: {error}.") from error
     if isinstance(saved, Dataset):
         saved = {str(saved.split or "train"): saved}
@@ -201,11 +221,15 @@ def _load(
 # --------------------------------------------------------------------------------------------------------------- texts
 def _checked_texts(dataset: Dataset, origin: Origin) -> Dataset:
     """The data set, whose rows have text; images in messages become a column."""
-    for column in _text_columns(dataset.column_names):
+    columns = _text_columns(dataset.column_names)
+    for column in columns:
         feature = dataset.features[column]
         is_plain = "Json(" not in repr(feature) and "'type'" not in repr(feature)
         if is_plain:
-            _check_texts(column_values(dataset, column), column, origin)
+            if _has_dates(dataset, column, origin):
+                dataset = _with_values_as_written(dataset, column, origin)
+            else:
+                _check_texts(column_values(dataset, column), column, origin)
             continue
         values = list(_values_as_written(dataset, column, origin))
         _check_texts(values, column, origin)
@@ -217,7 +241,26 @@ def _checked_texts(dataset: Dataset, origin: Origin) -> Dataset:
                 "before it do not. Give every row text, or every row messages."
             )
         dataset = _with_image_column(dataset, column, values, origin)
+    first = dataset.select_columns(columns)[0] if columns else {}
+    if len({type(value) for value in first.values()}) > 1:
+        raise OrdMoEDataError(
+            f"{origin.place(0)} has text in one of `prompt` and `completion`, and messages in the other. Give both as "
+            "text, or both as messages."
+        )
+    if set(COLUMNS) & set(dataset.column_names):
+        _check_no_marks(dataset, columns, origin)
     return dataset
+
+
+def _check_no_marks(dataset: Dataset, columns: Sequence[str], origin: Origin) -> None:
+    """Raise [`OrdMoEDataError`] for messages that say in their text where an image stands: it would be read as text."""
+    for column in columns:
+        for row, value in enumerate(column_values(dataset, column)):
+            if isinstance(value, list) and MARK in str(value):
+                raise OrdMoEDataError(
+                    f"{origin.place(row)} has {MARK} in the text of `{column}`, beside a column of images: models read "
+                    'it as text. Leave it out, and images stand first, or make it a part {"type": "image"}.'
+                )
 
 
 def _text_columns(names: Sequence[str]) -> list[str]:
@@ -230,11 +273,29 @@ def _values_as_written(dataset: Dataset, column: str, origin: Origin) -> Iterato
     """A column's values. Where they are of mixed types, `datasets` takes a text such as 3 for the number."""
     feature = dataset.features[column]
     is_safe = "Json(" not in repr(feature) or (isinstance(feature, List) and isinstance(feature.feature, Json))
-    if is_safe or not origin.files or any(BUILDERS[path.suffix.lower()] != "json" for path in origin.files):
+    if not _is_of_json_files(origin) or (is_safe and not _has_dates(dataset, column, origin)):
         yield from column_values(dataset, column)
         return
     for path in origin.files:
         yield from (row.get(column) for _, row in json_rows(path))
+
+
+def _is_of_json_files(origin: Origin) -> bool:
+    return bool(origin.files) and all(BUILDERS[path.suffix.lower()] == "json" for path in origin.files)
+
+
+def _has_dates(dataset: Dataset, column: str, origin: Origin) -> bool:
+    """Whether texts of a column may have been read as dates: Arrow's reader of JSON does so where all of a part are."""
+    if not _is_of_json_files(origin):
+        return False
+    is_date = "timestamp" in repr(dataset.features[column])
+    return is_date or any(DATE.search(str(value)) for value in column_values(dataset, column))
+
+
+def _with_values_as_written(dataset: Dataset, column: str, origin: Origin) -> Dataset:
+    values = [row.get(column) for path in origin.files for _, row in json_rows(path)]
+    _check_texts(values, column, origin)
+    return with_column(dataset, column, values, Value("string") if isinstance(values[0], str) else List(Json()))
 
 
 def _check_texts(values: Any, column: str, origin: Origin) -> None:
@@ -253,6 +314,8 @@ def _with_image_column(dataset: Dataset, column: str, values: list[Any], origin:
     images = [[one for path in found for one in finder.find(path, column, row)] for row, (_, found) in enumerate(parts)]
     dataset = with_column(dataset, column, [messages for messages, _ in parts], List(Json()))
     if not any(images):
+        if not set(COLUMNS) & set(dataset.column_names):
+            _check_no_place_is_empty([messages for messages, _ in parts], column, origin)
         return dataset
     if set(COLUMNS) & set(dataset.column_names):
         row = next(row for row, found in enumerate(images) if found)
@@ -260,3 +323,14 @@ def _with_image_column(dataset: Dataset, column: str, values: list[Any], origin:
             f"{origin.place(row)} has images in `{column}`, and a column of images. Give one of them."
         )
     return with_column(dataset, "images", images, List(Image()))
+
+
+def _check_no_place_is_empty(values: list[list[dict[str, Any]]], column: str, origin: Origin) -> None:
+    """Raise [`OrdMoEDataError`] for messages that say where an image stands, where no image is given."""
+    for row, messages in enumerate(values):
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        if any(part["type"] == "image" for content in contents for part in content):
+            raise OrdMoEDataError(
+                f"{origin.place(row)} has a part of the type 'image' in `{column}` that names no image, and there is "
+                "no column `images`. Give the image's path in the part, or a column `images`."
+            )

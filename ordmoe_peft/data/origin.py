@@ -18,6 +18,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".p
 GIT_LFS_POINTER = b"version https://git-lfs"
 # The first bytes of a Parquet file.
 PARQUET = b"PAR1"
+# Longest field of a CSV file, in characters: the most that `csv` takes on all systems.
+LONGEST_FIELD = 2**31 - 1
 KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -102,6 +104,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     Raises:
         [`OrdMoEDataError`]: names the line that has another number of fields than the first.
     """
+    csv.field_size_limit(LONGEST_FIELD)  # of the process; 131,072 otherwise
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator(path))
         names, row = None, 0
@@ -153,6 +156,11 @@ def check_lines(path: Path) -> None:
     first_places: dict[str, tuple[str, str]] = {}
     for place, row in json_rows(path):
         for column, value in row.items():
+            if _is_half(value):
+                raise OrdMoEDataError(
+                    f"{path}, {place} has {_shown(value)} in `{column}`: it holds half of a character (a lone "
+                    "surrogate, such as \\ud83d). Mend or drop it."
+                )
             kind = KINDS.get(type(value))
             before, first_place = first_places.setdefault(column, (kind, place)) if kind else (kind, place)
             if kind != before:
@@ -160,6 +168,15 @@ def check_lines(path: Path) -> None:
                     f"{path}, {place} has {_shown(value)} in `{column}`: that is {kind}, and {first_place} has "
                     f"{before}. Give every row the same kind of value."
                 )
+
+
+def _is_half(value: Any) -> bool:
+    """Whether there is text in `value` that no encoding can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _first_bytes(path: Path) -> bytes:

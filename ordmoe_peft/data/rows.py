@@ -17,6 +17,8 @@ ANSWER_ROLES = ("assistant", "gpt")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Who else may in `conversations`, where ShareGPT's names for user and assistant become those.
 SHAREGPT_ROLES = ("human", "gpt")
+# What a part of a message may be. Chat templates pass over others, and over those that do not say.
+PARTS = {"text", "image", "image_url"}
 # A stream may have no end: if its first rows have no answer, as many as this, it is taken to have none.
 MOST_EMPTY_ROWS = 1000
 
@@ -149,6 +151,14 @@ def text_problem(value: Any, column: str) -> str | None:
         role = message.get("role", message.get("from") if column == "conversations" else None)
         if role not in roles:
             return f"its message {place} (counted from 0) has the role {role!r}; known are {', '.join(roles)}"
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        if set(kinds) - PARTS:
+            kind = next(kind for kind in kinds if kind not in PARTS)
+            return (
+                f"its message {place} (counted from 0) has a part of the type {kind!r}; known are "
+                f"{', '.join(sorted(PARTS))}"
+            )
         if not isinstance(_message_text(message), str):
             return f"its message {place} (counted from 0) has no text"
     return None

@@ -30,7 +30,7 @@ from .tables import Table
 
 
 # What upstream's code raises of a configuration that lacks something, or has a size that cannot be.
-FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 UNRANKED = "as usual"
 NOTE = f"{UNRANKED}: experts are chosen without ranks, as by the token's id; on all tiers they are the model's own."

@@ -31,7 +31,8 @@ def read_config(
         raise OrdMoEModelError(f"There is no folder {name!r}, and it is no hub id (owner/name). {instead}")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    # Some values are not looked at: a dtype that torch has not, a rope without its factor, a number for a mapping.
+    except (OSError, ValueError, StrictDataclassError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if path.exists():
             raise OrdMoEModelError(f"The configuration of {name!r} cannot be used: {reason}. {instead}") from error

@@ -138,7 +138,6 @@ def test_a_sweep_of_rewards_under_zscore_is_explained_and_run_once(inputs, tmp_p
         ({"cells": ["random"]}, "cells must be mappings"),
         ({"tune": ["erl_coef"]}, "tune must be a mapping"),
         ({"dataset_test_split": "validation"}, "need a split each"),
-        ({"metric": "bleu"}, "metric must be one of"),
         ({"test_limit": -1}, "test_limit must be at least 1, got -1"),
         ({"dataset_test_split": "tset"}, "tset"),
         ({"group_by": "color"}, "group_by='color' is not a column"),

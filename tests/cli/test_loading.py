@@ -150,3 +150,11 @@ def test_weights_that_cannot_be_read(tmp_path, broken):
     with pytest.raises(OrdMoEModelError, match=f"The weights of {tmp_path} cannot be read") as error:
         load_base(ModelArguments(model_name_or_path=str(tmp_path)), trust_remote_code=False)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_of_another_shape_than_the_configuration_says(tmp_path):
+    models.qwen3_moe().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    with pytest.raises(OrdMoEModelError, match="have other shapes than its config.json says"):
+        load_base(ModelArguments(model_name_or_path=str(tmp_path)), trust_remote_code=False)

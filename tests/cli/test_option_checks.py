@@ -1,8 +1,9 @@
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
 
-from ordmoe_peft.cli.option_checks import check_options, check_recipe
+from ordmoe_peft.cli.option_checks import check_options, check_recipe, recipe_value
 from ordmoe_peft.errors import OrdMoEConfigError
 
 
@@ -29,5 +30,14 @@ def test_a_recipe_is_a_mapping(tmp_path):
     recipe.write_text("7")
     with pytest.raises(OrdMoEConfigError, match="recipe.yaml holds a value of type int"):
         check_recipe(str(recipe))
+    recipe.write_text("3: 4")
+    with pytest.raises(OrdMoEConfigError, match="recipe.yaml has 3 for the name of an option"):
+        check_recipe(str(recipe))
     with pytest.raises(OrdMoEConfigError, match="cannot be read: Is a directory"):
         check_recipe(str(tmp_path))
+
+
+def test_no_in_a_recipe_is_a_choice():
+    action = ArgumentParser().add_argument("--save_strategy", choices=["no", "steps"])
+    assert recipe_value(action, False) == (None, "no")  # as YAML reads it
+    assert recipe_value(action, True)[0].startswith("invalid choice: True")

@@ -155,3 +155,40 @@ def test_help_has_groups_and_one_spelling():
     for hidden in ("--output-dir", "--base", "--no_shared", "(default: None)", "SUPPRESS"):
         assert hidden not in text
     assert max(map(len, text.splitlines())) <= 120, "long lists of choices are broken into lines"
+
+
+@pytest.mark.parametrize(
+    ("line", "filled"),
+    [
+        ("per-device-eval-batch-size: 4", {"per_device_eval_batch_size": 4}),
+        ("how: so", {"how": ["so"]}),
+        ("limit: '4'", {"limit": 4}),
+        ("limit: null", {"limit": None}),
+        ("dataset_config: 2020", {"dataset_config": "2020"}),
+    ],
+)
+def test_a_recipe_gives_what_the_command_line_would(tmp_path, line, filled):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"base: b\noutput_dir: out\n{line}\n")
+    model, options = parser().parse_args_and_config(["--config", str(file)])
+    assert model.model_name_or_path == "b"
+    assert {name: getattr(options, name) for name in filled} == filled
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("limit: 3.7", "argument --limit: invalid int value: 3.7 in the file of --config"),
+        ("limit: true", "argument --limit: invalid int value: True in the file of --config"),
+        ("num_tiers: [3]", "argument --num_tiers: invalid int value: [3] in the file of --config"),
+        ("how: [so, or]", "argument --how: invalid choice: 'or' (choose from 'so', 'else') in the file of --config"),
+        ("dtype: float19", "argument --dtype: invalid choice: 'float19' (choose from 'auto', 'bfloat16', 'float16', "),
+        ("shared: null", "argument --shared: it must have a value, got null in the file of --config"),
+        ("no_shared: true", "--no_shared can stand on the command line alone, not in the file of --config"),
+        ("config: other.yaml", "--config can stand on the command line alone, not in the file of --config"),
+    ],
+)
+def test_values_of_a_recipe_are_checked(tmp_path, capsys, line, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(line)
+    assert error_of(capsys, ["base", "--output_dir", "out", "--config", str(file)]).startswith(message)

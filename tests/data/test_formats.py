@@ -82,6 +82,7 @@ def test_conversations_become_messages(streaming):
     [
         (["text", "image"], "`text` and images in `image`: nothing says where in the text an image stands"),
         (["messages", "tools", "images"], "`tools` and images in `images`"),
+        (["messages", "image", "images"], "images in `image` and in `images`"),
     ],
 )
 def test_what_does_not_go_with_images(columns, message):

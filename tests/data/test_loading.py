@@ -89,6 +89,21 @@ def test_a_folder_with_rows_and_their_images_is_no_folder_of_images(streaming):
         ([{"messages": [user("x"), {"role": "bot", "content": "y"}]}], "message 1 (counted from 0) has the role 'bot'"),
         ([{"messages": [user("x"), {"role": "assistant"}]}], "message 1 (counted from 0) has no text"),
         ([{"messages": [user("x"), assistant(3)]}], "message 1 (counted from 0) has no text"),
+        (
+            [{"messages": [user([{"text": "x"}, {"image": "a.png"}])]}],
+            "message 0 (counted from 0) has a part of the type",
+        ),
+        ([{"messages": [user([{"type": "video", "video": "a.mp4"}])]}], "has a part of the type 'video'; known are"),
+        ([{"messages": [user([{"type": "image"}])]}], "of the type 'image' in `messages` that names no image"),
+        (
+            [{"prompt": "x", "completion": [assistant("y")]}],
+            "has text in one of `prompt` and `completion`, and messages",
+        ),
+        (
+            [{"messages": [user("<image>\nx"), assistant("y")], "image": "a.png"}],
+            "has <image> in the text of `messages`",
+        ),
+        ([{"prompt": "\ud83d", "completion": "x"}], "in `prompt`: it holds half of a character"),
         ([{"messages": [{"from": "human", "value": "x"}]}], "message 0 (counted from 0) has the role None"),
         ([{"text": "x"}, {"text": None}], "has None in `text`"),
         ([{"image": "a.png", **ROW}], "has 'a.png' in `image`: there is no file"),
@@ -110,6 +125,7 @@ def test_rows_that_cannot_be_used(tmp_path, rows, message):
         ("gone.jsonl", "There is no file or folder gone.jsonl."),
         ("/no/such/folder", "There is no file or folder /no/such/folder."),
         ("deep/er/folder", "There is no file or folder deep/er/folder."),
+        ("", "The name of the data set is empty"),
     ],
 )
 def test_data_that_is_not_there(name, message):
@@ -151,3 +167,50 @@ def test_calls_of_tools_are_kept(tmp_path):
     messages = [user("4"), call, {"role": "tool", "name": "f", "content": "4"}, assistant("4")]
     rows = load_data(write(tmp_path / "mine.jsonl", {"messages": messages}))
     assert rows[0]["messages"] == messages
+
+
+def test_a_name_is_no_pattern(tmp_path, monkeypatch):
+    right, wrong = {"prompt": "x", "completion": "right"}, {"prompt": "x", "completion": "wrong"}
+    write(tmp_path / "run1.jsonl", wrong), write(tmp_path / "folder1/train.jsonl", wrong)
+    assert load_data(write(tmp_path / "run[1].jsonl", right))["completion"] == ["right"]
+    monkeypatch.chdir(write(tmp_path / "folder[1]/train.jsonl", right).parent)
+    assert load_data("train.jsonl")["completion"] == ["right"]
+    with pytest.raises(OrdMoEDataError, match="which make it a pattern of names"):
+        load_data(".")
+
+
+def test_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "train.jsonl", ROW).parent)
+    assert list(load_data(".")) == [ROW]
+
+
+def test_texts_that_are_dates_stay_as_they_were_written(tmp_path):
+    """Arrow's reader of JSON makes times of them, and in a later file texts again, in another form."""
+    dates = ["2020-01-01", "2020-05-06T10:00:00Z"]
+    write(tmp_path / "b.jsonl", *({"prompt": "x", "completion": date} for date in dates))
+    assert load_data(tmp_path / "b.jsonl")["completion"] == dates
+    write(tmp_path / "a.jsonl", ROW)
+    assert load_data(tmp_path)["completion"] == ["w2", *dates]
+    messages = [user("2020-01-01"), assistant("2020-01-02")]
+    assert list(load_data(write(tmp_path / "c.jsonl", {"messages": messages}))) == [{"messages": messages}]
+
+
+def test_columns_that_look_like_a_trace_of_an_agent(tmp_path):
+    row = {"id": "1", "source": "s", "model": "m", "system_prompt": "p", "messages": [user("x"), assistant("y")]}
+    assert list(load_data(write(tmp_path / "a.jsonl", row))) == [row]
+
+
+def test_long_fields_of_csv_files(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nx," + "y" * 200_000)
+    assert len(load_data(tmp_path / "a.csv")[0]["completion"]) == 200_000
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    write(tmp_path / "kinds/train.jsonl", ROW)
+    (tmp_path / "kinds/test.csv").write_text("prompt,completion\na,b\n")
+    with pytest.raises(OrdMoEDataError, match="kinds cannot be read as a data set: Couldn't infer the same"):
+        load_data(tmp_path / "kinds")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/state.json").write_text("{}")
+    with pytest.raises(OrdMoEDataError, match="was saved in .*saved cannot be read"):
+        load_data(tmp_path / "saved")

@@ -35,3 +35,7 @@ def test_a_folder_without_a_model(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OrdMoEModelError, match="cannot be used: .*not a valid JSON"):
         read_config(str(tmp_path))
+    for settings in ('"dtype": "float99"', '"rope_parameters": {"rope_type": "yarn"}', '"quantization_config": 3'):
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", ' + settings + "}")
+        with pytest.raises(OrdMoEModelError, match="cannot be used"):
+            read_config(str(tmp_path))
