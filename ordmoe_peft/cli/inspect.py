@@ -43,7 +43,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
-    model, processing_class = load_subject(model_options, options)
+    model, processing_class = load_subject(model_options, options, runs_tiers=False)
     report = inspect_model(
         model, processing_class, dataset, **tier_cut(model, options), batch_size=options.per_device_eval_batch_size
     )

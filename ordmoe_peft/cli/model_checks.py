@@ -10,7 +10,7 @@ from ..adapter.base_record import hub_id
 from ..adapter.config import PEFT_METHOD, OrdMoEConfig
 from ..adapter.fitting import check_base, check_targets
 from ..adapter.saved import SavedAdapter, download_config, read_json
-from ..errors import OrdMoEModelError
+from ..errors import OrdMoEConfigError, OrdMoEModelError
 from ..moe_model import MoEModel
 from ..tiers.plan import TierSettings, make_plan
 from ..tiers.routing import settings_of
@@ -44,15 +44,23 @@ def read_adapter(adapter: str) -> OrdMoEConfig | None:
     return OrdMoEConfig.from_pretrained(adapter)
 
 
-def check_subject(model_options: ModelArguments, options: SampleArguments) -> None:
-    """See that there are a base, and an adapter of it where one is named, and that the tiers that are asked for fit.
+def check_subject(model_options: ModelArguments, options: SampleArguments, runs_tiers: bool = True) -> None:
+    """See that there are a base, and an adapter of it where one is named, and that the tiers that will run fit.
 
     Raises:
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: there is none, or they do not fit.
     """
-    config = (None if options.adapter is None else read_adapter(options.adapter)) or OrdMoEConfig()
+    adapter = None if options.adapter is None else read_adapter(options.adapter)
+    if options.adapter is not None and adapter is None and model_options.load_in_4bit:
+        raise OrdMoEConfigError(
+            f"{options.adapter} holds a plain adapter of PEFT's, which goes on dense experts: leave load_in_4bit out, "
+            "or make it one of ours by `ordmoe import`."
+        )
+    config = adapter or OrdMoEConfig()
     model = model_without_weights(model_options, options.trust_remote_code)
     check_base(config, model)
+    if not runs_tiers:
+        return
     cut = TierSettings(options.num_tiers or config.num_tiers, options.grouping or config.grouping)
     tiers = getattr(options, "tiers", None) or range(1, cut.num_tiers + 1)
     make_plan(MoEModel.of(model).layers, list(tiers), cut)

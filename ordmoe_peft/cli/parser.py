@@ -30,6 +30,14 @@ DATA = ("dataset_", "limit", "train_limit", "validation_limit", "test_limit")
 # Where a group stands in help; the command's own options stand before these.
 LIBRARIES = {"trl": "from trl.SFTConfig", "transformers": "from transformers.TrainingArguments"}
 ORDER = ("OrdMoE's training", "adapter", "model", "data", "general", *LIBRARIES.values())
+# What other tools call an option → what it is called here.
+CALLED_ELSEWHERE = {
+    **{"lr": "learning_rate", "rank": "lora_r", "lora_rank": "lora_r", "target_modules": "targets"},
+    **{"dataset": "dataset_name", "data": "dataset_name", "split": "dataset_split"},
+    **{"eval_dataset": "dataset_test_split", "use_4bit": "load_in_4bit", "model": "model_name_or_path"},
+    **{"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "output": "output_dir"},
+    **{"max_seq_length": "max_length"},
+}
 MOST_IN_BRACES = 10
 METAVARS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL"}
 
@@ -149,7 +157,9 @@ class CommandParser(TrlParser):
                 continue
             name = option.lstrip("-").replace("-", "_")
             known = [action.dest for action in self._actions if action.help is not argparse.SUPPRESS]
-            near = [other for other in known if other.endswith(f"_{name}")] or difflib.get_close_matches(name, known, 1)
+            near = [CALLED_ELSEWHERE[name]] if CALLED_ELSEWHERE.get(name) in known else []
+            near += [other for other in known if other.endswith(f"_{name}")]
+            near += difflib.get_close_matches(name, known, 1)
             hint = f"did you mean --{near[0]}?" if near else f"`{self.prog} --help` lists all."
             self.error(f"unknown option {option}{where}; {hint}")
 

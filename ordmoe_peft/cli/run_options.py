@@ -23,6 +23,10 @@ KNOWN_TO_ADAPTERS = (
 )
 
 
+# Stands for data that a run did not train on.
+HELD_OUT = "HELD_OUT_DATA"
+
+
 def given_options(parser: CommandParser, arguments: Sequence[str], kinds: Sequence[type]) -> dict[str, Any]:
     """The options that were given, on the command line or in the recipe, and are not the defaults.
 
@@ -78,7 +82,9 @@ def next_commands(model: ModelArguments, data: ScriptArguments, args: OrdMoETrai
         changed["trust_remote_code"] = True
     # A split that the run did not evaluate on may not be there.
     split = data.dataset_test_split if args.eval_strategy != "no" and data.dataset_test_split != "test" else None
-    of_data = {"dataset_name": data.dataset_name, "dataset_config": data.dataset_config, "dataset_split": split}
+    # A file is one split, which was trained on.
+    name = HELD_OUT if Path(data.dataset_name).is_file() else data.dataset_name
+    of_data = {"dataset_name": name, "dataset_config": data.dataset_config, "dataset_split": split}
     base, adapter = model.model_name_or_path, str(Path(args.output_dir))  # without a slash at its end
     # Experts in RAM have to be asked for, and with them the recipe.
     known = () if model.offload_experts else KNOWN_TO_ADAPTERS

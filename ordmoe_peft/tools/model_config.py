@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
@@ -26,6 +27,8 @@ def read_config(
     """
     path = Path(name)
     if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        if (path / ADAPTER_CONFIG_NAME).is_file():
+            instead = f"It holds an adapter: give its base as MODEL, and --adapter {name} where the command takes one."
         raise OrdMoEModelError(f"The folder {name!r} holds no model: it has no {CONFIG_NAME}. {instead}")
     if not path.exists() and hub_id(name)[0] is None:
         raise OrdMoEModelError(f"There is no folder {name!r}, and it is no hub id (owner/name). {instead}")

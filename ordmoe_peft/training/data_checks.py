@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.formats import as_messages, check_images_go_with
 from ..data.rows import (
+    ANSWER_ROLES,
     CONVERSATIONS,
     check_length,
     check_room,
@@ -53,7 +54,20 @@ def checked_data(dataset: Any, args: Any, name: str) -> Any:
     if isinstance(dataset, IterableDataset):
         return as_messages(checked_stream(dataset, columns, name, may_be_empty) if columns else dataset)
     check_texts(dataset, columns, name, may_be_empty)
+    if args.assistant_only_loss:
+        check_answered(dataset, [column for column in columns if column in CONVERSATIONS], name)
     return as_messages(dataset)
+
+
+def check_answered(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """Raise [`OrdMoEDataError`] if a conversation has no message of the assistant, which alone would be learnt."""
+    for column in columns:
+        for row, messages in enumerate(column_values(dataset, column)):
+            if not any(message.get("role", message.get("from")) in ANSWER_ROLES for message in messages):
+                raise OrdMoEDataError(
+                    f"Row {row} (counted from 0) of the {name} data set has {str(messages)[:200]} in `{column}`: no "
+                    "message of the assistant, and assistant_only_loss=True learns nothing else. Mend or drop it."
+                )
 
 
 def check_trainable(model: PeftModel) -> None:

@@ -208,6 +208,8 @@ class RunFolder:
             self._write(run.parts)
         if checkpoint is not None:
             logger.warning(f"Resuming from {Path(checkpoint).name} in {Path(checkpoint).parent}.")
+        elif not _starts_anew(wish) and self.folder.is_dir():
+            logger.warning(f"No checkpoint in {self.folder}: training starts from the beginning.")
         return checkpoint
 
     def holds(self, run: RunDescription, wish: str | bool | None, overwrite: bool) -> bool:

@@ -94,6 +94,7 @@ def test_truth_values_may_stand_alone(given):
         (["base", "--output_dri", "out"], "unknown option --output_dri; did you mean --output_dir?"),
         (["base", "--batch-size=3"], "unknown option --batch-size; did you mean --per_device_eval_batch_size?"),
         (["base", "--limi", "3"], "unknown option --limi; did you mean --limit?"),
+        (["base", "--dataset", "d"], "unknown option --dataset; did you mean --dataset_name?"),
         (["base", "--xyzzy"], "unknown option --xyzzy; `ordmoe try --help` lists all."),
         (["base"], "the following arguments are required: --output_dir"),
         (["--output_dir", "out"], "MODEL is missing: Folder or hub id of the base model."),
@@ -120,7 +121,7 @@ def test_options_without_a_value_in_a_file(tmp_path, capsys):
     file.write_text("limit: null\nper_device_eval_batch_size:\n")
     arguments = ["base", "--output_dir", "out", "--config", str(file)]
     error = error_of(capsys, arguments)
-    assert error.startswith("--per_device_eval_batch_size has no value in the file of --config; give one")
+    assert error == "argument --per_device_eval_batch_size: it must have a value, got null in the file of --config"
     file.write_text("limit: null\n")
     assert parser().parse_args_and_config(arguments)[1].limit is None
 

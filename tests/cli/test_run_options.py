@@ -49,6 +49,7 @@ def test_a_run_is_run_again_from_its_file(base, data, tmp_path, capsys):
     assert "Settings that differ from the defaults:\n  model_name_or_path=" in printed
     commands = [shlex.split(line) for line in printed.partition("Next:\n")[2].splitlines()]
     assert [command[1] for command in commands] == ["evaluate", "verify", "export"]
+    assert commands[0][commands[0].index("--dataset_name") + 1] == str(data)
     assert [main(command[1:]) for command in commands] == [0, 0, 0]
     recipe = tmp_path / "one" / OPTIONS_NAME
     options = yaml.safe_load(recipe.read_text())
@@ -93,6 +94,12 @@ def test_the_split_that_the_run_evaluated_on_is_evaluated(strategy, end):
     args = train_args("out", eval_strategy=strategy, eval_steps=1)
     evaluate, *_ = next_commands(ModelArguments("B"), ScriptArguments("D", dataset_test_split="dev"), args)
     assert evaluate == f"ordmoe evaluate B --adapter out --dataset_name D{end}"
+
+
+def test_a_file_is_not_evaluated_on_that_was_trained_on(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    evaluate, *_ = next_commands(ModelArguments("B"), ScriptArguments(str(tmp_path / "train.jsonl")), train_args("out"))
+    assert evaluate == "ordmoe evaluate B --adapter out --dataset_name HELD_OUT_DATA"
 
 
 def test_a_slash_at_the_end_does_not_export_into_the_adapter():

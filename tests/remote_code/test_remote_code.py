@@ -408,7 +408,7 @@ def test_commands_run_on_remote_code(load, tmp_path, capsys, monkeypatch):
     save_data(text.conversations(), data)
     training = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.01, "log_router_health": True}
     training["trust_remote_code"] = True
-    assert "set balance_coef=0" in error_of(capsys, train_arguments(base, data, adapter, **training))
+    assert "set --balance_coef 0" in error_of(capsys, train_arguments(base, data, adapter, **training))
     said = []
     monkeypatch.setattr(router_health.logger, "warning", said.append)
     assert main(train_arguments(base, data, adapter, balance_coef=0, overwrite_output_dir=True, **training)) == 0

@@ -38,6 +38,13 @@ def test_rows_that_cannot_be_learnt(tmp_path, dataset, changes, message, streami
     assert not RunFolder(tmp_path).results
 
 
+def test_a_conversation_without_an_answer_where_answers_alone_are_learnt(tmp_path):
+    user, assistant = ({"role": role, "content": "w30"} for role in ("user", "assistant"))
+    dataset = Dataset.from_dict({"messages": [[user, assistant], [user]]})
+    with pytest.raises(OrdMoEDataError, match=r"Row 1 .* no message of the assistant, and assistant_only_loss=True"):
+        trainer_for(tmp_path, dataset=dataset, assistant_only_loss=True)
+
+
 def test_no_rows(tmp_path):
     for dataset in (NONE, IterableDataset.from_generator(lambda: iter(()))):
         with pytest.raises(OrdMoEDataError, match="The training data set has no samples"):

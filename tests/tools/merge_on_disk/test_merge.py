@@ -389,7 +389,7 @@ class TestRefusals:
     def test_sizes_and_dtypes_that_are_none(self, folder, capsys):
         arguments = (folder / "adapter", "--output_dir", folder / "merged")
         assert "--dtype: invalid choice: 'int8'" in error_of(capsys, *arguments, "--dtype", "int8")
-        assert "max_shard_size='five'" in error_of(capsys, *arguments, "--max_shard_size", "five")
+        assert "--max_shard_size five is not a size" in error_of(capsys, *arguments, "--max_shard_size", "five")
         assert "invalid choice: 'fp8'" in error_of(
             capsys, *arguments, "--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp8"
         )
