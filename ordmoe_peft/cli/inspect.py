@@ -23,6 +23,7 @@ class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
     likely_splits: ClassVar[tuple[str, ...]] = ("train",)
+    needs_tiers: ClassVar[bool] = False  # that they do not fit is what it says
 
     dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})

@@ -45,7 +45,8 @@ def read_adapter(adapter: str) -> OrdMoEConfig | None:
 
 
 def check_subject(model_options: ModelArguments, options: SampleArguments) -> None:
-    """See that there are a base, and an adapter of it where one is named, and that the tiers that are asked for fit.
+    """See that there are a base, and an adapter of it where one is named, and that the tiers that are asked for fit,
+    where the command runs them.
 
     Raises:
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: there is none, or they do not fit.
@@ -53,6 +54,8 @@ def check_subject(model_options: ModelArguments, options: SampleArguments) -> No
     config = (None if options.adapter is None else read_adapter(options.adapter)) or OrdMoEConfig()
     model = model_without_weights(model_options, options.trust_remote_code)
     check_base(config, model)
+    if not options.needs_tiers:
+        return
     cut = TierSettings(options.num_tiers or config.num_tiers, options.grouping or config.grouping)
     tiers = getattr(options, "tiers", None) or range(1, cut.num_tiers + 1)
     make_plan(MoEModel.of(model).layers, list(tiers), cut)

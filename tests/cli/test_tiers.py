@@ -68,10 +68,10 @@ def test_options_override_the_adapters_settings(base, data, tmp_path, capsys):
     ("options", "message"),
     [
         (["--limit", 0], "limit must be at least 1, got 0"),
-        (["--num_tiers", 5], "num_tiers=5 does not fit"),
+        (["--num_tiers", 5], "--num_tiers 5 does not fit"),
         (["--num_tiers", 1], "num_tiers must be at least 2"),
         (["--rating_column", "kind"], "needs a finite number in each row; row 0 has"),
-        (["--rating_column", "score"], "rating_column='score' is not a column"),
+        (["--rating_column", "score"], "--rating_column score is not a column"),
         (["--dataset_split", "nosuch"], "nosuch"),
     ],
     ids=str,
