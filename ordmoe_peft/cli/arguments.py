@@ -167,6 +167,8 @@ class SampleArguments:
 
     # Splits to take, in this order, where none is asked for.
     likely_splits: ClassVar[tuple[str, ...]] = ("test", "validation")
+    # Whether tiers that do not fit the model are an error.
+    needs_tiers: ClassVar[bool] = True
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})

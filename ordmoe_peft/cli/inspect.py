@@ -23,6 +23,7 @@ class InspectArguments(SampleArguments):
     """What to inspect, and on what."""
 
     likely_splits: ClassVar[tuple[str, ...]] = ("train",)
+    needs_tiers: ClassVar[bool] = False  # that they do not fit is what it says
 
     dataset_split: str | None = field(default=None, metadata={"help": TRAIN_SPLIT})
     limit: int | None = field(default=256, metadata={"help": "Most samples to run, drawn by seed 0."})
@@ -43,7 +44,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str]) -> None:
     model_options, options = build_parser().parse_args_and_config(arguments)
     dataset = load_samples(options)
-    model, processing_class = load_subject(model_options, options, runs_tiers=False)
+    model, processing_class = load_subject(model_options, options)
     report = inspect_model(
         model, processing_class, dataset, **tier_cut(model, options), batch_size=options.per_device_eval_batch_size
     )

@@ -123,10 +123,9 @@ def load_samples(options: SampleArguments) -> Any:
 def load_subject(model_options: ModelArguments, options: SampleArguments, runs_tiers: bool = True) -> tuple[Any, Any]:
     """The model that a command runs, with its adapter if there is one, and its processing class.
 
-    On the accelerator, if there is one: trainers move their model there, other commands have no trainer. `runs_tiers`
-    says whether tiers that do not fit are an error; `ordmoe inspect` reports them.
+    On the accelerator, if there is one: trainers move their model there, other commands have no trainer.
     """
-    check_subject(model_options, options, runs_tiers)
+    check_subject(model_options, options)
     processing_class = load_processing_class(model_options, options.trust_remote_code)
     device_map = {"": torch.accelerator.current_accelerator()} if torch.accelerator.is_available() else None
     model = load_base(model_options, options.trust_remote_code, device_map)

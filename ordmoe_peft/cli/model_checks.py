@@ -44,8 +44,9 @@ def read_adapter(adapter: str) -> OrdMoEConfig | None:
     return OrdMoEConfig.from_pretrained(adapter)
 
 
-def check_subject(model_options: ModelArguments, options: SampleArguments, runs_tiers: bool = True) -> None:
-    """See that there are a base, and an adapter of it where one is named, and that the tiers that will run fit.
+def check_subject(model_options: ModelArguments, options: SampleArguments) -> None:
+    """See that there are a base, and an adapter of it where one is named, and that the tiers that are asked for fit,
+    where the command runs them.
 
     Raises:
         [`OrdMoEModelError`], [`OrdMoEConfigError`]: there is none, or they do not fit.
@@ -59,7 +60,7 @@ def check_subject(model_options: ModelArguments, options: SampleArguments, runs_
     config = adapter or OrdMoEConfig()
     model = model_without_weights(model_options, options.trust_remote_code)
     check_base(config, model)
-    if not runs_tiers:
+    if not options.needs_tiers:
         return
     cut = TierSettings(options.num_tiers or config.num_tiers, options.grouping or config.grouping)
     tiers = getattr(options, "tiers", None) or range(1, cut.num_tiers + 1)

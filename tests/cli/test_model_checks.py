@@ -43,6 +43,20 @@ def test_an_adapter_of_pefts_is_left_to_it(tmp_path):
     assert read_adapter(str(tmp_path)) is None
 
 
+def test_an_adapter_of_pefts_does_not_go_on_packed_experts(base, tmp_path):
+    get_peft_model(models.qwen3_dense(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
+    base.load_in_4bit = True
+    with pytest.raises(OrdMoEConfigError, match="plain adapter of PEFT's.*leave load_in_4bit out"):
+        check_subject(base, SampleArguments(adapter=str(tmp_path / "plain")))
+
+
+def test_an_adapter_in_place_of_a_model_is_named(base, tmp_path):
+    get_peft_model(models.qwen3_moe(), OrdMoEConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    base.model_name_or_path = str(tmp_path / "adapter")
+    with pytest.raises(OrdMoEModelError, match="It holds an adapter: give its base as MODEL, and --adapter"):
+        check_subject(base, SampleArguments())
+
+
 def test_the_base_of_an_adapter_is_a_folder_or_an_id(tmp_path):
     check_is_somewhere("owner/name", "adapter")
     check_is_somewhere(str(tmp_path), "adapter")
