@@ -27,6 +27,7 @@ from ..training.data_checks import checked_data
 from ..training.run_files import without_hub_tokens
 from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
+from ..training.stopping import sigterm_waits
 from .arguments import AdapterArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
 from .model_checks import check_adapter_fits
@@ -135,17 +136,18 @@ def train(trainer: OrdMoETrainer, resume: str | bool | None) -> dict[str, Any]:
     """Train, save adapter, metrics and state, and return the metrics."""
     peak_before = peak_memory()  # tier_passes="auto" sets the count back
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    steps = trainer.state.global_step
-    metrics = {
-        **result.metrics,
-        "train_steps": steps,
-        "train_seconds_per_step": result.metrics["train_runtime"] / max(steps, 1),
-        "peak_memory_bytes": max(peak_before, peak_memory()),
-    }
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    trainer.finish()
+    with sigterm_waits():  # all that was trained would be lost where there is no checkpoint
+        trainer.save_model()
+        steps = trainer.state.global_step
+        metrics = {
+            **result.metrics,
+            "train_steps": steps,
+            "train_seconds_per_step": result.metrics["train_runtime"] / max(steps, 1),
+            "peak_memory_bytes": max(peak_before, peak_memory()),
+        }
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        trainer.finish()
     return metrics
 
 

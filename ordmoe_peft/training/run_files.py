@@ -51,7 +51,7 @@ def write_options(folder: str | Path, options: Mapping[str, Any]) -> None:
     """Write the options that `ordmoe train --config` takes to `run_config.yaml`, without those of one start alone."""
     kept = {name: value for name, value in options.items() if name not in NOT_OF_THE_RUN}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
-    write_whole(Path(folder, OPTIONS_NAME), without_hub_tokens(text))
+    write_whole(Path(folder, OPTIONS_NAME), HUB_TOKEN.sub("<hidden>", text))  # *** would be an alias of YAML's
 
 
 # ----------------------------------------------------------------------------------------------------- the environment

@@ -5,8 +5,11 @@ optimizer's step, when the random state is already that of the next step; each p
 `train()` then returns as if the run had come to its end (transformers 5.24, `trainer_jit_checkpoint.py`).
 """
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,3 +70,19 @@ class StopOnSignal(TrainerCallback):
         if self._earlier is not None:
             signal.signal(signal.SIGTERM, self._earlier)
             self._earlier = None
+
+
+@contextmanager
+def sigterm_waits() -> Iterator[None]:
+    """Within the block, in the main thread, SIGTERM waits for its end, and then does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)

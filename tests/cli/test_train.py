@@ -2,6 +2,7 @@
 """`ordmoe train`: what decides the adapter, and what becomes of runs and recipes."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -176,6 +177,20 @@ class TestInterruptions:
         assert main([*train_arguments(base, data, tmp_path / "whole", **options), *last]) == 0
         ended, whole = ([entry.get("loss") for entry in metrics(folder)] for folder in (out, tmp_path / "whole"))
         assert ended == whole and len(whole) == step + 3
+
+    def test_sigterm_waits_until_the_results_are_saved(self, base, data, tmp_path, monkeypatch):
+        save = OrdMoETrainer.save_model
+
+        def interrupted_save(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return save(*args, **kwargs)
+
+        monkeypatch.setattr(OrdMoETrainer, "save_model", interrupted_save)
+        out = tmp_path / "out"
+        with pytest.raises(SystemExit) as end:
+            main(train_arguments(base, data, out, save_strategy="no"))
+        assert end.value.code == 143
+        assert RunFolder(out).is_finished(("steps", 2)) and (out / "train_results.json").is_file()
 
     @pytest.mark.parametrize(
         ("saves", "saved"),

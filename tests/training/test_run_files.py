@@ -21,6 +21,7 @@ from ordmoe_peft.training.run_files import (
 from tests.training.test_trainer import trainer_for
 
 
+TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -68,20 +69,18 @@ class TestMetrics:
 
 class TestOptions:
     def test_what_is_of_one_start_and_what_is_secret_stay_out(self, tmp_path):
-        options = {
-            "lora_r": 4,
-            "hub_token": "hf_abcdefghijklmnopqrstuvwx",
-            "overwrite_output_dir": True,
-            "pad_token": "<pad>",
+        options = {"lora_r": 4, "hub_token": TOKEN, "overwrite_output_dir": True, "pad_token": "<pad>"}
+        secrets = {"model_init_kwargs": f'{{"token": "{TOKEN}"}}', "generation_kwargs": {"token": TOKEN}}
+        write_options(tmp_path, options | secrets)
+        assert yaml.safe_load((tmp_path / OPTIONS_NAME).read_text()) == {
+            **{"lora_r": 4, "pad_token": "<pad>"},
+            **{"model_init_kwargs": '{"token": "<hidden>"}', "generation_kwargs": {"token": "<hidden>"}},
         }
-        write_options(tmp_path, options | {"model_init_kwargs": '{"token": "hf_abcdefghijklmnopqrstuvwx"}'})
-        text = (tmp_path / OPTIONS_NAME).read_text()
-        assert yaml.safe_load(text) == {"lora_r": 4, "pad_token": "<pad>", "model_init_kwargs": '{"token": "***"}'}
 
     def test_folders_that_begin_as_tokens_do_stay(self, tmp_path):
         options = {"dataset_name": "/data/hf_datasets/train.jsonl", "output_dir": "out/hf_checkpoints_of_may"}
         write_options(tmp_path, options | {"run_name": f"hf_oauth_{'a' * 30}.b_c-d"})
-        assert yaml.safe_load((tmp_path / OPTIONS_NAME).read_text()) == options | {"run_name": "***"}
+        assert yaml.safe_load((tmp_path / OPTIONS_NAME).read_text()) == options | {"run_name": "<hidden>"}
 
     def test_a_new_run_from_python_removes_those_of_an_earlier_one(self, tmp_path):
         (tmp_path / OPTIONS_NAME).write_text("lora_r: 8\n")
