@@ -120,7 +120,7 @@ def load_samples(options: SampleArguments) -> Any:
     return subsample(dataset, options.limit)
 
 
-def load_subject(model_options: ModelArguments, options: SampleArguments, runs_tiers: bool = True) -> tuple[Any, Any]:
+def load_subject(model_options: ModelArguments, options: SampleArguments) -> tuple[Any, Any]:
     """The model that a command runs, with its adapter if there is one, and its processing class.
 
     On the accelerator, if there is one: trainers move their model there, other commands have no trainer.
