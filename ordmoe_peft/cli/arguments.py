@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
+from trl import ScriptArguments
 
 from ..adapter.config import OrdMoEConfig
 from ..adapter.expert_selection import most_used_experts
@@ -15,6 +16,7 @@ from ..tiers.plan import TIER_WEIGHTS
 from ..tiers.ranking import GROUPINGS
 
 
+DATASET = "The data set: a file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub id."
 IGNORE_FINGERPRINT = "Load the adapter on another base than the one that it was trained on, with a warning."
 TRAIN_SPLIT = "Its split; train by default, else the only one."
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -161,6 +163,13 @@ class AdapterArguments(AdapterSizeArguments):
         return OrdMoEConfig(r=settings.pop("lora_r"), **settings)
 
 
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's options of data, in our words where ours reads more."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": DATASET})
+
+
 @dataclass(kw_only=True)
 class SampleArguments:
     """Which samples a base or an adapter is run on."""
@@ -172,9 +181,7 @@ class SampleArguments:
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of an adapter; the base without."})
     ignore_fingerprint: bool = field(default=False, metadata={"help": IGNORE_FINGERPRINT})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "The data set: a file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub id."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": DATASET})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_split: str | None = field(
         default=None, metadata={"help": "Its split; test by default, else validation, else the only one."}

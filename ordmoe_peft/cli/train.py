@@ -14,7 +14,6 @@ from typing import Any
 
 from peft import get_peft_model
 from transformers import ProgressCallback, set_seed
-from trl import ScriptArguments
 
 from ..adapter.targets import coverage_report
 from ..errors import OrdMoEInterrupted
@@ -28,7 +27,7 @@ from ..training.run_files import without_hub_tokens
 from ..training.run_record import RunFolder
 from ..training.run_summary import peak_memory
 from ..training.stopping import sigterm_waits
-from .arguments import AdapterArguments, ModelArguments
+from .arguments import AdapterArguments, DataArguments, ModelArguments
 from .loading import load_base, load_processing_class, load_split, warn_if_slow
 from .model_checks import check_adapter_fits
 from .parser import CommandParser
@@ -45,7 +44,7 @@ class ReportArguments:
     )
 
 
-OPTIONS = (ModelArguments, AdapterArguments, ScriptArguments, OrdMoETrainingArguments, ReportArguments)
+OPTIONS = (ModelArguments, AdapterArguments, DataArguments, OrdMoETrainingArguments, ReportArguments)
 
 
 def build_parser() -> CommandParser:
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     print("\n  ".join(["Next:", *next_commands(model_options, script_options, training_args)]))
 
 
-def load_data(options: ScriptArguments, training_args: OrdMoETrainingArguments) -> dict[str, Any]:
+def load_data(options: DataArguments, training_args: OrdMoETrainingArguments) -> dict[str, Any]:
     """The trainer's data sets, with answers to learn from; that of evaluation is `None` where there is none."""
     data = (options.dataset_name, options.dataset_config)
     streaming = options.dataset_streaming

@@ -154,6 +154,11 @@ class OrdMoETrainingArguments(SFTConfig):
         None, "Learning rate of LoRA on routers, under the same schedule; learning_rate where it is not set."
     )
 
+    resume_from_checkpoint: str | None = _option(
+        None,
+        "Where to go on from: a checkpoint's folder; 'true', the last complete one of the run; 'auto', the same where there "
+        "is one, else the start.",
+    )
     overwrite_output_dir: bool = _option(
         False,
         "Start anew in a folder that holds checkpoints or an adapter of an earlier run, which are deleted; without it, "
