@@ -57,7 +57,7 @@ def check_recipe(path: str) -> None:
         raise OrdMoEConfigError(f"--config {path} has {unnamed[0]!r} for the name of an option. {WANTED}")
 
 
-def recipe_value(action: Action, value: Any, may_be_null: bool = True) -> tuple[str | None, Any]:
+def recipe_value(action: Action, value: Any) -> tuple[str | None, Any]:
     """What is wrong with a value of a recipe, or None, and the value as the command line would give it.
 
     argparse takes a default for what it is, and a recipe's values are defaults.
@@ -65,12 +65,11 @@ def recipe_value(action: Action, value: Any, may_be_null: bool = True) -> tuple[
     Args:
         action (`argparse.Action`): the option.
         value: as YAML has it: a text, a number, a truth value, null, or a list of them.
-        may_be_null (`bool`, defaults to `True`): whether the option can have no value.
     """
     kind = getattr(action.type, "__name__", "")
-    if kind in ("int", "float", "string_to_bool") and value is None:
-        return (None if may_be_null else "it must have a value, got null"), value
-    if action.nargs in ("+", "*") and kind in ("int", "float", "str") and value is not None:
+    if value is None:
+        return None, None
+    if action.nargs in ("+", "*") and kind in ("int", "float", "str"):
         if value == []:
             return "expected at least one argument", value
         found = [_one_value(action, kind, one) for one in (value if isinstance(value, list) else [value])]
@@ -79,7 +78,7 @@ def recipe_value(action: Action, value: Any, may_be_null: bool = True) -> tuple[
 
 
 def _one_value(action: Action, kind: str, value: Any) -> tuple[str | None, Any]:
-    if action.choices and value is not None:
+    if action.choices:
         value = "no" if value is False and "no" in action.choices else value  # YAML's `no` is a truth value
         listed = ", ".join(map(repr, action.choices))
         return (None if value in action.choices else f"invalid choice: {value!r} (choose from {listed})"), value

@@ -86,11 +86,11 @@ class CommandParser(TrlParser):
             spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
             self.add_argument(*spellings, dest=name, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         self.spellings = {option: action for action in self._actions for option in action.option_strings}
-        self.may_be_null = {
+        self.never_null = {
             name
             for dataclass_type in self.dataclass_types
             for name, kind in get_type_hints(dataclass_type).items()
-            if NoneType in get_args(kind)
+            if NoneType not in get_args(kind)
         }
         self.group_of = {
             item.name: _group(item.name, dataclass_type)
@@ -126,7 +126,9 @@ class CommandParser(TrlParser):
             action = self.spellings[f"--{name}"]
             if action.nargs == 0 or action.dest == "config":
                 self.error(f"--{name} can stand on the command line alone, not{where}")
-            problem, values[action.dest] = recipe_value(action, value, action.dest in self.may_be_null)
+            if value is None and action.dest in self.never_null:
+                self.error(f"--{name} has no value{where}; give one, or leave the line out")
+            problem, values[action.dest] = recipe_value(action, value)
             if problem is not None:
                 self.error(f"argument {action.option_strings[0]}: {problem}{where}")
         return super().set_defaults_with_config(**values)
@@ -137,7 +139,7 @@ class CommandParser(TrlParser):
         found, rest = super().parse_known_args(args, argparse.Namespace(**dict.fromkeys(self.positionals)))
         for name in ("config", *self.passed_over):
             vars(found).pop(name, None)
-        names = [*vars(found).pop("names", []), *takewhile(lambda part: not part.startswith("-"), rest)]
+        names = [*vars(found).pop("names", []), *(part for part in rest if part != "--")]
         free = [dest for dest in self.positionals if getattr(found, dest) is None]
         if len(names) > len(free):
             self.error(f"{names[len(free)]!r} is one argument too many")
@@ -151,14 +153,14 @@ class CommandParser(TrlParser):
 
     def _check_known(self, args: Sequence[str], where: str = "") -> None:
         given = takewhile(lambda part: part != "--", args)
-        options = (part.partition("=")[0] for part in given if re.match(r"--?[A-Za-z]", part) and " " not in part)
+        options = (part.partition("=")[0] for part in given if re.match(r"-+[A-Za-z]", part) and " " not in part)
         for option in options:
             if option in self.spellings:
                 continue
             name = option.lstrip("-").replace("-", "_")
             known = [action.dest for action in self._actions if action.help is not argparse.SUPPRESS]
             near = [CALLED_ELSEWHERE[name]] if CALLED_ELSEWHERE.get(name) in known else []
-            near += [other for other in known if other.endswith(f"_{name}")]
+            near += sorted((other for other in known if f"_{other}".endswith(f"_{name}")), key=len)
             near += difflib.get_close_matches(name, known, 1)
             hint = f"did you mean --{near[0]}?" if near else f"`{self.prog} --help` lists all."
             self.error(f"unknown option {option}{where}; {hint}")

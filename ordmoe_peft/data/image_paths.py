@@ -54,9 +54,10 @@ class ImageFinder:
             readable = ", ".join(READ_BY_DATASETS)
             raise self._error(row, column, path, f"give a path, or an address that begins with {readable}")
         if self.origin.folder is None and not Path(path).is_absolute():
-            raise self._error(
-                row, column, path, "a path from a folder that is not known here. Download the data and give its folder"
-            )
+            reason = "a path from a folder that is not known here. Download the data and give its folder"
+            if self.origin.files:
+                reason = "the files of this split are in several folders: put them in one, or give absolute paths"
+            raise self._error(row, column, path, reason)
         full = (self.origin.folder or Path()).absolute() / path
         if full not in self._found and not full.is_file():
             raise self._error(row, column, path, f"there is no file {full}")

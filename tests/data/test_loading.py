@@ -214,3 +214,12 @@ def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "saved/state.json").write_text("{}")
     with pytest.raises(OrdMoEDataError, match="was saved in .*saved cannot be read"):
         load_data(tmp_path / "saved")
+
+
+def test_images_by_path_of_files_in_several_folders(tmp_path):
+    for folder in "ab":
+        write(tmp_path / folder / "train.jsonl", {"image": "x.png", **ROW})
+    with pytest.raises(
+        OrdMoEDataError, match="a/train.jsonl, line 1 .* files of this split are in several"
+    ):
+        load_data(tmp_path)
