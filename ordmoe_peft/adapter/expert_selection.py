@@ -109,7 +109,10 @@ def checked_selection(config: Any) -> Selection | None:
             )
     if not any(given.values()):
         raise OrdMoEConfigError("expert_selection chooses no expert. Leave it unset, or 'experts' out of targets.")
-    return {str(int(layer)): sorted(set(experts)) for layer, experts in given.items()}
+    selection = {str(int(layer)): sorted(set(experts)) for layer, experts in given.items()}
+    if len(selection) < len(given):
+        raise OrdMoEConfigError(f"expert_selection names a layer twice, as {list(given)}. Leave one of the two out.")
+    return selection
 
 
 def check_selection(config: Any, layers: list[MoELayer]) -> None:

@@ -68,6 +68,7 @@ def test_no_report_and_no_share(content, share, message, tmp_path):
     ("selection", "message"),
     [
         ([1, 2], "expert_selection must be a mapping or None"),
+        ({0: [1], "0": [2], 1: [], 2: []}, "names a layer twice"),
         ({"a": [1]}, "must have lists of experts by MoE layers.* got 'a'"),
         ({-1: [1]}, "got -1"),
         ({0: 3}, r"got 0: 3"),
