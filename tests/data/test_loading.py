@@ -219,7 +219,5 @@ def test_folders_that_are_no_data_set(tmp_path):
 def test_images_by_path_of_files_in_several_folders(tmp_path):
     for folder in "ab":
         write(tmp_path / folder / "train.jsonl", {"image": "x.png", **ROW})
-    with pytest.raises(
-        OrdMoEDataError, match="a/train.jsonl, line 1 .* files of this split are in several"
-    ):
+    with pytest.raises(OrdMoEDataError, match="a/train.jsonl, line 1 .* files of this split are in several"):
         load_data(tmp_path)
