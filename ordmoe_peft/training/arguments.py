@@ -156,8 +156,8 @@ class OrdMoETrainingArguments(SFTConfig):
 
     resume_from_checkpoint: str | None = _option(
         None,
-        "Where to go on from: a checkpoint's folder; 'true', the last complete one of the run; 'auto', the same where there "
-        "is one, else the start.",
+        "Where to go on from: a checkpoint's folder; 'true', the last complete one of the run; 'auto', the same where "
+        "there is one, else the start.",
     )
     overwrite_output_dir: bool = _option(
         False,
@@ -168,7 +168,8 @@ class OrdMoETrainingArguments(SFTConfig):
     _VALID_DICT_FIELDS = [*JSON_ARGUMENTS, "generation_kwargs"]
 
     def __post_init__(self):
-        check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor",))  # a string or a number
+        # A string or a number; a string or a truth value.
+        check_field_types(self, OrdMoETrainingArguments, skip=("lower_tier_floor", "resume_from_checkpoint"))
         self._check_generation_kwargs()
         if self.router_aux_loss_coef:
             raise OrdMoEConfigError(
