@@ -160,7 +160,9 @@ class TestInterruptions:
         out = tmp_path / "out"
         options = {"logging_steps": 1, "lr_scheduler_type": "constant", "save_strategy": "no"}
         words = train_arguments(base, data, out, **options, max_steps=10**6)
-        process = subprocess.Popen([sys.executable, "-m", "ordmoe", *words], stdout=PIPE, stderr=PIPE, text=True)
+        as_here = {**os.environ, "OMP_NUM_THREADS": "1"}  # the number of threads decides the last bits
+        command = [sys.executable, "-m", "ordmoe", *words]
+        process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=as_here)
         while process.poll() is None and not ((out / METRICS_NAME).is_file() and metrics(out)):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
