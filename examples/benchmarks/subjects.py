@@ -108,7 +108,7 @@ def variant(base: Qwen3MoeForCausalLM, name: str, checkpointing: bool = False) -
     model = copy.deepcopy(base, memo=shared)
     model.set_experts_implementation(implementation)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if method is None:
         return model
     targets = [name for name, parameter in model.named_parameters() if ".mlp." in name]

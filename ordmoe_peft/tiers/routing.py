@@ -284,7 +284,7 @@ class _RouterEntry:
                 raise OrdMoERuntimeError(
                     f"{self.router.name} runs within tier_routing, but not within a forward of its text model, so its "
                     "tokens are on no tier: call the model itself, not a layer of it, nor its `forward`, and have it "
-                    "checkpoint by transformers' gradient_checkpointing_enable."
+                    "checkpoint by transformers' activation_checkpointing_enable."
                 )
 
     def _answer_by_tier(self, router: int, plan: TierPlan, forward: RunningForward) -> None:

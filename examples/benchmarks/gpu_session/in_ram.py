@@ -55,7 +55,7 @@ def deterministic() -> Iterator[None]:
 
 
 def prepared(model: PeftModel) -> PeftModel:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return model.train()
 

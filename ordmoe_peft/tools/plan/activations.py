@@ -72,7 +72,7 @@ def estimate_activations(model: nn.Module, settings: PlanSettings, sizes: WorkSi
     at_hand = _make_fake(model, fakes)
     model.train()
     if settings.gradient_checkpointing:  # as the trainers do
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     trace = MemoryTrace(fakes, at_hand)
     watch = _LayerWatch(model, trace)
