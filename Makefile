@@ -6,11 +6,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check
-# What leans on other libraries: contracts, tiers, life cycle, data, trainer; on the oldest versions, which `make test`
-# does not have, every family, too.
-ON_RANGES := tests/contract tests/tiers tests/experts/test_forward.py tests/experts/test_replaced_forwards.py \
-	tests/adapter tests/data tests/test_forward.py \
-	$(addprefix tests/training/test_,trainer.py images.py arguments.py checkpoints.py precision.py router_rate.py stopping.py)
+# What leans on other libraries. The oldest versions, which `make test` does not have, run every family, which has tiers,
+# LoRA, 4 bits and exports of each, and what trains, saves and loads.
+ON_RANGES := tests/contract tests/test_forward.py \
+	$(addprefix tests/adapter/test_,model.py saved.py peft_model.py lora_users.py) \
+	$(addprefix tests/training/test_,trainer.py images.py arguments.py checkpoints.py router_rate.py stopping.py)
+test-newest: ON_RANGES += tests/tiers tests/experts tests/adapter tests/data tests/training
 test-oldest: ON_RANGES += tests/families tests/remote_code
 versions = $(1)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable
 
