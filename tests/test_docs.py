@@ -4,10 +4,8 @@ A block is run as it stands; in `python` blocks hub ids are replaced by the ship
 GPU, the hub, or an environment of its own: there each command's options are parsed, and its files looked for.
 """
 
-import importlib
 import importlib.util
 import json
-import keyword
 import re
 import shlex
 from collections.abc import Iterator
@@ -114,8 +112,7 @@ def parse(words: list[str]) -> None:
     """Parse the options of an `ordmoe` command, as it does, without running it."""
     command, *rest = words
     if "--help" not in rest:
-        module = importlib.import_module(f"ordmoe_peft.cli.{command}{'_' * keyword.iskeyword(command)}")
-        module.build_parser().parse_args_and_config(rest)
+        ordmoe.module_of(command).build_parser().parse_args_and_config(rest)
 
 
 def rows(text: str) -> None:

@@ -276,8 +276,11 @@ def _values_as_written(dataset: Dataset, column: str, origin: Origin) -> Iterato
     if not _is_of_json_files(origin) or (is_safe and not _has_dates(dataset, column, origin)):
         yield from column_values(dataset, column)
         return
-    for path in origin.files:
-        yield from (row.get(column) for _, row in json_rows(path))
+    yield from _values_in_files(column, origin)
+
+
+def _values_in_files(column: str, origin: Origin) -> Iterator[Any]:
+    return (row.get(column) for path in origin.files for _, row in json_rows(path))
 
 
 def _is_of_json_files(origin: Origin) -> bool:
@@ -293,7 +296,7 @@ def _has_dates(dataset: Dataset, column: str, origin: Origin) -> bool:
 
 
 def _with_values_as_written(dataset: Dataset, column: str, origin: Origin) -> Dataset:
-    values = [row.get(column) for path in origin.files for _, row in json_rows(path)]
+    values = list(_values_in_files(column, origin))
     _check_texts(values, column, origin)
     return with_column(dataset, column, values, Value("string") if isinstance(values[0], str) else List(Json()))
 

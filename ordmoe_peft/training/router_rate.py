@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..adapter.targets import find_targets
+from ..adapter.targets import adapted_modules, find_targets
 from ..errors import OrdMoEConfigError
-from ..layer_search import without_wrappers
 from .arguments import OrdMoETrainingArguments
 
 
@@ -55,16 +54,11 @@ def router_factors(model: nn.Module) -> Sequence[nn.Parameter]:
     names = {target.name.removesuffix(".weight") for target in find_targets(model) if target.role == "router"}
     return [
         factor
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and _name(name, module) in names
+        for name, module in adapted_modules(model)
+        if name.removesuffix(".weight") in names
         for factor in (*module.lora_A.parameters(), *module.lora_B.parameters())
         if factor.requires_grad
     ]
-
-
-def _name(wrapped: str, module: nn.Module) -> str:
-    parameter = getattr(module, "parameter_name", None)
-    return f"{without_wrappers(wrapped)}{f'.{parameter}' if parameter else ''}".removesuffix(".weight")
 
 
 def check_router_rate(args: OrdMoETrainingArguments, targets: Sequence[str], has_optimizer: bool) -> None:

@@ -12,6 +12,14 @@ from ordmoe_peft.errors import OrdMoEDataError
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
+def complaint(check, file, content) -> str:
+    """What `check` says of a file with this content."""
+    file.write_bytes(content)
+    with pytest.raises(OrdMoEDataError) as error:
+        check(file)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -28,11 +36,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     ],
 )
 def test_files_without_rows(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(OrdMoEDataError) as error:
-        check_file(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}")
-    assert message in str(error.value)
+    said = complaint(check_file, tmp_path / name, content)
+    assert said.startswith(f"{tmp_path / name}")
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -47,11 +53,9 @@ def test_files_without_rows(tmp_path, name, content, message):
     ],
 )
 def test_the_line_that_is_to_blame(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(OrdMoEDataError) as error:
-        check_lines(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
-    assert message in str(error.value)
+    said = complaint(check_lines, tmp_path / name, content)
+    assert str(tmp_path / name) in said
+    assert message in said
 
 
 def test_places_of_rows_over_files(tmp_path):
