@@ -161,9 +161,8 @@ def finish_files(folder: str | Path) -> None:
     """
     waiting = Path(folder, _WAITING)
     with suppress(FileNotFoundError):  # another process does the same
-        for file in sorted(
-            waiting.iterdir()
-        ):  # an adapter's configuration before its weights, which nothing reads alone
+        # Sorted, an adapter's configuration comes before its weights, which nothing reads alone.
+        for file in sorted(waiting.iterdir()):
             with suppress(FileNotFoundError):
                 _take_place(file, waiting.parent / file.name)
     with suppress(OSError):  # it is gone, or is another process's by now, or empty where nothing can be removed

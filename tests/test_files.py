@@ -10,6 +10,10 @@ from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.files import check_place, exchange, finish_files, whole_files, whole_folder, write_whole
 
 
+# Above the largest number that Linux gives a process (2²²), so none has it.
+NO_PROCESS = 2**22 + 1
+
+
 def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path):
     path = tmp_path / "deep" / "results.json"
     write_whole(path, "λ\n")
@@ -120,7 +124,7 @@ def test_a_process_killed_while_files_take_their_places(moved, tmp_path, monkeyp
 def test_a_process_killed_before_that_leaves_what_was_there(tmp_path):
     with whole_files(tmp_path) as folder:
         (folder / "a").write_text("old")
-    killed = tmp_path / "..waiting.1234.partial"
+    killed = tmp_path / f"..waiting.{NO_PROCESS}.1.partial"
     killed.mkdir()
     (killed / "a").write_text("ne")
     finish_files(tmp_path)
