@@ -75,3 +75,18 @@ def balance_loss(router_logits_TE: torch.Tensor, top_k_index_TK: torch.Tensor, m
                 routed[expert] += 1
             probability = probability + logits_E.softmax(0)
     return num_experts * (routed / (tokens * top_k_index_TK.shape[1]) * probability / tokens).sum()
+
+
+def likelihood_by_class(
+    logits_SV: torch.Tensor, top_logits_SV: torch.Tensor, label_S: list[int]
+) -> tuple[list[float], list[float]]:
+    """Log-probabilities of a row's labelled tokens, in float64: where tier 1 is confident, and where it is fragile.
+
+    `label_S` is shifted to the positions that predict, `top_logits_SV` are tier 1's.
+    """
+    confident, fragile = [], []
+    for logits_V, top_V, label in zip(logits_SV.double(), top_logits_SV.double(), label_S, strict=True):
+        if label != -100:
+            is_sure = torch.exp(top_V.max() - torch.logsumexp(top_V, 0)).item() > 0.5
+            (confident if is_sure else fragile).append((logits_V[label] - torch.logsumexp(logits_V, 0)).item())
+    return confident, fragile

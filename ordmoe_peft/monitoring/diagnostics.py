@@ -10,6 +10,7 @@ health, ablation results) and returns a [`Finding`] for each signature that show
 | `order_from_end_of_sequence` | a tier is above the next one by its end-of-sequence tokens, not by what it says |
 | `experts_collapsing` | experts are no longer routed to, so low tiers are made of what the router dropped |
 | `random_level_order` | tiers are in order no more often than random groups: routing says nothing about quality |
+| `order_on_confident_tokens` | ranks carry a signal, but only on tokens that the model is sure of |
 | `means_against_order` | below tier 1, a lower tier is likelier on average than a higher one |
 | `top_tier_not_best` | tier 1 is no better than the lowest tier: there is nothing to learn from |
 | `random_level_results` | training on ranked tiers gives what training on random ones gives |
@@ -271,6 +272,29 @@ def _order_is_random(quality: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _order_is_of_confident_tokens(quality: Mapping[str, Any]) -> Iterator[str]:
+    classes = ("confident", "fragile")
+    shares = [(quality.get("order") or {}).get(f"full_{name}") or {} for name in classes]
+    names = ("share", "random", "stderr", "random_stderr", "num_samples")
+    if not all(_are_numbers([one.get(name) for name in names]) for one in shares):
+        return
+    margins = [STANDARD_ERRORS * math.hypot(one["stderr"], one["random_stderr"]) for one in shares]
+    (is_on_confident, _), (is_on_fragile, could_be) = (
+        (one["share"] > one["random"] + margin, one["random"] + margin < 1)
+        for one, margin in zip(shares, margins, strict=True)
+    )
+    if is_on_confident and not is_on_fragile and could_be:
+        found = [
+            f"on {name} tokens on {one['share']:.1%} of {one['num_samples']} samples against random groups' "
+            f"{one['random']:.1%} ({STANDARD_ERRORS} standard errors: {margin:.1%})"
+            for name, one, margin in zip(classes, shares, margins, strict=True)
+        ]
+        yield (
+            f"All tiers are in order {', but '.join(found)}. The router's ranking carries a signal on tokens that the "
+            "model is sure of, and none that shows on the others."
+        )
+
+
 def _top_tier_is_not_best(quality: Mapping[str, Any]) -> Iterator[str]:
     tiers = quality.get("tiers") or []
     if len(tiers) < 2:
@@ -359,6 +383,7 @@ CHECKS: dict[str, dict[str, Callable[[Any], Iterator[str]]]] = {
     "health": {"experts_collapsing": _experts_are_dead},
     "quality": {
         "random_level_order": _order_is_random,
+        "order_on_confident_tokens": _order_is_of_confident_tokens,
         "top_tier_not_best": _top_tier_is_not_best,
         "means_against_order": _means_run_against_order,
         "order_from_end_of_sequence": _measured_order_is_of_ends,
@@ -366,4 +391,4 @@ CHECKS: dict[str, dict[str, Callable[[Any], Iterator[str]]]] = {
     "ablation": {"random_level_results": _results_are_random},
 }
 # Signatures that are numbers to be read with care; all others are warnings.
-NOTES = ("order_from_end_of_sequence", "means_against_order")
+NOTES = ("order_from_end_of_sequence", "means_against_order", "order_on_confident_tokens")

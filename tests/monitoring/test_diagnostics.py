@@ -241,6 +241,32 @@ def test_order_at_the_level_of_random_groups_names_the_shares():
 
 
 @pytest.mark.parametrize(
+    ("confident", "fragile", "is_shown"),
+    [
+        ((0.6, 0.45), (0.5, 0.45), True),
+        ((0.6, 0.45), (0.3, 0.45), True),
+        ((0.6, 0.45), (0.51, 0.45), False),
+        ((0.5, 0.45), (0.5, 0.45), False),
+        ((0.6, 0.45), (0.96, 0.95), False),
+        ((0.6, None), (0.5, None), False),
+        ((0.6, 0.45), (None, None), False),
+    ],
+)
+def test_order_on_confident_tokens_alone(confident, fragile, is_shown):
+    """As above, 0.507 is the bound at standard errors of 0.02. From 0.943 on, no order could stand out."""
+    data = quality()
+    for name, (share, level) in {"confident": confident, "fragile": fragile}.items():
+        errors = {"stderr": 0.02, "random_stderr": None if level is None else 0.02, "num_samples": 600}
+        data["order"][f"full_{name}"] = {"share": share, "random": level} | errors
+    findings = quality_findings(data)
+    assert names(findings) == ["order_on_confident_tokens"] * is_shown
+    if is_shown:
+        assert findings[0].severity == "note"
+        shown = "confident tokens on 60.0% of 600 samples against random groups' 45.0% (2 standard errors: 5.7%)"
+        assert f"All tiers are in order on {shown}, but on fragile tokens on {fragile[0]:.1%} of" in findings[0].message
+
+
+@pytest.mark.parametrize(
     ("changes", "shown"),
     [
         ({"likelihood": (-0.9, -0.3, -0.4), "content": (-0.9, -0.3, -0.4)}, "likelihood -0.900 against -0.400"),

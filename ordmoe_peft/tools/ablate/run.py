@@ -116,6 +116,6 @@ def tier_likelihoods(
     with evaluation_mode(model):
         for samples in sample_batches(dataset.select(range(count)), batch_size):
             for tier in range(2, num_tiers + 1):
-                likelihood_B, _ = score_answers(model, processing_class, samples, tier, num_tiers=num_tiers)
+                likelihood_B, _ = score_answers(model, processing_class, samples, tier, num_tiers=num_tiers).means()
                 totals[tier - 1] += likelihood_B.sum().item()
     return [total / count for total in totals]

@@ -24,10 +24,11 @@ from ...data.samples import (
     tokenizer_of,
 )
 from ...errors import OrdMoEConfigError
-from ...objectives.expert_rank import label_log_probs, mean_log_likelihood
+from ...objectives.expert_rank import label_log_probs
 from ...tiers.routing import adapter_config, tier_routing
 from ...tiers.scope import IGNORED_LABEL, tiers_of_labels, tiers_of_prompts
 from ..tables import Table, number, percent, plain
+from .confidence import AnswerScores, is_confident
 
 
 OVERALL = "overall"
@@ -108,6 +109,7 @@ def evaluate_tiers(
     group_by: str | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 32,
+    on_scores: Callable[[int, AnswerScores], None] | None = None,
     **routing: Any,
 ) -> list[TierResult]:
     """Answer and score every sample of `dataset` under each of `tiers`.
@@ -121,6 +123,7 @@ def evaluate_tiers(
         group_by (`str`, *optional*): a column whose values get an accuracy of their own.
         batch_size (`int`, defaults to 32): samples at a time.
         max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
+        on_scores (`Callable`, *optional*): is given each batch's tier and token scores, tier after tier.
         routing: settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
 
     Raises:
@@ -145,7 +148,10 @@ def evaluate_tiers(
                     of_tier.is_right += [
                         answer == answer_text(sample) for answer, sample in zip(answers, samples, strict=True)
                     ]
-                likelihood_B, no_eos_B = score_answers(model, processing_class, samples, tier=tier, **routing)
+                scores = score_answers(model, processing_class, samples, tier=tier, **routing)
+                if on_scores is not None:
+                    on_scores(tier, scores)
+                likelihood_B, no_eos_B = scores.means()
                 of_tier.log_likelihood += likelihood_B.tolist()
                 of_tier.log_likelihood_no_eos += no_eos_B.tolist()
                 bar.update(len(samples))
@@ -211,14 +217,18 @@ def score_answers(
     samples: list[dict[str, Any]],
     tier: int = 1,
     **routing: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tier's mean log-probability per token of each reference answer, with and without end tokens (`(B,)`)."""
+) -> AnswerScores:
+    """A tier's log-probability of each token of the reference answers; of tier 1, also where it is confident."""
     inputs = model_inputs(scoring_inputs, samples, processing_class, model)
     labels_BS = inputs.pop("labels")
     tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, adapter_config(model).token_scope)
     labels_BS = labels_BS[:, 1:]
     with tier_routing(model, tiers, **routing):
-        log_probs_BS = label_log_probs(model(**inputs).logits[:, :-1], labels_BS)
+        logits_BSV = model(**inputs).logits[:, :-1]
     mask_BS = labels_BS != IGNORED_LABEL
-    content_BS = content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer_of(processing_class), model))
-    return mean_log_likelihood(log_probs_BS, mask_BS), mean_log_likelihood(log_probs_BS, content_BS)
+    return AnswerScores(
+        log_probs_BS=label_log_probs(logits_BSV, labels_BS),
+        mask_BS=mask_BS,
+        content_BS=content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer_of(processing_class), model)),
+        confident_BS=is_confident(logits_BSV, mask_BS) if tier == 1 else None,
+    )

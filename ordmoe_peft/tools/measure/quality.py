@@ -1,7 +1,7 @@
 """Are tiers ordered by quality? Likelihood, answers, order, routing scores and expert diversity, tier by tier."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -16,9 +16,10 @@ from ...errors import OrdMoEConfigError
 from ...moe_model import MoEModel
 from ...tiers.plan import RandomDraw
 from ..tables import Table, number, percent, signed
+from .confidence import LIKELIHOODS, LikelihoodRecord, mean_over_samples
 from .correlation import QualityCorrelation, RankCorrelation, quality_correlation, sample_ratings
 from .diversity import expert_outputs, mean_pairwise_cosine
-from .evaluation import TierMeans, TierResult, evaluate_tiers, likelihoods, score_answers, tier_table
+from .evaluation import TierMeans, TierResult, evaluate_tiers, score_answers, tier_table
 from .observation import TierObservation, observe_tier, outer_experts, reason_not_to_watch
 
 
@@ -26,29 +27,48 @@ from .observation import TierObservation, observe_tier, outer_experts, reason_no
 ORDERS = {
     "full": "all tiers in order",
     "full_no_eos": "all in order, without end tokens",
+    "full_confident": "all in order, confident tokens",
+    "full_fragile": "all in order, fragile tokens",
     "ends": "first over last tier",
     "ends_no_eos": "first over last, without end tokens",
+    "ends_confident": "first over last, confident tokens",
+    "ends_fragile": "first over last, fragile tokens",
 }
 
 
 @dataclass
 class OrderShare:
-    """How often an order of likelihoods holds.
+    """How often an order of likelihoods holds. Samples without tokens of the kind are left out.
 
     Args:
-        share (`float`): of samples; ties do not count as ordered.
-        stderr (`float`): its binomial standard error.
+        share (`float`, *optional*): of samples; ties do not count as ordered. `None` without any sample.
+        stderr (`float`, *optional*): its binomial standard error.
         chance (`float`): the share that tiers without any order would give.
         random (`float`, *optional*): the share with `random` grouping. Its tier 1 is still the model's own top K, so
             it says what order *below* the top K is worth, and how often the top K beat any other K.
         random_stderr (`float`, *optional*): its standard error.
+        num_samples (`int`): number of samples that have such tokens.
     """
 
-    share: float
-    stderr: float
+    share: float | None
+    stderr: float | None
     chance: float
     random: float | None = None
     random_stderr: float | None = None
+    num_samples: int = field(kw_only=True)
+
+
+@dataclass
+class TierMeansByClass(TierMeans):
+    """A tier's means, also over confident and over fragile tokens, see `confidence.py`.
+
+    Args:
+        log_likelihood_confident (`float`, *optional*), log_likelihood_fragile (`float`, *optional*): mean over the
+            samples that have such tokens of the mean log-probability per such token, in nats; `None` where none has.
+    """
+
+    log_likelihood_confident: float | None = None
+    log_likelihood_fragile: float | None = None
 
 
 @dataclass
@@ -67,9 +87,11 @@ class TierQuality:
     Args:
         model (`str`): which model.
         num_samples (`int`), num_tiers (`int`), grouping (`str`): over what.
-        tiers (`list[TierMeans]`): likelihood and exact match per tier.
+        num_tokens (`int`), confident_share (`float`): number of answer tokens, and the share that is confident.
+        tiers (`list[TierMeansByClass]`): likelihood and exact match per tier.
         order (`dict[str, OrderShare]`): `"full"` (L̄_1 > … > L̄_C) and `"ends"` (L̄_1 > L̄_C), and both without
-            end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`).
+            end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`) and over confident and fragile tokens alone
+            (`"full_confident"`, `"full_fragile"`, `"ends_confident"`, `"ends_fragile"`).
         spearman (`QualityCorrelation`): routing scores against quality; of no layers, with a note that says why, where
             routers or experts cannot be read.
         diversity (list of list of `float` or `None`): per MoE layer and tier, the mean pairwise cosine between the
@@ -81,7 +103,9 @@ class TierQuality:
     num_samples: int
     num_tiers: int
     grouping: str
-    tiers: list[TierMeans]
+    num_tokens: int
+    confident_share: float
+    tiers: list[TierMeansByClass]
     order: dict[str, OrderShare]
     spearman: QualityCorrelation
     diversity: list[list[float | None]]
@@ -91,8 +115,20 @@ class TierQuality:
 
     def tables(self) -> list[Table]:
         """Likelihood and accuracy by tier, order, correlation and diversity by layer, and the texts, if there are."""
-        tables = [tier_table(self.tiers), self._order_table(), self._layer_table()]
+        tables = [self._tier_table(), self._order_table(), self._layer_table()]
         return [*tables, self._text_table()] if self.texts else tables
+
+    def _tier_table(self) -> Table:
+        table = tier_table(self.tiers)
+        rows = [(tier.log_likelihood_confident, tier.log_likelihood_fragile) for tier in self.tiers]
+        classes = pd.DataFrame(rows, columns=["confident tokens", "fragile tokens"])
+        note = (
+            f"{percent(self.confident_share)} of {self.num_tokens:,} tokens are confident: tier 1 gives one token more "
+            "than all others together. The others are fragile. Each column is the mean over the samples that have such "
+            "tokens of the sample's own mean."
+        )
+        frame = pd.concat([table.frame, classes], axis=1)
+        return replace(table, frame=frame, formats=[*table.formats, number, number], note=note)
 
     def _order_table(self) -> Table:
         shares = [self.order[key] for key in ORDERS]
@@ -100,6 +136,7 @@ class TierQuality:
         frame.columns = ["samples", "s.e.", "random groups", "s.e. of random", "chance"]
         formats = dict.fromkeys(frame.columns, percent)
         frame.insert(0, "likelihood falls from", list(ORDERS.values()))
+        frame["number of samples"] = [share.num_samples for share in shares]
         return Table("Share of samples in order", frame, formats)
 
     def _layer_table(self) -> Table:
@@ -176,11 +213,13 @@ def tier_quality(
     dataset = as_prompt_completion(dataset, needs_answers=True)
     subject = (model, processing_class, dataset)
     tiers = range(1, num_tiers + 1)
+    record = LikelihoodRecord()
     asked: dict[str, Any] = {"group_by": chosen.group_by, "max_new_tokens": chosen.max_new_tokens}
+    asked["on_scores"] = record.add
     results = evaluate_tiers(model, processing_class, dataset, tiers, batch_size=batch_size, **asked, **routing)
     random = None
     if chosen.random_control:
-        random = _random_likelihoods(*subject, results[0], num_tiers, batch_size, chosen.seed)
+        random = _random_likelihoods(*subject, record, num_tiers, batch_size, chosen.seed)
     routing_scores, cosines_CL, reason = [], [], reason_not_to_watch(model)
     for tier in tiers if reason is None else ():
         watched = observe_tier(*subject, tier, batch_size=batch_size, num_tokens=chosen.diversity_tokens, **routing)
@@ -191,8 +230,10 @@ def tier_quality(
         num_samples=len(dataset),
         num_tiers=num_tiers,
         grouping=grouping,
-        tiers=[TierMeans(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos) for r in results],
-        order=_order_shares(likelihoods(results), random),
+        num_tokens=record.num_tokens,
+        confident_share=record.confident_share,
+        tiers=_means_by_class(results, record.likelihoods()),
+        order=_order_shares(record.likelihoods(), random),
         spearman=quality_correlation(results, routing_scores, ratings_n) if reason is None else _unwatched(reason),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
         texts=_texts(dataset, results, chosen.show),
@@ -203,54 +244,72 @@ def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None 
     """How often the likelihoods of a sample fall strictly from the first row to the last.
 
     Args:
-        log_likelihood_Cn (`torch.Tensor` of shape `(C, n)`): of each sample under each tier.
+        log_likelihood_Cn (`torch.Tensor` of shape `(C, n)`): of each sample under each tier; samples with NaN are left
+            out.
         random_Cn (`torch.Tensor` of shape `(C, n)`, *optional*): the same under random groups.
     """
-    share, stderr = _share_in_order(log_likelihood_Cn)
-    random = (None, None) if random_Cn is None else _share_in_order(random_Cn)
-    return OrderShare(share, stderr, 1 / math.factorial(len(log_likelihood_Cn)), *random)
+    share, stderr, count = _share_in_order(log_likelihood_Cn)
+    random, random_stderr = (None, None) if random_Cn is None else _share_in_order(random_Cn)[:2]
+    chance = 1 / math.factorial(len(log_likelihood_Cn))
+    return OrderShare(share, stderr, chance, random, random_stderr, num_samples=count)
 
 
-def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float, float]:
+def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float | None, float | None, int]:
+    """The share, its standard error, and of how many samples."""
+    log_likelihood_Cn = log_likelihood_Cn[:, ~log_likelihood_Cn.isnan().any(0)]
     falls_n = (log_likelihood_Cn[:-1] > log_likelihood_Cn[1:]).all(0)
+    if not len(falls_n):
+        return None, None, 0
     share = falls_n.double().mean().item()
-    return share, math.sqrt(share * (1 - share) / len(falls_n))
+    return share, math.sqrt(share * (1 - share) / len(falls_n)), len(falls_n)
 
 
-def _order_shares(likelihoods_2Cn: torch.Tensor, random_2Cn: torch.Tensor | None) -> dict[str, OrderShare]:
-    """Shares by key of [`ORDERS`], from [`likelihoods`] of tiers and of random groups."""
+def _order_shares(likelihoods_4Cn: torch.Tensor, random_4Cn: torch.Tensor | None) -> dict[str, OrderShare]:
+    """Shares by key of [`ORDERS`], from the likelihoods of tiers and of random groups."""
     shares = {}
-    for index, suffix in enumerate(("", "_no_eos")):
-        for key, rows in (("full", slice(None)), ("ends", [0, -1])):
-            random_Cn = None if random_2Cn is None else random_2Cn[index][rows]
-            shares[f"{key}{suffix}"] = order_share(likelihoods_2Cn[index][rows], random_Cn)
+    for key, rows in (("full", slice(None)), ("ends", [0, -1])):
+        for index, suffix in enumerate(LIKELIHOODS):
+            random_Cn = None if random_4Cn is None else random_4Cn[index][rows]
+            shares[f"{key}{suffix}"] = order_share(likelihoods_4Cn[index][rows], random_Cn)
     return shares
+
+
+def _means_by_class(results: list[TierResult], likelihoods_4Cn: torch.Tensor) -> list[TierMeansByClass]:
+    classes_C2n = likelihoods_4Cn[2:].transpose(0, 1)
+    return [
+        TierMeansByClass(
+            *(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos),
+            *map(mean_over_samples, classes_2n),
+        )
+        for r, classes_2n in zip(results, classes_C2n, strict=True)
+    ]
 
 
 def _random_likelihoods(
     model: nn.Module,
     processing_class: ProcessingClass,
     dataset: Any,
-    top: TierResult,
+    record: LikelihoodRecord,
     num_tiers: int,
     batch_size: int,
     seed: int,
 ) -> torch.Tensor:
-    """[`likelihoods`] under random groups. Their tier 1 is the model as it is, which `top` has measured."""
+    """The likelihoods of `record` under random groups. Their tier 1 is the model as it is, so `record` has it."""
     parts = []
     groups: dict[str, Any] = {"num_tiers": num_tiers, "grouping": "random", "seed": seed}
     with evaluation_mode(model), tqdm(total=len(dataset), desc="Random groups", unit="sample") as bar:
-        for step, samples in enumerate(sample_batches(dataset, batch_size)):
+        batches = zip(sample_batches(dataset, batch_size), record.confident, strict=True)
+        for step, (samples, confident_BS) in enumerate(batches):
             # Another step for each batch: rows at the same position would share their draws.
             of_tiers = [
-                torch.stack(
-                    score_answers(model, processing_class, samples, tier, draw=RandomDraw(step=step), **groups)
-                ).cpu()
+                score_answers(model, processing_class, samples, tier, draw=RandomDraw(step=step), **groups)
+                .likelihoods(confident_BS)
+                .cpu()
                 for tier in range(2, num_tiers + 1)
             ]
             parts.append(torch.stack(of_tiers, dim=1))
             bar.update(len(samples))
-    return torch.cat([likelihoods([top]), torch.cat(parts, dim=2)], dim=1)
+    return torch.cat([record.likelihoods()[:, :1], torch.cat(parts, dim=2)], dim=1)
 
 
 def _cosines(model: nn.Module, watched: TierObservation) -> list[float | None]:

@@ -22,7 +22,8 @@ LIKELIHOOD = "Mean log-likelihood of the reference responses under each tier. It
 ACCURACY = "Share of answers, written under each tier, that match the reference exactly."
 ORDER = (
     "Share of samples whose likelihoods fall in the order of the tiers, with 95 % intervals, beside tiers cut at "
-    "random and what pure chance would give. An order that goes away without end tokens is about the end alone."
+    "random and what pure chance would give. An order that goes away without end tokens is about the end alone. Tier 1 "
+    "itself says which tokens are confident, and leads there: compare with random tiers, not with chance."
 )
 SPEARMAN = (
     "Rank correlation of routing scores with the quality of the response, layer by layer; 0 says that a router's score "
@@ -56,7 +57,12 @@ def tiers_report(quality: TierQuality, directory: str | Path, findings: Findings
 
 def _by_tier(quality: TierQuality) -> list[Plot | None]:
     tiers = pd.DataFrame(quality.tiers).set_index("tier")
-    likelihoods = {"whole response": tiers["log_likelihood"], "without end tokens": tiers["log_likelihood_no_eos"]}
+    likelihoods = {
+        "whole response": tiers["log_likelihood"],
+        "without end tokens": tiers["log_likelihood_no_eos"],
+        "confident tokens": tiers["log_likelihood_confident"],
+        "fragile tokens": tiers["log_likelihood_fragile"],
+    }
     accuracies = pd.DataFrame(tiers["accuracy"].tolist(), index=tiers.index)
     accuracies = accuracies[sorted(accuracies.columns, key=lambda group: group != OVERALL)]
     return [
@@ -77,15 +83,15 @@ def _by_layer(quality: TierQuality) -> list[Plot | None]:
 
 
 def _order(order: Mapping[str, OrderShare]) -> Plot:
-    shares = [(order[key], label) for key, label in ORDERS.items()]
-    words = "; ".join(f"{ORDERS[key]} {percent(order[key].share)}" for key in ORDERS)
+    shares = [(order[key], label) for key, label in ORDERS.items() if order[key].num_samples]
+    words = "; ".join(f"{label} {percent(one.share)}" for one, label in shares)
     alt = f"Share of samples in order: {words}"
     return Plot("order", alt, ORDER, lambda figure: _draw_order(figure, shares))
 
 
 def _draw_order(figure: Any, shares: Sequence[tuple[OrderShare, str]]) -> None:
     axes, rows = named_rows(figure, [label for _, label in shares])
-    half = [1.96 * one.stderr for one, _ in shares]
+    half = [1.96 * (one.stderr or 0) for one, _ in shares]
     points = [one.share for one, _ in shares]
     axes.errorbar(points, rows, xerr=half, fmt=MARKERS[0], color=BLUE, capsize=4, markersize=8, label="these tiers")
     for field, label, marker, size, color in MARKS:

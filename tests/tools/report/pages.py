@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from ordmoe_peft.monitoring.health import LayerHealth
 from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
-from ordmoe_peft.tools.measure.evaluation import TierMeans
 from ordmoe_peft.tools.measure.inspection import HealthReport
-from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, TierQuality, TierTexts
+from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, TierMeansByClass, TierQuality, TierTexts
 from ordmoe_peft.tools.report import ablate_report, inspect_report, tiers_report, train_report
 
 
@@ -103,12 +102,14 @@ def health(num_layers: int = 4, num_experts: int = 8, num_tiers: int = 3, **chan
 
 def quality(num_layers: int = 4, num_tiers: int = 3, **changes) -> TierQuality:
     tiers = [
-        TierMeans(
+        TierMeansByClass(
             tier,
             accuracy={"color": 0.9, "overall": 0.917 / tier, "shape presence": 0.8},
             samples={"color": 500, "overall": 1000, "shape presence": 500},
             log_likelihood=-0.05 * tier,
             log_likelihood_no_eos=-0.15 * tier,
+            log_likelihood_confident=-0.04 * tier,
+            log_likelihood_fragile=-1.25 - tier,
         )
         for tier in range(1, num_tiers + 1)
     ]
@@ -117,8 +118,10 @@ def quality(num_layers: int = 4, num_tiers: int = 3, **changes) -> TierQuality:
         "num_samples": 1000,
         "num_tiers": num_tiers,
         "grouping": "uniform",
+        "num_tokens": 4321,
+        "confident_share": 0.75,
         "tiers": tiers,
-        "order": dict.fromkeys(ORDERS, OrderShare(0.834, 0.012, 1 / 6, 0.171, 0.02)),
+        "order": dict.fromkeys(ORDERS, OrderShare(0.834, 0.012, 1 / 6, 0.171, 0.02, num_samples=987)),
         "spearman": QualityCorrelation(
             RankCorrelation(0.123, [0.1, None, *[0.3] * (num_layers - 2)], 0.03),
             RankCorrelation(None, [None] * num_layers, None),

@@ -13,8 +13,7 @@ import pytest
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.monitoring.diagnostics import Finding
 from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
-from ordmoe_peft.tools.measure.evaluation import TierMeans
-from ordmoe_peft.tools.measure.quality import TierTexts
+from ordmoe_peft.tools.measure.quality import TierMeansByClass, TierTexts
 from ordmoe_peft.tools.report import ablate_report, drawing, inspect_report, tiers_report, train_report
 from ordmoe_peft.tools.report.page import Section, column_kind, write_page
 from ordmoe_peft.tools.tables import Table
@@ -82,7 +81,7 @@ def test_text_is_escaped_everywhere(tmp_path, undrawn):
     tiers = quality(
         model=HOSTILE,
         grouping=HOSTILE,
-        tiers=[TierMeans(tier, {HOSTILE: 0.5, "overall": 0.5}) for tier in (1, 2, 3)],
+        tiers=[TierMeansByClass(tier, {HOSTILE: 0.5, "overall": 0.5}) for tier in (1, 2, 3)],
         spearman=QualityCorrelation(empty, empty, HOSTILE, HOSTILE),
         texts=[TierTexts(HOSTILE, HOSTILE, [HOSTILE, "", ""])],
     )
