@@ -38,13 +38,15 @@ def question_key(kind: str, question: str) -> tuple[str, ...]:
     return (kind, *sorted(re.findall(r"\w+|[-+]", question)))
 
 
-def draw_questions(kind: str, first_seed: int, number: int, seen: set[tuple[str, ...]]) -> Iterator[dict]:
+def draw_questions(
+    kind: str, settings: dict, first_seed: int, number: int, seen: set[tuple[str, ...]]
+) -> Iterator[dict]:
     """Yield `number` rows of one kind from `first_seed` on, none of them in `seen`, and add them to it.
 
-    `create_dataset(kind, seed=row["seed"], size=1, **TASKS[kind])[0]` is the entry of a row, as its `score_answer`
-    wants it.
+    `create_dataset(kind, seed=row["seed"], size=1, **settings)[0]` is the entry of a row, as its `score_answer` wants
+    it.
     """
-    task = create_dataset(kind, seed=first_seed, size=1, **TASKS[kind])
+    task = create_dataset(kind, seed=first_seed, size=1, **settings)
     for index in count():
         if number == 0:
             return
@@ -62,18 +64,23 @@ def draw_questions(kind: str, first_seed: int, number: int, seen: set[tuple[str,
         }
 
 
-def load_reasoning(sizes: dict[str, int] | None = None) -> DatasetDict:
+def load_reasoning(sizes: dict[str, int] | None = None, tasks: dict[str, dict] | None = None) -> DatasetDict:
     """The splits `train`, `validation` and `test`, drawn from seeds far apart; no question is in two of them.
 
     Columns: `prompt` and `completion` (messages), `kind` (the name of the task) and `seed` (of the question).
 
     Args:
         sizes (`dict[str, int]`, defaults to [`SIZES`]): questions of each kind, per split.
+        tasks (`dict[str, dict]`, defaults to [`TASKS`]): kind → its settings in reasoning-gym.
     """
     seen = set()
     splits = DatasetDict()
     for split, number in (sizes or SIZES).items():
-        rows = [row for kind in TASKS for row in draw_questions(kind, FIRST_SEEDS[split], number, seen)]
+        rows = [
+            row
+            for kind, settings in (tasks or TASKS).items()
+            for row in draw_questions(kind, settings, FIRST_SEEDS[split], number, seen)
+        ]
         splits[split] = Dataset.from_list(rows, features=FEATURES)
     return splits
 

@@ -1,0 +1,40 @@
+"""Ask a question and read the answer of each tier.
+
+    python -m examples.real_weights.chat outputs/real_weights/base "What is the capital of France?"
+    python -m examples.real_weights.chat outputs/real_weights/base --adapter outputs/real_weights/adapter "What is 12 + 30?"
+"""
+
+import argparse
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ordmoe_peft import MoeBitsAndBytesConfig
+from ordmoe_peft.tools.measure.evaluation import generate_answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or hub id of the base")
+    parser.add_argument("question")
+    parser.add_argument("--adapter", help="folder or hub id of an adapter")
+    parser.add_argument("--num_tiers", type=int, default=3)
+    parser.add_argument("--max_new_tokens", type=int, default=40)
+    args = parser.parse_args()
+
+    torch.set_grad_enabled(False)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=MoeBitsAndBytesConfig())
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter)
+    sample = {"prompt": [{"role": "user", "content": args.question}]}
+    for tier in range(1, args.num_tiers + 1):
+        (answer,) = generate_answers(
+            model, tokenizer, [sample], args.max_new_tokens, tier=tier, num_tiers=args.num_tiers
+        )
+        print(f"tier {tier}: {answer}")
+
+
+if __name__ == "__main__":
+    main()

