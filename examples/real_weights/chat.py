@@ -1,7 +1,7 @@
 """Ask a question and read the answer of each tier.
 
-    python -m examples.real_weights.chat outputs/real_weights/base "What is the capital of France?"
-    python -m examples.real_weights.chat outputs/real_weights/base --adapter outputs/real_weights/adapter "What is 12 + 30?"
+python -m examples.real_weights.chat outputs/real_weights/base "What is the capital of France?"
+python -m examples.real_weights.chat outputs/real_weights/base --adapter outputs/real_weights/adapter "What is 12 + 30?"
 """
 
 import argparse

