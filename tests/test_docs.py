@@ -1,7 +1,7 @@
-"""Every code block of README.md and docs/ runs, from the root of the repository, as a reader would run it.
+"""Every code block of README.md, docs/ and examples/real_weights runs, from the root, as a reader would run it.
 
 A block is run as it stands; in `python` blocks hub ids are replaced by the shipped base. `bash gpu` marks what needs a
-GPU, the hub, or an environment of its own: there each command's options are parsed, and its files looked for.
+GPU, the hub, an environment of its own or many minutes: there each command's options are parsed, and its files looked for.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ import ordmoe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [ROOT / "examples/real_weights/README.md", ROOT / "examples/real_weights/RESULTS.md"]
 BLOCK = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What blocks write goes into a folder of the test's own, beside what they read.
 READ = ("adapters", "docs", "examples", "tests", "README.md", "Makefile", "pyproject.toml")
@@ -47,7 +48,7 @@ def working_copy(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks(page, working_copy):
     namespace: dict = {}
     for language, mark, text in blocks(page):
@@ -124,7 +125,7 @@ PARSERS = {"json": json.loads, "jsonl": rows, "yaml": yaml.safe_load}
 
 
 def test_pages_link_to_what_is_there():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "llms.txt"]:
+    for page in [*PAGES, *EXAMPLES, ROOT / "CONTRIBUTING.md", ROOT / "llms.txt"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
