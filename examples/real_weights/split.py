@@ -3,8 +3,8 @@
 After CMoE (arXiv 2502.04416): neurons that most tokens use make the shared expert, which is always on; the others are
 clustered by the tokens that use them into experts of equal size, and the router is computed from activations in closed
 form. CMoE scores an expert by one neuron that represents it; Qwen2-MoE's router is linear, so ours is the ridge
-regression of what experts put out on what goes in. With all experts active at equal weights the model is the dense
-one.
+regression of what experts put out on what goes in. Where all experts are active (`top_k = num_experts`) at equal
+weights, the model is the dense one.
 
 Shape suffixes: N tokens, H hidden size, F neurons of a feed-forward network, E experts, M neurons of an expert.
 """
@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 # Of a token's neurons, the share with the largest contributions counts as used by it.
 USED = 0.1
-# Tokens that neurons are clustered by; the router is fitted on all.
+# Tokens that neurons are shared and clustered by; the router is fitted on all.
 CLUSTERED_ON = 4096
 # Rounds of k-means, which change little after that.
 ROUNDS = 8
@@ -39,9 +39,9 @@ class Split:
         expert_size (`int`): M, neurons of each. The other F − E·M are the shared expert.
     """
 
-    num_experts: int = 16
-    top_k: int = 4
-    expert_size: int = 64
+    num_experts: int
+    top_k: int
+    expert_size: int
 
 
 def moe_config(dense: LlamaForCausalLM, split: Split) -> Qwen2MoeConfig:
@@ -99,8 +99,7 @@ def ffn_inputs(dense: LlamaForCausalLM, texts: list[torch.Tensor]) -> list[torch
         dense.model(input_ids=token_S[None])
     for handle in handles:
         handle.remove()
-    # The first token of a text, which attention is parked on, has activations hundreds of times those of any other.
-    return [torch.cat([of_text[1:] for of_text in of_layer]) for of_layer in found]
+    return [torch.cat(of_layer) for of_layer in found]
 
 
 def split_ffn(ffn: nn.Module, block: nn.Module, hidden_NH: torch.Tensor, split: Split) -> None:
@@ -116,7 +115,7 @@ def split_ffn(ffn: nn.Module, block: nn.Module, hidden_NH: torch.Tensor, split: 
     block.shared_expert_gate.weight.zero_()
     block.experts.gate_up_proj.copy_(torch.cat([gate_FH[expert_EM], up_FH[expert_EM]], dim=1))
     block.experts.down_proj.copy_(split.top_k * down_FH[expert_EM].transpose(1, 2))
-    output_ENH = torch.stack([activation_NF[:, neurons] @ down_FH[neurons] for neurons in expert_EM])
+    output_ENH = torch.einsum("nem,emh->enh", activation_NF[:, expert_EM], down_FH[expert_EM])
     router_EH = fit_router(hidden_NH, output_ENH.norm(dim=2).T)
     block.gate.weight.copy_(router_EH * best_logit_size(hidden_NH @ router_EH.T, output_ENH, split.top_k))
 

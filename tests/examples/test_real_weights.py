@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from examples.real_weights import make_base as script
 from examples.real_weights import text
 from examples.real_weights.split import (
-    LOGIT_SIZES,
     Split,
     balanced_clusters,
     best_logit_size,
@@ -78,15 +77,15 @@ def test_the_best_k_experts_come_nearer_to_the_dense_model_than_the_worst(dense,
     assert chosen < 0.8 * (moe(input_ids=ids).logits - wanted).square().mean()
 
 
-def test_the_inputs_are_those_of_each_layer_without_the_first_token(dense):
+def test_the_inputs_are_those_of_each_layer_and_leave_no_hook(dense):
     ids = torch.tensor([3, 5, 7, 9])
     seen = []
     handle = dense.model.layers[1].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
     dense(input_ids=ids[None])
     handle.remove()
     found = ffn_inputs(dense, [ids, ids[:2]])
-    assert [layer.shape for layer in found] == [(4, 16), (4, 16)]
-    torch.testing.assert_close(found[1][:3], seen[0][1:])
+    assert [layer.shape for layer in found] == [(6, 16), (6, 16)]
+    torch.testing.assert_close(found[1][:4], seen[0])
     assert not dense.model.layers[1].mlp._forward_pre_hooks
 
 
@@ -122,36 +121,47 @@ def test_the_router_ranks_experts_by_what_they_put_out():
     torch.testing.assert_close(logits_NE, target_NE / target_NE.std(), rtol=0, atol=0.01)
 
 
-def test_logits_are_as_large_as_the_outputs_they_weigh_want():
-    logits_NE = torch.tensor([[1.0, 0.0]] * 3)
-    different_ENH = torch.eye(2)[:, None].expand(2, 3, 2)
-    assert best_logit_size(logits_NE, different_ENH, 2) == min(LOGIT_SIZES)  # both are wanted whole
-    # One expert stands for a third, which is not active: what it puts out counts twice.
-    opposite_ENH = torch.tensor([2.0, -1.0])[:, None, None].expand(2, 3, 2)
-    assert best_logit_size(3 * logits_NE, opposite_ENH, 1) in LOGIT_SIZES
+@pytest.mark.parametrize("best", [0.5, 1.0, 1.5])
+def test_logits_are_as_large_as_the_outputs_they_weigh_want(best):
+    # The third expert is never active and puts out what the first does: the first should count for more, by twice
+    # what the weights at `best` give it, since the second, at a right angle, then counts for too little.
+    more = 2 * (2 * torch.tensor([best, 0.0]).softmax(0)[0] - 1)
+    output_ENH = torch.stack([torch.eye(2)[0], torch.eye(2)[1], more * torch.eye(2)[0]])[:, None].expand(3, 4, 2)
+    assert best_logit_size(torch.tensor([[1.0, 0.0, -9.0]] * 4), output_ENH, 2) == best
 
 
-def test_the_base_is_made_repaired_and_saved_with_its_card(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PROBLEMS", 3)
+@pytest.fixture
+def few_texts(monkeypatch):
+    monkeypatch.setattr(text, "PROBLEMS", 40)
     monkeypatch.setattr(text, "QUESTIONS_OF_EACH", 4)
-    tokenizer = build_tokenizer(load_reasoning({"train": 20})["train"])
-    dense = dense_model(len(tokenizer))
-    settings = {"num_texts": 12, "learning_rate": 5e-3, "dtype": torch.float32, "split": Split(EXPERTS, 1, SIZE)}
-    record = script.make_base(dense, tokenizer, tmp_path, source="a test", **settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(load_reasoning({"train": 20})["train"])
+
+
+def test_the_base_is_made_repaired_and_saved_with_its_card(few_texts, tokenizer, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(script, "ffn_inputs", lambda dense, blocks: read.extend(blocks) or ffn_inputs(dense, blocks))
+    settings = {"num_blocks": 12, "learning_rate": 5e-3, "dtype": torch.float32, "split": Split(EXPERTS, 1, SIZE)}
+    record = script.make_base(dense_model(len(tokenizer)), tokenizer, tmp_path / "base", source="a test", **settings)
     nats = record["nats_per_token"]
-    assert nats.keys() == {"dense", "split", "repaired"}
+    assert [*nats] == ["dense", "split", "repaired"]
     assert all(nats["repaired"][kind] < nats["split"][kind] for kind in nats["dense"])
-    assert json.loads((tmp_path / "training_record.json").read_text()) == record
-    card = (tmp_path / "README.md").read_text()
-    assert (
-        f"| prose | {nats['dense']['prose']:.2f} | {nats['split']['prose']:.2f} | {nats['repaired']['prose']:.2f} |"
-        in card
-    )
-    held_out = load_data(tmp_path / "held_out.jsonl")
-    assert set(held_out["kind"]) == set(nats["dense"]) and held_out["text"][0]
-    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert record["repair"]["blocks"] == {"prose": 4, "problems": 4, "questions": 4}
+    assert json.loads((tmp_path / "base/training_record.json").read_text()) == record
+    card = (tmp_path / "base/README.md").read_text()
+    assert f"| prose | {' | '.join(format(of_model['prose'], '.2f') for of_model in nats.values())} |" in card
+    assert "the others are 4 routed experts of 8, of which 1 are\nactive" in card
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert [(layer.num_experts, layer.top_k) for layer in MoEModel.of(base).layers] == [(EXPERTS, 1)] * 2
-    assert script.nats_per_token(base, tokenizer, ["12 + 34"]) > 0
+    assert base.config.use_cache and base.generation_config.eos_token_id == tokenizer.eos_token_id
+    seen = tokenizer.decode(torch.cat(read))
+    for kind in nats["dense"]:
+        (row, *_) = load_data(tmp_path / "base/held_out" / f"{kind}.jsonl")
+        held_out = row.get("text") or row["completion"][0]["content"]
+        assert len(held_out) < 20 or held_out not in seen
 
 
 def write_gguf(model: LlamaForCausalLM, file: str) -> None:
@@ -202,18 +212,33 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
         script.package_folder()
 
 
-def test_texts_held_out_are_not_trained_on(monkeypatch):
-    monkeypatch.setattr(text, "PROBLEMS", 3)
-    monkeypatch.setattr(text, "QUESTIONS_OF_EACH", 4)
-    tokenizer = build_tokenizer(load_reasoning({"train": 20})["train"])
-    texts = text.load_texts(tokenizer, 200)
-    assert texts.keys() == {"prose", "problems", "questions"}
+def test_texts_held_out_are_not_trained_on_and_no_block_has_padding(few_texts, tokenizer):
+    texts = text.load_texts()
+    assert [*texts] == ["prose", "problems", "questions"]
     for of_kind in texts.values():
         assert of_kind.train and of_kind.held_out and not set(of_kind.train) & set(of_kind.held_out)
-        assert max(len(tokenizer(part).input_ids) for part in of_kind.train) < 200
-    assert "<|user|>" in texts["questions"].train[0] and "<|user|>" not in texts["prose"].train[0]
-    taken = text.in_turn(texts, 4)
-    assert taken == [*(of_kind.train[0] for of_kind in texts.values()), texts["prose"].train[1]]
+    assert not any("Gutenberg" in passage for passage in texts["prose"].train + texts["prose"].held_out)
+    blocks = text.training_blocks(tokenizer, texts, 9, 200)
+    assert {kind: [len(block) for block in of_kind] for kind, of_kind in blocks.items()} == dict.fromkeys(
+        texts, [200] * 3
+    )
+    for kind, of_kind in blocks.items():
+        whole = [token for document in texts[kind].train for token in text.token_ids(tokenizer, document)[0]]
+        assert [token for block in of_kind for token in block] == whole[:600]
+    assert len(text.training_blocks(tokenizer, {"prose": text.Texts(["a b"], [])}, 3, 2)["prose"]) == 1
+
+
+def test_nats_are_per_token_of_the_answer(tokenizer):
+    model = dense_model(len(tokenizer))
+    documents = [("12 + 34 =", "46"), "A story."]
+    total = count = 0
+    for document in documents:
+        ids, start = text.token_ids(tokenizer, document)
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place in range(max(start, 1), len(ids)):
+            total, count = total - log_probs[place - 1, ids[place]].item(), count + 1
+    assert count == len("46") + 1 + len("A story.") - 1  # an end after the answer; nothing says the first letter
+    assert text.nats_per_token(model, tokenizer, documents) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_tasks_have_a_short_system_message():
