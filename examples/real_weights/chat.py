@@ -1,12 +1,14 @@
-"""Ask a question and read the answer of each tier.
+"""Ask a question and read the answer of each tier; the model is loaded in 4 bits.
 
-python -m examples.real_weights.chat outputs/real_weights/base "What is the capital of France?"
-python -m examples.real_weights.chat outputs/real_weights/base --adapter outputs/real_weights/adapter "What is 12 + 30?"
+    python -m examples.real_weights.chat outputs/real_weights/base "What is the capital of France?"
+    python -m examples.real_weights.chat outputs/real_weights/base --adapter outputs/real_weights/adapter \\
+        --system "Answer in a few words." "Tom welcomes tea. Ann fears cats. Who welcomes tea?"
+
+Tier 1 is the model as it is.
 """
 
 import argparse
 
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +26,6 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=40)
     args = parser.parse_args()
 
-    torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=MoeBitsAndBytesConfig())
     if args.adapter:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from examples.real_weights import chat, text
 from examples.real_weights import make_base as script
-from examples.real_weights import text
 from examples.real_weights.split import (
     Split,
     balanced_clusters,
@@ -141,7 +141,7 @@ def tokenizer():
     return build_tokenizer(load_reasoning({"train": 20})["train"])
 
 
-def test_the_base_is_made_repaired_and_saved_with_its_card(few_texts, tokenizer, tmp_path, monkeypatch):
+def test_the_base_is_made_repaired_and_saved_with_its_card(few_texts, tokenizer, tmp_path, monkeypatch, capsys):
     read = []
     monkeypatch.setattr(script, "ffn_inputs", lambda dense, blocks: read.extend(blocks) or ffn_inputs(dense, blocks))
     settings = {"num_blocks": 12, "learning_rate": 5e-3, "dtype": torch.float32, "split": Split(EXPERTS, 1, SIZE)}
@@ -157,6 +157,9 @@ def test_the_base_is_made_repaired_and_saved_with_its_card(few_texts, tokenizer,
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert [(layer.num_experts, layer.top_k) for layer in MoEModel.of(base).layers] == [(EXPERTS, 1)] * 2
     assert base.config.use_cache and base.generation_config.eos_token_id == tokenizer.eos_token_id
+    monkeypatch.setattr("sys.argv", ["chat", str(tmp_path / "base"), "--system", "Be brief.", "12 + 34 ="])
+    chat.main()
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()[-3:]] == ["tier 1:", "tier 2:", "tier 3:"]
     seen = tokenizer.decode(torch.cat(read))
     for kind in nats["dense"]:
         (row, *_) = load_data(tmp_path / "base/held_out" / f"{kind}.jsonl")
