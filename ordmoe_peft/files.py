@@ -1,13 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what JSON may hold."""
 
 import ctypes
 import errno
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_native_id
+from typing import Any
 
 from .errors import OrdMoEConfigError
 
@@ -62,6 +64,15 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """Plain data with `None` for numbers that are not finite, which JSON has no names for."""
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

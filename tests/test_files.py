@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ordmoe_peft.errors import OrdMoEConfigError
-from ordmoe_peft.files import check_place, exchange, finish_files, whole_files, whole_folder, write_whole
+from ordmoe_peft.files import check_place, exchange, finish_files, finite, whole_files, whole_folder, write_whole
 
 
 # Above the largest number that Linux gives a process (2²²), so none has it.
@@ -20,6 +20,11 @@ def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path):
     write_whole(str(path), "C = 3\n")
     assert path.read_text(encoding="utf-8") == "C = 3\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_are_none_at_any_depth():
+    data = {"a": [1.5, float("nan"), (float("inf"), "NaN")], "b": {"c": float("-inf"), "d": 2, "e": True, "f": None}}
+    assert finite(data) == {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": 2, "e": True, "f": None}}
 
 
 def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):

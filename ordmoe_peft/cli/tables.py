@@ -8,7 +8,7 @@ from typing import Any
 import rich.table
 from rich.console import Console
 
-from ..files import write_whole
+from ..files import finite, write_whole
 from ..monitoring.diagnostics import Finding
 from ..tools.tables import Table, percent
 
@@ -45,6 +45,6 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def write_json(path: str, results: Any) -> None:
-    """Write results to `path`, its folders made, and say so."""
-    write_whole(path, json.dumps(results, indent=2) + "\n")
+    """Write results to `path`, its folders made, and say so. Numbers that are not finite become `null`."""
+    write_whole(path, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
     print(f"Results in {path}")

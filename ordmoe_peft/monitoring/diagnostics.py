@@ -10,7 +10,7 @@ health, ablation results) and returns a [`Finding`] for each signature that show
 | `order_from_end_of_sequence` | a tier is above the next one by its end-of-sequence tokens, not by what it says |
 | `experts_collapsing` | experts are no longer routed to, so low tiers are made of what the router dropped |
 | `random_level_order` | tiers are in order no more often than random groups: routing says nothing about quality |
-| `order_on_confident_tokens` | ranks carry a signal, but only on tokens that the model is sure of |
+| `order_on_confident_tokens` | below tier 1, ranks carry more of a signal on tokens that the model is sure of |
 | `means_against_order` | below tier 1, a lower tier is likelier on average than a higher one |
 | `top_tier_not_best` | tier 1 is no better than the lowest tier: there is nothing to learn from |
 | `random_level_results` | training on ranked tiers gives what training on random ones gives |
@@ -48,6 +48,8 @@ DEAD_RISE = 0.5
 COLLAPSED_SHARE = 0.1
 # Two-sided 95 %, as in the tables.
 STANDARD_ERRORS = 2
+# Samples of each class of tokens from which their shares are compared.
+LEAST_SAMPLES = 30
 
 
 @dataclass(frozen=True)
@@ -274,25 +276,32 @@ def _order_is_random(quality: Mapping[str, Any]) -> Iterator[str]:
 
 def _order_is_of_confident_tokens(quality: Mapping[str, Any]) -> Iterator[str]:
     classes = ("confident", "fragile")
-    shares = [(quality.get("order") or {}).get(f"full_{name}") or {} for name in classes]
-    names = ("share", "random", "stderr", "random_stderr", "num_samples")
-    if not all(_are_numbers([one.get(name) for name in names]) for one in shares):
+    shares = [(quality.get("order") or {}).get(f"below_{name}") or {} for name in classes]
+    if not all(_are_numbers([one.get(name) for name in ("share", "random", "num_samples")]) for one in shares):
         return
-    margins = [STANDARD_ERRORS * math.hypot(one["stderr"], one["random_stderr"]) for one in shares]
-    (is_on_confident, _), (is_on_fragile, could_be) = (
-        (one["share"] > one["random"] + margin, one["random"] + margin < 1)
-        for one, margin in zip(shares, margins, strict=True)
-    )
-    if is_on_confident and not is_on_fragile and could_be:
+    # Where the order of all tiers is that of random groups, `random_level_order` says that ranks carry no signal.
+    if min(one["num_samples"] for one in shares) < LEAST_SAMPLES or any(_order_is_random(quality)):
+        return
+    lead, other = (one["share"] - one["random"] for one in shares)
+    errors = [_standard_error(one[name], one["num_samples"]) for one in shares for name in ("share", "random")]
+    own, margin = (STANDARD_ERRORS * math.hypot(*part) for part in (errors[:2], errors))
+    if lead > own and lead - other > margin:
         found = [
             f"on {name} tokens on {one['share']:.1%} of {one['num_samples']} samples against random groups' "
-            f"{one['random']:.1%} ({STANDARD_ERRORS} standard errors: {margin:.1%})"
-            for name, one, margin in zip(classes, shares, margins, strict=True)
+            f"{one['random']:.1%}"
+            for name, one in zip(classes, shares, strict=True)
         ]
         yield (
-            f"All tiers are in order {', but '.join(found)}. The router's ranking carries a signal on tokens that the "
-            "model is sure of, and none that shows on the others."
+            f"Below tier 1, tiers are in order {', and '.join(found)}: the first lead is {lead - other:.1%} larger "
+            f"({STANDARD_ERRORS} standard errors: {margin:.1%}). The router's ranking says more on tokens that the "
+            "model is sure of than on the others, or these are fewer a sample, so that noise hides more of it."
         )
+
+
+def _standard_error(share: float, count: int) -> float:
+    """Of a share of `count` samples, after Agresti and Coull: as if four more were half in order; so it is never 0."""
+    share = (share * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _top_tier_is_not_best(quality: Mapping[str, Any]) -> Iterator[str]:

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from ..files import write_whole
+from ..files import finite, write_whole
 
 
 OPTIONS_NAME, ENVIRONMENT_NAME, METRICS_NAME = "run_config.yaml", "environment.json", "metrics.jsonl"
@@ -173,10 +172,4 @@ class MetricsFile(TrainerCallback):
 
 def _line(entry: Mapping[str, Any]) -> str:
     first = {name: entry[name] for name in ("step", "epoch") if name in entry}
-    return json.dumps(_finite({**first, **entry}), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite({**first, **entry}), allow_nan=False) + "\n"

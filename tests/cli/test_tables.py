@@ -25,9 +25,9 @@ def test_tables_are_printed_with_their_notes(capsys):
 
 def test_findings_and_files(tmp_path, capsys):
     print_findings([Finding("random_level_order", "Tiers are in no order.", "note")])
-    write_json(str(tmp_path / "deep" / "results.json"), {"a": 1})
+    write_json(str(tmp_path / "deep" / "results.json"), {"a": 1, "b": [float("nan")]})
     assert capsys.readouterr().out.splitlines() == [
         "Note (random level order): Tiers are in no order.",
         f"Results in {tmp_path / 'deep' / 'results.json'}",
     ]
-    assert json.loads((tmp_path / "deep" / "results.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "deep" / "results.json").read_text()) == {"a": 1, "b": [None]}

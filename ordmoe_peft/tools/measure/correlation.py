@@ -11,7 +11,7 @@ import torch
 
 from ...errors import OrdMoEDataError
 from ...objectives.expert_rank import mean_log_likelihood
-from .evaluation import TierResult, likelihoods
+from .evaluation import TierResult
 
 
 @dataclass
@@ -104,16 +104,17 @@ def quality_correlation(
     """
     quality, notes = "exact match", []
     quality_Cn = torch.tensor([result.items.is_right for result in results]).double()
+    log_likelihood_Cn = torch.tensor([result.items.log_likelihood for result in results])
     if ratings_n is not None:
         quality, quality_Cn = "rating", ratings_n.unsqueeze(0)
         notes.append("A rating belongs to one response per sample, so tiers are not pooled.")
     elif not results[0].items.answers:
-        quality, quality_Cn = "mean log-likelihood", likelihoods(results)[0]
+        quality, quality_Cn = "mean log-likelihood", log_likelihood_Cn
         notes.append("Nothing was generated, so quality is the likelihood of the text.")
     elif is_constant(quality_Cn[0]):
         quality, answers = "mean log-likelihood", "All" if quality_Cn[0, 0] else "None"
         notes.append(f"{answers} of tier 1's answers match, so quality is the likelihood of the reference.")
-        quality_Cn = likelihoods(results)[0]
+        quality_Cn = log_likelihood_Cn
     if is_constant(quality_Cn[0]):
         notes.append(f"The {quality} is {quality_Cn[0, 0]:g} for every sample, so nothing can go with it.")
     flat = [layer for layer, scores_n in enumerate(routing_scores[0].T) if is_constant(scores_n)]

@@ -80,12 +80,6 @@ class TierResult(TierMeans):
     items: TierItems = field(default_factory=TierItems)
 
 
-def likelihoods(results: list[TierResult]) -> torch.Tensor:
-    """Likelihoods of all samples under all tiers, with and without end-of-sequence tokens (`(2, C, n)`)."""
-    items = [result.items for result in results]
-    return torch.tensor([[one.log_likelihood for one in items], [one.log_likelihood_no_eos for one in items]])
-
-
 def tier_table(tiers: Sequence[TierMeans]) -> Table:
     """A row per tier: accuracy per group and overall, mean log-likelihoods."""
     groups = sorted(tiers[0].accuracy, key=lambda name: name == OVERALL)
@@ -123,7 +117,8 @@ def evaluate_tiers(
         group_by (`str`, *optional*): a column whose values get an accuracy of their own.
         batch_size (`int`, defaults to 32): samples at a time.
         max_new_tokens (`int`, defaults to 32): longest answer to generate, greedily.
-        on_scores (`Callable`, *optional*): is given each batch's tier and token scores, tier after tier.
+        on_scores (`Callable`, *optional*): is given each batch's tier and token scores, tier after tier. Those of tier
+            1 say where it is confident, which costs another softmax over the vocabulary.
         routing: settings for [`~ordmoe_peft.tier_routing`], e.g. `num_tiers`.
 
     Raises:
@@ -148,7 +143,10 @@ def evaluate_tiers(
                     of_tier.is_right += [
                         answer == answer_text(sample) for answer, sample in zip(answers, samples, strict=True)
                     ]
-                scores = score_answers(model, processing_class, samples, tier=tier, **routing)
+                finds_confident = tier == 1 and on_scores is not None
+                scores = score_answers(
+                    model, processing_class, samples, tier, finds_confident=finds_confident, **routing
+                )
                 if on_scores is not None:
                     on_scores(tier, scores)
                 likelihood_B, no_eos_B = scores.means()
@@ -216,9 +214,10 @@ def score_answers(
     processing_class: ProcessingClass,
     samples: list[dict[str, Any]],
     tier: int = 1,
+    finds_confident: bool = False,
     **routing: Any,
 ) -> AnswerScores:
-    """A tier's log-probability of each token of the reference answers; of tier 1, also where it is confident."""
+    """A tier's log-probability of each token of the reference answers; on request, also where it is confident."""
     inputs = model_inputs(scoring_inputs, samples, processing_class, model)
     labels_BS = inputs.pop("labels")
     tiers = tiers_of_labels(torch.full((len(samples),), tier), labels_BS, adapter_config(model).token_scope)
@@ -230,5 +229,5 @@ def score_answers(
         log_probs_BS=label_log_probs(logits_BSV, labels_BS),
         mask_BS=mask_BS,
         content_BS=content_mask(labels_BS, mask_BS, end_of_sequence_ids(tokenizer_of(processing_class), model)),
-        confident_BS=is_confident(logits_BSV, mask_BS) if tier == 1 else None,
+        confident_BS=is_confident(logits_BSV, mask_BS) if finds_confident else None,
     )

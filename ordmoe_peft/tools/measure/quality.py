@@ -27,25 +27,33 @@ from .observation import TierObservation, observe_tier, outer_experts, reason_no
 ORDERS = {
     "full": "all tiers in order",
     "full_no_eos": "all in order, without end tokens",
-    "full_confident": "all in order, confident tokens",
-    "full_fragile": "all in order, fragile tokens",
     "ends": "first over last tier",
     "ends_no_eos": "first over last, without end tokens",
-    "ends_confident": "first over last, confident tokens",
-    "ends_fragile": "first over last, fragile tokens",
+    "below": "below tier 1 in order",
+    "below_confident": "below tier 1, confident tokens",
+    "below_fragile": "below tier 1, fragile tokens",
+}
+# First part of a key → rows of the tiers that are compared, and the suffixes, see [`LIKELIHOODS`]. Tier 1 chooses the
+# class of a token, so it is not among the tiers that are compared over a class.
+COMPARED: dict[str, tuple[slice | list[int], tuple[str, ...]]] = {
+    "full": (slice(None), ("", "_no_eos")),
+    "ends": ([0, -1], ("", "_no_eos")),
+    "below": (slice(1, None), ("", "_confident", "_fragile")),
 }
 
 
 @dataclass
 class OrderShare:
-    """How often an order of likelihoods holds. Samples without tokens of the kind are left out.
+    """How often an order of likelihoods holds. Samples without tokens of the class are left out.
 
     Args:
-        share (`float`, *optional*): of samples; ties do not count as ordered. `None` without any sample.
+        share (`float`, *optional*): of samples; ties and what is not a number do not count as ordered. `None` without
+            any sample.
         stderr (`float`, *optional*): its binomial standard error.
         chance (`float`): the share that tiers without any order would give.
-        random (`float`, *optional*): the share with `random` grouping. Its tier 1 is still the model's own top K, so
-            it says what order *below* the top K is worth, and how often the top K beat any other K.
+        random (`float`, *optional*): the share of the same samples with `random` grouping. Its tier 1 is still the
+            model's own top K, so it says what order *below* the top K is worth, and how often the top K beat any
+            other K.
         random_stderr (`float`, *optional*): its standard error.
         num_samples (`int`): number of samples that have such tokens.
     """
@@ -64,7 +72,8 @@ class TierMeansByClass(TierMeans):
 
     Args:
         log_likelihood_confident (`float`, *optional*), log_likelihood_fragile (`float`, *optional*): mean over the
-            samples that have such tokens of the mean log-probability per such token, in nats; `None` where none has.
+            samples that have such tokens of the mean log-probability per such token, in nats; `None` where none has,
+            NaN where the model gives NaN.
     """
 
     log_likelihood_confident: float | None = None
@@ -90,8 +99,9 @@ class TierQuality:
         num_tokens (`int`), confident_share (`float`): number of answer tokens, and the share that is confident.
         tiers (`list[TierMeansByClass]`): likelihood and exact match per tier.
         order (`dict[str, OrderShare]`): `"full"` (L̄_1 > … > L̄_C) and `"ends"` (L̄_1 > L̄_C), and both without
-            end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`) and over confident and fragile tokens alone
-            (`"full_confident"`, `"full_fragile"`, `"ends_confident"`, `"ends_fragile"`).
+            end-of-sequence tokens (`"full_no_eos"`, `"ends_no_eos"`); where C is over 2, also `"below"`
+            (L̄_2 > … > L̄_C), and that over confident and fragile tokens alone (`"below_confident"`,
+            `"below_fragile"`).
         spearman (`QualityCorrelation`): routing scores against quality; of no layers, with a note that says why, where
             routers or experts cannot be read.
         diversity (list of list of `float` or `None`): per MoE layer and tier, the mean pairwise cosine between the
@@ -124,19 +134,20 @@ class TierQuality:
         classes = pd.DataFrame(rows, columns=["confident tokens", "fragile tokens"])
         note = (
             f"{percent(self.confident_share)} of {self.num_tokens:,} tokens are confident: tier 1 gives one token more "
-            "than all others together. The others are fragile. Each column is the mean over the samples that have such "
-            "tokens of the sample's own mean."
+            "than all others together. The others are fragile. The last two columns are means, over the samples that "
+            "have such tokens, of the sample's own mean over them. Tier 1 chose the tokens of each, so compare the "
+            "tiers below it."
         )
         frame = pd.concat([table.frame, classes], axis=1)
         return replace(table, frame=frame, formats=[*table.formats, number, number], note=note)
 
     def _order_table(self) -> Table:
-        shares = [self.order[key] for key in ORDERS]
-        frame = pd.DataFrame(shares)[["share", "stderr", "random", "random_stderr", "chance"]]
+        shares = {label: self.order[key] for key, label in ORDERS.items() if key in self.order}
+        frame = pd.DataFrame(list(shares.values()))[["share", "stderr", "random", "random_stderr", "chance"]]
         frame.columns = ["samples", "s.e.", "random groups", "s.e. of random", "chance"]
         formats = dict.fromkeys(frame.columns, percent)
-        frame.insert(0, "likelihood falls from", list(ORDERS.values()))
-        frame["number of samples"] = [share.num_samples for share in shares]
+        frame.insert(0, "likelihood falls from", list(shares))
+        frame["number of samples"] = [share.num_samples for share in shares.values()]
         return Table("Share of samples in order", frame, formats)
 
     def _layer_table(self) -> Table:
@@ -232,8 +243,8 @@ def tier_quality(
         grouping=grouping,
         num_tokens=record.num_tokens,
         confident_share=record.confident_share,
-        tiers=_means_by_class(results, record.likelihoods()),
-        order=_order_shares(record.likelihoods(), random),
+        tiers=_means_by_class(results, record),
+        order=_order_shares(record, random),
         spearman=quality_correlation(results, routing_scores, ratings_n) if reason is None else _unwatched(reason),
         diversity=[list(layer) for layer in zip(*cosines_CL, strict=True)],
         texts=_texts(dataset, results, chosen.show),
@@ -244,8 +255,7 @@ def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None 
     """How often the likelihoods of a sample fall strictly from the first row to the last.
 
     Args:
-        log_likelihood_Cn (`torch.Tensor` of shape `(C, n)`): of each sample under each tier; samples with NaN are left
-            out.
+        log_likelihood_Cn (`torch.Tensor` of shape `(C, n)`): of each sample under each tier; NaN is in no order.
         random_Cn (`torch.Tensor` of shape `(C, n)`, *optional*): the same under random groups.
     """
     share, stderr, count = _share_in_order(log_likelihood_Cn)
@@ -256,7 +266,6 @@ def order_share(log_likelihood_Cn: torch.Tensor, random_Cn: torch.Tensor | None 
 
 def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float | None, float | None, int]:
     """The share, its standard error, and of how many samples."""
-    log_likelihood_Cn = log_likelihood_Cn[:, ~log_likelihood_Cn.isnan().any(0)]
     falls_n = (log_likelihood_Cn[:-1] > log_likelihood_Cn[1:]).all(0)
     if not len(falls_n):
         return None, None, 0
@@ -264,24 +273,31 @@ def _share_in_order(log_likelihood_Cn: torch.Tensor) -> tuple[float | None, floa
     return share, math.sqrt(share * (1 - share) / len(falls_n)), len(falls_n)
 
 
-def _order_shares(likelihoods_4Cn: torch.Tensor, random_4Cn: torch.Tensor | None) -> dict[str, OrderShare]:
+def _order_shares(record: LikelihoodRecord, random_4Cn: torch.Tensor | None) -> dict[str, OrderShare]:
     """Shares by key of [`ORDERS`], from the likelihoods of tiers and of random groups."""
+    likelihoods_4Cn, has_tokens_4n = record.likelihoods(), record.has_tokens()
     shares = {}
-    for key, rows in (("full", slice(None)), ("ends", [0, -1])):
-        for index, suffix in enumerate(LIKELIHOODS):
-            random_Cn = None if random_4Cn is None else random_4Cn[index][rows]
-            shares[f"{key}{suffix}"] = order_share(likelihoods_4Cn[index][rows], random_Cn)
+    for key, (rows, suffixes) in COMPARED.items():
+        for suffix in suffixes:
+            kind = list(LIKELIHOODS).index(suffix)
+            of_tiers, *of_random = (
+                values_4Cn[kind][rows][:, has_tokens_4n[kind]]
+                for values_4Cn in (likelihoods_4Cn, random_4Cn)
+                if values_4Cn is not None
+            )
+            if len(of_tiers) > 1:
+                shares[f"{key}{suffix}"] = order_share(of_tiers, *of_random)
     return shares
 
 
-def _means_by_class(results: list[TierResult], likelihoods_4Cn: torch.Tensor) -> list[TierMeansByClass]:
-    classes_C2n = likelihoods_4Cn[2:].transpose(0, 1)
+def _means_by_class(results: list[TierResult], record: LikelihoodRecord) -> list[TierMeansByClass]:
+    likelihoods_C4n, has_tokens_4n = record.likelihoods().transpose(0, 1), record.has_tokens()
     return [
         TierMeansByClass(
             *(r.tier, r.accuracy, r.samples, r.log_likelihood, r.log_likelihood_no_eos),
-            *map(mean_over_samples, classes_2n),
+            *(mean_over_samples(likelihoods_4n[kind][has_tokens_4n[kind]]) for kind in (2, 3)),
         )
-        for r, classes_2n in zip(results, classes_C2n, strict=True)
+        for r, likelihoods_4n in zip(results, likelihoods_C4n, strict=True)
     ]
 
 

@@ -18,12 +18,16 @@ MARKS = (("random", "random tiers", "s", 10, VERMILION), ("chance", "chance", "|
 
 NATS = "log-likelihood (nats per token)"
 # How to read each figure.
-LIKELIHOOD = "Mean log-likelihood of the reference responses under each tier. It should fall from left to right."
+LIKELIHOOD = (
+    "Mean log-likelihood of the reference responses under each tier. It should fall from left to right. Tier 1 says "
+    "which tokens are confident, which lifts it there and lowers it on fragile ones: compare the tiers below it."
+)
 ACCURACY = "Share of answers, written under each tier, that match the reference exactly."
 ORDER = (
     "Share of samples whose likelihoods fall in the order of the tiers, with 95 % intervals, beside tiers cut at "
     "random and what pure chance would give. An order that goes away without end tokens is about the end alone. Tier 1 "
-    "itself says which tokens are confident, and leads there: compare with random tiers, not with chance."
+    "says which tokens are confident, so over those and over fragile ones only the tiers below it are compared. The "
+    "class with more tokens a sample has less noise, and is in order more often for that reason, too."
 )
 SPEARMAN = (
     "Rank correlation of routing scores with the quality of the response, layer by layer; 0 says that a router's score "
@@ -82,8 +86,10 @@ def _by_layer(quality: TierQuality) -> list[Plot | None]:
     ]
 
 
-def _order(order: Mapping[str, OrderShare]) -> Plot:
-    shares = [(order[key], label) for key, label in ORDERS.items() if order[key].num_samples]
+def _order(order: Mapping[str, OrderShare]) -> Plot | None:
+    shares = [(order[key], label) for key, label in ORDERS.items() if key in order and order[key].num_samples]
+    if not shares:
+        return None
     words = "; ".join(f"{label} {percent(one.share)}" for one, label in shares)
     alt = f"Share of samples in order: {words}"
     return Plot("order", alt, ORDER, lambda figure: _draw_order(figure, shares))

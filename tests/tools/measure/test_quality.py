@@ -54,40 +54,49 @@ class TestOrder:
         assert (share.share, share.chance, share.random) == (0.75, 0.5, 0.5)
         assert share.random_stderr == pytest.approx(math.sqrt(0.5 * 0.5 / 2))
 
-    def test_samples_without_such_tokens_are_left_out(self):
-        """One of two in order, of three samples; no share where no sample has such tokens."""
+    def test_what_is_not_a_number_is_in_no_order(self):
+        """One of three in order; no share without samples."""
         nan = float("nan")
-        likelihoods = torch.tensor([[-1.0, nan, -1], [-2, nan, -1]])
-        share = order_share(likelihoods, likelihoods[:, :2])
-        assert (share.share, share.num_samples, share.random, share.random_stderr) == (0.5, 2, 1.0, 0.0)
-        nothing = order_share(likelihoods[:, 1:2], likelihoods[:, 1:2])
+        likelihoods = torch.tensor([[-1.0, nan, -1], [-2, -2, nan]])
+        share = order_share(likelihoods, likelihoods.flip(0))
+        assert (share.share, share.num_samples, share.random) == (1 / 3, 3, 0)
+        nothing = order_share(likelihoods[:, :0], likelihoods[:, :0])
         assert (nothing.share, nothing.stderr, nothing.random, nothing.random_stderr) == (None, None, None, None)
         assert (nothing.chance, nothing.num_samples) == (0.5, 0)
 
-    def test_tier_1_says_what_is_confident_for_lower_tiers_and_random_groups(self):
+    def test_tiers_below_1_on_the_tokens_that_tier_1_tells_apart(self):
         """Each sample is a batch, so that nothing is padded, and each batch draws random groups of its own."""
         dataset, model, means = text.conversations(12), model_of(4), defaultdict(list)
-        quality = measure(dataset, sharpness=4, num_tiers=2, batch_size=1, max_new_tokens=1, show=0, seed=5)
+        quality = measure(dataset, sharpness=4, batch_size=1, max_new_tokens=1, show=0, seed=5)
         for step, sample in enumerate(dataset):
             inputs = scoring_inputs([sample], TOKENIZER)
             label_S = inputs.pop("labels")[0, 1:].tolist()
             random = {"grouping": "random", "seed": 5, "draw": RandomDraw(step=step)}
             logits = {}
-            for name, tier, routing in (("top", 1, {}), ("share", 2, {}), ("random", 2, random)):
-                with torch.no_grad(), tier_routing(model, tier, num_tiers=2, **routing):
-                    logits[name] = model(**inputs).logits[0, :-1]
-                confident, fragile = reference.likelihood_by_class(logits[name], logits["top"], label_S)
-                means["confident", name] += [sum(confident) / len(confident)] if confident else []
-                means["fragile", name] += [sum(fragile) / len(fragile)] if fragile else []
-        for kind in ("confident", "fragile"):
-            order, top, low = quality.order[f"ends_{kind}"], means[kind, "top"], means[kind, "share"]
-            assert quality.order[f"full_{kind}"] == order
-            assert 0 < order.num_samples == len(top)
+            for name, tier in (("share", 1), ("share", 2), ("share", 3), ("random", 2), ("random", 3)):
+                with torch.no_grad(), tier_routing(model, tier, **(random if name == "random" else {})):
+                    logits[name, tier] = model(**inputs).logits[0, :-1]
+            for name, tier in logits:
+                confident, fragile = reference.likelihood_by_class(logits[name, tier], logits["share", 1], label_S)
+                for kind, values in (("_confident", confident), ("_fragile", fragile), ("", confident + fragile)):
+                    means[kind, name, tier] += [sum(values) / len(values)] if values else []
+        for kind in ("", "_confident", "_fragile"):
+            order = quality.order[f"below{kind}"]
+            assert (order.chance, order.num_samples) == (0.5, len(means[kind, "share", 1]))
             for name in ("share", "random"):
-                falls = [a > b for a, b in zip(top, means[kind, name], strict=True)]
+                falls = [a > b for a, b in zip(means[kind, name, 2], means[kind, name, 3], strict=True)]
                 assert getattr(order, name) == pytest.approx(sum(falls) / len(falls)), (kind, name)
-            found = [getattr(tier, f"log_likelihood_{kind}") for tier in quality.tiers]
-            assert found == pytest.approx([sum(top) / len(top), sum(low) / len(low)], abs=1e-4)
+            expected = [sum(means[kind, "share", tier]) / order.num_samples for tier in (1, 2, 3)]
+            assert [getattr(tier, f"log_likelihood{kind}") for tier in quality.tiers] == pytest.approx(
+                expected, abs=1e-4
+            )
+        counts = [quality.order[key].num_samples for key in ("full", "below_confident", "below_fragile")]
+        assert counts[0] == 12 > min(counts[1:]) > 0, "some samples have no token of a class"
+
+    def test_nothing_is_below_tier_1_of_two(self):
+        quality = measure(text.conversations(3), num_tiers=2, max_new_tokens=1, show=0)
+        assert [*quality.order] == [key for key in ORDERS if "below" not in key]
+        assert quality.tables()[1].frame["likelihood falls from"].tolist() == [ORDERS[key] for key in quality.order]
 
     def test_comes_from_each_samples_likelihoods(self):
         dataset = text.conversations(6)
@@ -105,21 +114,21 @@ class TestOrder:
 
         def shares(**settings):
             quality = measure(dataset, num_tiers=2, batch_size=12, max_new_tokens=1, show=0, **settings)
-            return [(one.random, one.random_stderr) for key, one in quality.order.items() if "confident" not in key]
+            return [(one.random, one.random_stderr) for one in quality.order.values()]
 
         first = shares()
         assert all(0 < share < 1 for share, _ in first), "random groups are neither tier 1 itself nor always worse"
         assert first == shares()
         assert first != shares(seed=1)
-        assert shares(random_control=False) == [(None, None)] * 6
+        assert shares(random_control=False) == [(None, None)] * 4
 
 
 def test_to_dict_is_plain_json_with_all_parts():
     dataset = own_answers(5).add_column("score", [1.0, 2.0, 5.0, 4.0, 3.0])
-    quality = measure(dataset, num_tiers=2, grouping="high_only", group_by="kind", rating_column="score", show=2)
+    quality = measure(dataset, grouping="high_only", group_by="kind", rating_column="score", show=2)
     data = json.loads(json.dumps(quality.to_dict(), allow_nan=False))
-    assert (data["num_samples"], data["num_tiers"], data["grouping"]) == (5, 2, "high_only")
-    assert [tier["tier"] for tier in data["tiers"]] == [1, 2]
+    assert (data["num_samples"], data["num_tiers"], data["grouping"]) == (5, 3, "high_only")
+    assert [tier["tier"] for tier in data["tiers"]] == [1, 2, 3]
     assert data["tiers"][0]["accuracy"] == {"even": pytest.approx(2 / 3), "odd": 1.0, "overall": pytest.approx(0.8)}
     assert data["order"].keys() == ORDERS.keys()
     assert data["spearman"]["quality"] == "rating"
@@ -133,10 +142,11 @@ def test_to_dict_is_plain_json_with_all_parts():
 
 
 def test_tables_hold_the_same_figures():
-    quality = measure(own_answers(5), num_tiers=2, group_by="kind", random_control=False, show=1)
+    quality = measure(own_answers(5), group_by="kind", random_control=False, show=1)
     tiers, order, layers, texts = quality.tables()
     names = ["tier", "even", "odd", "overall", "log-likelihood", "without end tokens"]
     assert list(tiers.frame) == [*names, "confident tokens", "fragile tokens"]
+    assert "The last two columns are means, over the samples that have such tokens" in tiers.note
     assert tiers.frame["overall"].tolist() == [tier.accuracy["overall"] for tier in quality.tiers]
     shares = [quality.order[key].share for key in ORDERS]
     assert order.frame["samples"].dropna().tolist() == [share for share in shares if share is not None]
@@ -151,16 +161,31 @@ def test_tables_hold_the_same_figures():
 
 @pytest.mark.parametrize(("sharpness", "share", "kind"), [(1, "0.0 %", "confident"), (1000, "100.0 %", "fragile")])
 def test_a_class_that_no_token_is_in(sharpness, share, kind):
-    quality = measure(text.conversations(3), sharpness=sharpness, num_tiers=2, max_new_tokens=1, show=0)
+    quality = measure(text.conversations(3), sharpness=sharpness, max_new_tokens=1, show=0)
     data = json.loads(json.dumps(quality.to_dict(), allow_nan=False))
     assert data["confident_share"] == (kind == "fragile")
-    assert [tier[f"log_likelihood_{kind}"] for tier in data["tiers"]] == [None, None]
-    assert {data["order"][f"{order}_{kind}"]["share"] for order in ("full", "ends")} == {None}
+    assert [tier[f"log_likelihood_{kind}"] for tier in data["tiers"]] == [None] * 3
+    assert data["order"][f"below_{kind}"]["share"] is None
     tiers, order, _ = quality.tables()
     assert f"{share} of {quality.num_tokens} tokens are confident" in tiers.note
     assert set(tiers.texts()[f"{kind} tokens"]) == {"—"}
-    row = order.texts().set_index("likelihood falls from").loc[f"all in order, {kind} tokens"]
+    row = order.texts().set_index("likelihood falls from").loc[f"below tier 1, {kind} tokens"]
     assert row.tolist() == ["—", "—", "—", "—", "50.0 %", "0"]
+
+
+def test_a_model_that_overflows_has_tokens_in_no_order():
+    """Under every tier all logits are NaN: no sample is left out, none is in order, and no mean is taken for 0."""
+    model = model_of(1)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("inf"))
+    quality = tier_quality(model, TOKENIZER, text.conversations(3), max_new_tokens=1, diversity_tokens=16, show=0)
+    for key, order in quality.order.items():
+        expected = (None, None, 0) if key == "below_confident" else (0.0, 0.0, 3)
+        assert (order.share, order.random, order.num_samples) == expected, key
+    for tier in quality.tiers:
+        assert tier.log_likelihood_confident is None
+        assert math.isnan(tier.log_likelihood_fragile)
+    assert set(quality.tables()[0].texts()["fragile tokens"]) == {"—"}
 
 
 class TestBadInput:

@@ -1,3 +1,5 @@
+import pytest
+
 from ordmoe_peft.tools.measure.correlation import QualityCorrelation, RankCorrelation
 from ordmoe_peft.tools.measure.quality import ORDERS, OrderShare, TierMeansByClass
 from ordmoe_peft.tools.report import tiers_report
@@ -12,7 +14,8 @@ def test_the_page_has_numbers_and_texts(tmp_path, undrawn):
     assert "1 90.0 % 80.0 % 91.7 % -0.050 -0.150 -0.040 -2.250" in words
     assert "75.0 % of 4,321 tokens are confident" in words
     assert "all tiers in order 83.4 % 1.2 % 17.1 % 2.0 % 16.7 % 987" in words
-    assert "first over last, fragile tokens 83.4 %" in words
+    assert "below tier 1, fragile tokens 83.4 %" in words
+    assert "only the tiers below it are compared" in words
     assert "routing scores with exact match" in words
     assert "overall +0.123 — — — — Standard error of rho" in words
     assert "One layer had no variation." in words
@@ -41,7 +44,18 @@ def test_what_is_missing_is_left_out(tmp_path):
     words = Page(path).text
     assert "1 — -1.000 — — —" in words
     assert "all tiers in order 100.0 % 0.0 % — — 100.0 % 9" in words
-    assert "all in order, fragile tokens — — — — 100.0 % 0" in words
+    assert "below tier 1, fragile tokens — — — — 100.0 % 0" in words
     (alt,) = [image["alt"] for image in Page(path).all("img") if "in order" in image["alt"]]
     assert "confident tokens 100.0 %" in alt and "fragile" not in alt
     assert "Texts side by side" not in words
+
+
+@pytest.mark.parametrize("num_samples", [0, 9])
+def test_two_tiers_have_none_below_the_first_and_no_samples_no_plot(tmp_path, undrawn, num_samples):
+    share = 1.0 if num_samples else None
+    order = {key: OrderShare(share, share, 0.5, num_samples=num_samples) for key in ORDERS if "below" not in key}
+    path = tiers_report(quality(num_tiers=2, order=order), tmp_path)
+    words = Page(path).text
+    assert "first over last, without end tokens" in words
+    assert "below tier 1, " not in words
+    assert any("in order" in image["alt"] for image in Page(path).all("img")) == bool(num_samples)
