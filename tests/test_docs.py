@@ -1,7 +1,8 @@
 """Every code block of README.md, docs/ and examples/real_weights runs, from the root, as a reader would run it.
 
 A block is run as it stands; in `python` blocks hub ids are replaced by the shipped base. `bash gpu` marks what needs a
-GPU, the hub, an environment of its own or many minutes: there each command's options are parsed, and its files looked for.
+GPU, the hub, an environment of its own or many minutes: there each command's options are parsed, and its files looked
+for.
 """
 
 import importlib.util
