@@ -29,6 +29,7 @@ QUESTIONS_OF_EACH = 80
 PROBLEMS = 2000
 # Of a problem with its solution: those that are longer are left out.
 MOST_CHARACTERS = 1500
+PROBLEMS_FILE = Path(reasoning_gym.__file__).parent / "data" / "codeio.jsonl.gz"
 # Least characters of a passage of prose.
 PASSAGE = 700
 # Of each kind, the last in their order.
@@ -52,7 +53,7 @@ def load_texts() -> dict[str, Texts]:
     data = Path(reasoning_gym.__file__).parent / "data"
     kinds: dict[str, list[Document]] = {
         "prose": [*passages((data / "in_the_year_2889.txt").read_text(encoding="utf-8"))],
-        "problems": [*problems(data / "codeio.jsonl.gz")],
+        "problems": [*problems(0, PROBLEMS)],
         "questions": questions(),
     }
     counts = {kind: round((1 - HELD_OUT) * len(documents)) for kind, documents in kinds.items()}
@@ -71,13 +72,13 @@ def passages(book: str) -> Iterator[str]:
             passage = ""
 
 
-def problems(file: Path) -> Iterator[tuple[str, str]]:
-    """Descriptions of problems, and code that solves them."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for line in islice(lines, PROBLEMS):
+def problems(first: int, last: int | None, most_characters: int = MOST_CHARACTERS) -> Iterator[tuple[str, str]]:
+    """Descriptions of problems, and code that solves them: rows `first` to `last` of the file, without long ones."""
+    with gzip.open(PROBLEMS_FILE, "rt", encoding="utf-8") as lines:
+        for line in islice(lines, first, last):
             row = json.loads(line)
             question = f"{row['task_description']}\n\n{row['input_output_spec']}\n\nWrite it in Python."
-            if len(question) + len(row["code_sample"]) <= MOST_CHARACTERS:
+            if len(question) + len(row["code_sample"]) <= most_characters:
                 yield question, row["code_sample"]
 
 

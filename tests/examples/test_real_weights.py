@@ -18,7 +18,7 @@ from examples.real_weights.split import (
     fit_router,
     split_model,
 )
-from examples.real_weights.tasks import SYSTEM, TASKS, load_tasks
+from examples.real_weights.tasks import SYSTEM, TASKS, load_problems, load_tasks
 from examples.reasoning.data import load_reasoning
 from examples.reasoning.make_base import build_tokenizer
 from ordmoe_peft import load_data
@@ -249,3 +249,11 @@ def test_tasks_have_a_short_system_message():
     assert [len(split) for split in splits.values()] == [3 * len(TASKS), 2 * len(TASKS)]
     assert [message["role"] for message in splits["test"][0]["prompt"]] == ["system", "user"]
     assert splits["test"][0]["prompt"][0]["content"] == SYSTEM
+
+
+def test_problems_to_train_on_are_not_those_of_the_base():
+    splits = load_problems({"train": 5, "validation": 3, "test": 2})
+    assert [len(split) for split in splits.values()] == [5, 3, 2]
+    asked = [row["prompt"][0]["content"] for split in splits.values() for row in split]
+    of_base = {question for question, _ in text.problems(0, text.PROBLEMS)}
+    assert len(set(asked)) == 10 and not set(asked) & of_base
