@@ -124,12 +124,10 @@ def peak_of(work: Callable[[], Any]) -> int:
 
     On CPU it is [`allocated_peak`]: resident memory has the gaps that malloc leaves between blocks as well.
     """
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         return _cuda_peak_of(work)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    return allocated_peak(profiler)
+    return allocated_peak(profiled(work)[1])
 
 
 def resident_peak_of(work: Callable[[], Any]) -> int:
@@ -181,6 +179,15 @@ def _resident(name: str) -> int:
     """A line of `/proc/self/status`, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def profiled(work: Callable[[], Any]) -> tuple[Any, torch.profiler.profile]:
+    """What `work()` returns, and what was allocated and freed on CPU meanwhile."""
+    # The collector would free what earlier work left, and that would count as memory that `work` freed.
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    return result, profiler
 
 
 def allocated_peak(profiler: torch.profiler.profile) -> int:

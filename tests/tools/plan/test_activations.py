@@ -1,5 +1,6 @@
 """The traced step against the real one, by torch's own count of allocations."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from peft import get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from examples.benchmarks.measuring import allocated_peak, held_at_end
+from examples.benchmarks.measuring import allocated_peak, held_at_end, profiled
 from ordmoe_peft import MoeBitsAndBytesConfig, OrdMoEConfig
 from ordmoe_peft.errors import OrdMoEConfigError
 from ordmoe_peft.experts.tuning import on_gpu
@@ -35,12 +36,6 @@ def step(batch_size, sequence_length, **settings):
 def planned(config, settings):
     model = adapted(build_meta_model(config, torch.bfloat16, settings.quantization))
     return estimate_activations(model, settings, settings.work_sizes(loaded=0))
-
-
-def profiled(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    return result, profiler
 
 
 def share_out_evenly(experts, args):
@@ -72,6 +67,15 @@ def measured(model, settings) -> tuple[int, int]:
     _, profiler = profiled(lambda: forward().backward())
     at_hand = sum(pixels.nbytes for pixels in made.values())
     return at_hand + kept, at_hand + allocated_peak(profiler)
+
+
+def test_what_earlier_work_left_is_not_counted():
+    """A cycle of references is freed by the collector, whenever that runs."""
+    left = [torch.zeros(1_000_000)]
+    left.append(left)
+    del left
+    _, profiler = profiled(gc.collect)
+    assert held_at_end(profiler) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
