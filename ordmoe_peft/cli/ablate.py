@@ -9,7 +9,7 @@ from typing import Any
 from ..files import write_whole
 from ..tools.ablate import tables
 from ..tools.ablate.ablation import Ablation
-from ..tools.ablate.grid import AblateArguments
+from ..tools.ablate.grid import METRICS, AblateArguments, other_metric
 from ..tools.ablate.runner import AblationRunner
 from ..tools.ablate.settings import Settings
 from ..tools.report import ablate_report
@@ -59,21 +59,17 @@ def main(arguments: Sequence[str]) -> None:
 
 def show(results: dict[str, Any], options: AblateArguments, folder: Path) -> None:
     """Print the table and write the results as JSON and Markdown, and the report on request."""
-    rows = tables.result_rows(results)
-    title = (
-        f"{results['metric']} ({results['unit']}) and log-likelihood (nats per token) on {options.dataset_test_split}, "
-        f"with differences to {results['baseline']}"
-    )
+    rows, columns = tables.result_rows(results), tables.columns(results)
+    both = [f"{metric} ({METRICS[metric][0]})" for metric in (results["metric"], other_metric(results["metric"]))]
+    title = f"{' and '.join(both)} on {options.dataset_test_split}, with differences to {results['baseline']}"
     # Two tables, because one of all columns is wider than most terminals.
-    shown = {title: tables.METRIC_COLUMNS, "Log-likelihood of the answers": tables.LIKELIHOOD_COLUMNS}
-    for heading, indices in shown.items():
-        columns = [tables.COLUMNS[index] for index in indices]
-        print_table(heading, columns, [[row[index] for index in indices] for row in rows])
+    for heading, indices in {title: tables.METRIC_COLUMNS, both[1]: tables.OTHER_COLUMNS}.items():
+        print_table(heading, [columns[index] for index in indices], [[row[index] for index in indices] for row in rows])
     for note in results["notes"]:
         print(f"Note: {note}")
     as_json, as_markdown = (folder / f"{options.results_name}{ending}" for ending in (".json", ".md"))
     write_whole(as_json, json.dumps(results, indent=2) + "\n")
-    write_whole(as_markdown, markdown(title, tables.COLUMNS, rows, results["notes"]))
+    write_whole(as_markdown, markdown(title, columns, rows, results["notes"]))
     print(f"Results in {as_json} and {as_markdown}")
     if options.report is not None:
         print(f"Report: {ablate_report(results, options.report)}")

@@ -144,15 +144,18 @@ class Ablation:
         self, cell: Cell, chosen: dict[str, Any], runs: list[Run], baseline_runs: list[Run] | None
     ) -> dict[str, Any]:
         records = [self.runner.record(run) for run in runs]
-        likelihood = self._measure(runs, baseline_runs, "log_likelihood")
+        by_metric = {metric: self._measure(runs, baseline_runs, metric) for metric in METRICS}
         tiers = [record["evaluation"]["tier_log_likelihood"] for record in records]
         seconds = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
         return {
             "name": cell.name,
             "settings": cell.settings,
             "chosen": chosen,
-            **self._measure(runs, baseline_runs, self.metric),
-            "log_likelihood": {name: likelihood[name] for name in ("mean", "stderr", "difference")},
+            **by_metric[self.metric],
+            **{
+                metric: {name: measured[name] for name in ("mean", "stderr", "difference")}
+                for metric, measured in by_metric.items()
+            },
             "tier_log_likelihood": torch.tensor(tiers, dtype=torch.float64).mean(0).tolist(),
             "seconds_per_step": sum(seconds) / len(seconds) if seconds else None,
         }

@@ -18,6 +18,11 @@ METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], list[float]]]] = {
 }
 
 
+def other_metric(metric: str) -> str:
+    """The one that validation does not choose by."""
+    return "accuracy" if metric == "log_likelihood" else "log_likelihood"
+
+
 @dataclass
 class AblateArguments:
     """What to compare, and on what. All other options are the settings common to all cells."""

@@ -3,16 +3,14 @@
 from typing import Any
 
 from .ablation import Ablation
-from .grid import describe
+from .grid import describe, other_metric
 
 
 PLAN_COLUMNS = ("", "phase", "settings", "seed", "state")
 STATES = {True: "done", False: "to run", None: "after choosing"}
-COLUMNS = (
-    *("", "chosen", "mean ± s.e.", "difference [95 %]", "verdict"),
-    *("log-likelihood", "difference [95 %]", "verdict", "s/step"),
-)
-METRIC_COLUMNS, LIKELIHOOD_COLUMNS = (0, 1, 2, 3, 4, 8), (0, 5, 6, 7)
+# Of a row: what the metric says, and what the other one does.
+METRIC_COLUMNS, OTHER_COLUMNS = (0, 1, 2, 3, 4, 8), (0, 5, 6, 7)
+DIGITS = {"accuracy": 2, "log_likelihood": 3}
 
 
 def plan_rows(ablation: Ablation) -> list[list[str]]:
@@ -29,15 +27,21 @@ def plan_rows(ablation: Ablation) -> list[list[str]]:
     ]
 
 
+def columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """The headings of [`result_rows`]."""
+    metric = ("", "chosen", "mean ± s.e.", "difference [95 %]", "verdict")
+    return *metric, other_metric(results["metric"]).replace("_", "-"), "difference [95 %]", "verdict", "s/step"
+
+
 def result_rows(results: dict[str, Any]) -> list[list[str]]:
-    """A row per cell of the results, under `COLUMNS`."""
-    digits = 2 if results["metric"] == "accuracy" else 3
+    """A row per cell of the results, under [`columns`]."""
+    metric, other = results["metric"], other_metric(results["metric"])
     return [
         [
             cell["name"],
             describe(cell["chosen"]),
-            *_measured(cell, digits),
-            *_measured(cell["log_likelihood"], 3),
+            *_measured(cell, DIGITS[metric]),
+            *_measured(cell[other], DIGITS[other]),
             "" if cell["seconds_per_step"] is None else f"{cell['seconds_per_step']:.2f}",
         ]
         for cell in results["cells"]

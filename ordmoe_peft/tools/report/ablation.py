@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..ablate.grid import METRICS, other_metric
 from ..tables import MISSING, Format, Table, is_number, number, numbers, signed
 from .drawing import BLUE, GREEN, GREY, VERMILION, Plot, legend, named_rows, widen, wrap
 from .page import Section, write_page
@@ -26,16 +27,19 @@ def ablate_report(results: Mapping[str, Any], directory: str | Path) -> Path:
     Args:
         results (`Mapping`): `baseline` (a cell's name), `metric`, `unit`, `notes` (texts), and `cells`, each with
             `name`, `settings`, `chosen`, `mean`, `stderr`, `per_seed`, `difference` (None, or `mean`, `low`, `high`,
-            `is_gain` and `verdict` against the baseline), `log_likelihood` (None, or its `mean`, `stderr` and
-            `difference`), `tier_log_likelihood` (nats per token by tier, or None) and `seconds_per_step`.
+            `is_gain` and `verdict` against the baseline), the metric that validation did not choose by (None, or
+            its `mean`, `stderr` and `difference`), `tier_log_likelihood` (nats per token by tier, or None) and
+            `seconds_per_step`.
         directory: as [`write_page`] takes it.
     """
     cells, baseline = results["cells"], results["baseline"]
     metric = f"{results['metric']} ({results['unit']})"
-    likelihoods = [{"name": cell["name"], **(cell.get("log_likelihood") or {})} for cell in cells]
+    other = other_metric(results["metric"])
+    heading = f"{other.replace('_', '-')} ({METRICS[other][0]})"
+    of_other = [{"name": cell["name"], **(cell.get(other) or {})} for cell in cells]
     differences = [
         _differences("difference", metric, cells, baseline),
-        _differences("log_likelihood", "log-likelihood (nats per token)", likelihoods, baseline),
+        _differences(other, heading, of_other, baseline),
     ]
     return write_page(
         directory,
@@ -45,7 +49,9 @@ def ablate_report(results: Mapping[str, Any], directory: str | Path) -> Path:
         [
             Section("Differences", differences),
             Section("Cost", [_cost(cells)]),
-            Section("Cells", tables=[_table(cells, metric, baseline)], folded=[_settings_table(cells)]),
+            Section(
+                "Cells", tables=[_table(cells, metric, (other, heading), baseline)], folded=[_settings_table(cells)]
+            ),
         ],
         [("Note.", text, "") for text in results.get("notes") or ()],
     )
@@ -116,15 +122,16 @@ def _cost(cells: Sequence[Cell]) -> Plot | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
-def _table(cells: Sequence[Cell], metric: str, baseline: str) -> Table:
+def _table(cells: Sequence[Cell], metric: str, of_other: tuple[str, str], baseline: str) -> Table:
+    other, heading = of_other
     rows = [
         {
             "cell": cell["name"],
             metric: f"{number(cell.get('mean'))} ± {number(cell.get('stderr'))}",
             "difference": _interval(cell.get("difference")),
             "verdict": "baseline" if cell["name"] == baseline else (cell.get("difference") or {}).get("verdict"),
-            "log-likelihood (nats)": (cell.get("log_likelihood") or {}).get("mean"),
-            "its difference": _interval((cell.get("log_likelihood") or {}).get("difference")),
+            heading: (cell.get(other) or {}).get("mean"),
+            "its difference": _interval((cell.get(other) or {}).get("difference")),
             "tiers' log-likelihood (nats)": cell.get("tier_log_likelihood"),
             "seconds per step": cell.get("seconds_per_step"),
             "per seed": cell.get("per_seed"),
@@ -132,7 +139,7 @@ def _table(cells: Sequence[Cell], metric: str, baseline: str) -> Table:
         for cell in cells
     ]
     formats: dict[str, Format] = {
-        "log-likelihood (nats)": number,
+        heading: number,
         "tiers' log-likelihood (nats)": partial(numbers, digits=2),
         "seconds per step": partial(number, digits=2),
         "per seed": numbers,

@@ -89,6 +89,7 @@ def test_results_have_the_shape_that_the_report_draws(tmp_path):
     assert ordmoe["log_likelihood"]["mean"] == pytest.approx(-0.695)
     assert ordmoe["log_likelihood"]["difference"]["mean"] == pytest.approx(0.3)
     assert ordmoe["log_likelihood"]["difference"]["verdict"] == "gain"
+    assert ordmoe["accuracy"]["difference"] == ordmoe["difference"]
     assert ordmoe["tier_log_likelihood"] == [-1, -2]
     assert ordmoe["seconds_per_step"] == 2
     assert any("2 cells are compared" in note for note in results["notes"])

@@ -32,6 +32,18 @@ def test_gains_losses_and_undecided_cells_have_marks_of_their_own(tmp_path, draw
     assert axes.get_xlabel() == "difference in exact match (points)"
 
 
+def test_beside_likelihood_stands_accuracy(tmp_path, drawn):
+    chosen_by = results(1) | {"metric": "log_likelihood", "unit": "nats per token"}
+    for cell in chosen_by["cells"]:
+        cell["accuracy"] = {"mean": 34.0, "stderr": 1.0, "difference": cell["difference"]}
+    page = Page(ablate_report(chosen_by, tmp_path))
+    assert [figure.axes[0].get_xlabel() for figure in drawn[:2]] == [
+        "difference in log_likelihood (nats per token)",
+        "difference in accuracy (%)",
+    ]
+    assert "accuracy (%)" in page.text and "34.000" in page.text
+
+
 def test_what_is_missing_is_left_out(tmp_path):
     alone = results(0)
     alone["cells"][0] |= {"seconds_per_step": None, "stderr": None, "per_seed": None}
