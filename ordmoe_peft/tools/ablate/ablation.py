@@ -152,10 +152,7 @@ class Ablation:
             "settings": cell.settings,
             "chosen": chosen,
             **by_metric[self.metric],
-            **{
-                metric: {name: measured[name] for name in ("mean", "stderr", "difference")}
-                for metric, measured in by_metric.items()
-            },
+            **by_metric,
             "tier_log_likelihood": torch.tensor(tiers, dtype=torch.float64).mean(0).tolist(),
             "seconds_per_step": sum(seconds) / len(seconds) if seconds else None,
         }
