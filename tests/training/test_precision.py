@@ -184,7 +184,7 @@ def test_a_resumed_run_goes_on_at_its_scale(tmp_path):
     whole = trainer_for(tmp_path, cls=ScaledTooFar, **settings)
     _, weights = trained(whole)
     overflowed = whole._guard.counts["overflowed_steps"]
-    assert 1 <= overflowed <= 4
+    assert 1 <= overflowed < 10
     resumed = trainer_for(tmp_path, cls=Scaled, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert resumed.accelerator.scaler.get_scale() == whole.accelerator.scaler.get_scale() == 2.0 ** (22 - overflowed)
