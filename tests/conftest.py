@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 import transformers.dynamic_module_utils
@@ -12,6 +14,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage():
+    """Collecting garbage does not look at what is imported by now: accelerate collects whenever a training begins."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
