@@ -149,6 +149,8 @@ def make_base(
         found = {kind: nats_per_token(model, tokenizer, one.held_out[:MEASURED]) for kind, one in texts.items()}
         nats[name] = {kind: round(value, 3) for kind, value in found.items()}
         minutes[name] = round((time.perf_counter() - started) / 60, 1)
+        measured = ", ".join(f"{kind} {value:.2f}" for kind, value in nats[name].items())
+        print(f"{minutes[name]} minutes: {name}, nats per token of held-out text: {measured}", flush=True)
 
     measure("dense", dense)
     few = training_blocks(tokenizer, texts, CALIBRATION, BLOCK)

@@ -159,7 +159,10 @@ def test_the_base_is_made_repaired_and_saved_with_its_card(few_texts, tokenizer,
     assert base.config.use_cache and base.generation_config.eos_token_id == tokenizer.eos_token_id
     monkeypatch.setattr("sys.argv", ["chat", str(tmp_path / "base"), "--system", "Be brief.", "12 + 34 ="])
     chat.main()
-    assert [line[:7] for line in capsys.readouterr().out.splitlines()[-3:]] == ["tier 1:", "tier 2:", "tier 3:"]
+    printed = capsys.readouterr().out
+    assert [line[:7] for line in printed.splitlines()[-3:]] == ["tier 1:", "tier 2:", "tier 3:"]
+    for name, of_model in nats.items():
+        assert f"minutes: {name}, nats per token of held-out text: prose {of_model['prose']:.2f}, " in printed
     seen = tokenizer.decode(torch.cat(read))
     for kind in nats["dense"]:
         (row, *_) = load_data(tmp_path / "base/held_out" / f"{kind}.jsonl")
